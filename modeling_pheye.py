@@ -1,0 +1,664 @@
+"""Pheye: a frozen language model that reads an image through dense cross-attention blocks put before its layers.
+
+Source: "Efficient Architectures for High Resolution Vision-Language Models", arXiv 2501.02584, section 2.
+
+Shapes: B images, V views per image, N tokens (of one view, or of all views of an image), R text rows (a multiple of B:
+questions, beams or samples of one image are adjacent), T text tokens, H heads, D width.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import cache_utils
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_pheye import HEAD_WIDTH, PheyeConfig
+
+if TYPE_CHECKING:  # never run, but it makes every saved model carry these files too
+    from .image_processing_pheye import PheyeImageProcessor  # noqa: F401
+    from .pipeline_pheye import PheyeImageToTextPipeline  # noqa: F401
+    from .processing_pheye import PheyeProcessor  # noqa: F401
+
+
+@dataclass
+class PheyeModelOutputWithPast(ModelOutput):
+    """Outputs of `PheyeModel`.
+
+    last_hidden_state (R, T, D); past_key_values: the language model's cache, with the image's keys and values behind
+    its own; hidden_states, attentions: the language model's; cross_attentions: per block (R, H, T, N), with eager
+    attention only; image_hidden_states (B, N, D), where this call encoded or was given an image.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class PheyeCausalLMOutputWithPast(ModelOutput):
+    """Outputs of `PheyeForConditionalGeneration`: loss, logits (R, T, vocabulary) and as `PheyeModelOutputWithPast`."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+# --- Views: which rows of the vision tower's batch are the global view and which are crops ---
+
+
+def split_views(rows: torch.Tensor, views: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B * V, ...) to the global views (B, 1, ...) and the crops (B, V - 1, ...): the one place that tells them apart."""
+    rows = rows.unflatten(0, (-1, views))  # (B, V, ...)
+    return rows[:, :1], rows[:, 1:]
+
+
+def join_views(global_view: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
+    """The inverse of `split_views`."""
+    return torch.cat([global_view, crops], dim=1).flatten(0, 1)  # (B * V, ...)
+
+
+class PheyeLora(nn.Module):
+    """Low-rank update B(A(x)) * alpha / rank of one frozen linear or convolution (section 2.2).
+
+    A and B are plain parameters, not modules, so that PEFT's target names and "all-linear" do not take them for
+    layers of the vision tower.
+    """
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.scaling = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        if isinstance(base, nn.Conv2d):
+            self.convolution = {"stride": base.stride, "padding": base.padding}
+            self.A = nn.Parameter(torch.empty(rank, base.in_channels, *base.kernel_size))
+            self.B = nn.Parameter(torch.empty(base.out_channels, rank, 1, 1))
+        else:
+            self.convolution = None
+            self.A = nn.Parameter(torch.empty(rank, base.in_features))
+            self.B = nn.Parameter(torch.empty(base.out_features, rank))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, A, B = self.dropout(x), self.A.to(x.dtype), self.B.to(x.dtype)
+        if self.convolution is None:
+            return F.linear(F.linear(x, A), B) * self.scaling
+        return F.conv2d(F.conv2d(x, A, **self.convolution), B) * self.scaling
+
+
+# --- Cross-attention ---
+
+
+class PheyeImageCache(getattr(cache_utils, "DummyLayer", object)):
+    """Keys and values (B, H, N, D) of an image for one block, appended as a layer to the language model's cache.
+
+    It holds one row per image, however many text rows share it: repeating and reordering rows, cropping and offloading
+    leave it alone. Where transformers has a `DummyLayer`, being one keeps it out of masks and prefetching.
+    """
+
+    supports_early_init = False
+    is_compileable = True
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self):
+        self.reset()
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
+
+    def reset(self):
+        self.keys, self.values, self.is_initialized = None, None, False
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.23
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def offload(self): ...
+
+    def prefetch(self): ...
+
+    def crop(self, *args): ...
+
+    def reorder_cache(self, beam_idx: torch.LongTensor): ...
+
+    def batch_repeat_interleave(self, repeats: int): ...
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        raise NotImplementedError("Rows of a cache that holds an image cannot be selected: they share the image's row.")
+
+
+def image_caches(cache: Cache, blocks: int) -> list[PheyeImageCache]:
+    """The image caches of `cache`, one per block; appended behind the language model's layers at first use."""
+    found = [layer for layer in cache.layers if isinstance(layer, PheyeImageCache)]
+    for _ in range(blocks - len(found)):
+        found.append(PheyeImageCache())
+        cache.layers.append(found[-1])
+    return found
+
+
+def eager_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, scaling: float, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax(query key^T * scaling) value, unmasked: ((B, T, H, D), weights (B, H, T, N))."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, T, N)
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class PheyeCrossAttentionBlock(GradientCheckpointingLayer):
+    """Dense cross-attention block: text attends over all image tokens, then an MLP, both residual (section 2.1)."""
+
+    def __init__(self, config: PheyeConfig):
+        super().__init__()
+        text_size, vision_size = config.text_config.hidden_size, config.vision_config.hidden_size
+        mlp_size = 4 * text_size // config.cross_attention_reduction
+        self.config = config
+        self.head_size = config.cross_attention_size // config.cross_attention_heads
+        self.scaling = HEAD_WIDTH**-0.5  # also where the reduction makes heads narrower
+        self.is_causal = False
+        self.attention_norm = nn.LayerNorm(text_size, eps=1e-5)
+        self.to_q = nn.Linear(text_size, config.cross_attention_size)
+        self.to_k = nn.Linear(vision_size, config.cross_attention_size)
+        self.to_v = nn.Linear(vision_size, config.cross_attention_size)
+        self.to_out = nn.Linear(config.cross_attention_size, text_size)
+        self.mlp_norm = nn.LayerNorm(text_size, eps=1e-5)
+        self.mlp_in = nn.Linear(text_size, mlp_size)
+        self.mlp_out = nn.Linear(mlp_size, text_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        image_hidden_states: torch.Tensor | None,
+        image_cache: PheyeImageCache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Condition `hidden_states` (R, T, D) on an image: on `image_hidden_states` (B, N, D), whose keys and values go
+        into `image_cache`, or else on those that are in it. Returns the new states and weights (R, H, T, N) or None."""
+        if image_hidden_states is None:
+            key, value = image_cache.keys, image_cache.values
+        else:
+            key, value = self.project(image_hidden_states)
+            if image_cache is not None:
+                image_cache.update(key, value)
+        attended, weights = self.attend(self.attention_norm(hidden_states), key, value, output_attentions)
+        hidden_states = hidden_states + self.to_out(attended)
+        return hidden_states + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(hidden_states)))), weights
+
+    def project(self, image_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, H, N, D) of image features (B, N, D).
+
+        Contiguous, because every decoding step reads them: strided ones make it 1.3 times slower.
+        """
+        key = self.to_k(image_hidden_states).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        value = self.to_v(image_hidden_states).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        return key.contiguous(), value.contiguous()
+
+    def attend(
+        self, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of (R, T, D) over keys and values (B, H, N, D): ((R, T, D), weights (R, H, T, N) or None)."""
+        rows, length = hidden_states.shape[:2]
+        images = key.shape[0]
+        if rows % images:
+            raise ValueError(
+                f"The text has {rows} rows and the image {images}; each image must serve the same number of rows."
+            )
+        # The rows of one image become one longer row, so that its keys and values are neither copied nor reordered.
+        query = self.to_q(hidden_states).reshape(images, rows // images * length, -1, self.head_size).transpose(1, 2)
+        attention = eager_attention
+        if self.config._attn_implementation != "eager":
+            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attended, weights = attention(
+            self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False,
+            output_attentions=output_attentions,
+        )  # (B, R / B * T, H, D)  # fmt: skip
+        if not output_attentions or attention is not eager_attention:
+            weights = None
+        else:
+            weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)  # (R, H, T, N)
+        return attended.reshape(rows, length, -1), weights
+
+
+@dataclass
+class ImageContext:
+    """What one call gives to its blocks. It travels as a keyword through the language model's layers, so that nothing
+    about a call is left on a module and threads may share a model."""
+
+    image_hidden_states: torch.Tensor | None
+    image_caches: list[PheyeImageCache] | None
+    cross_attentions: list[torch.Tensor] | None
+    blocks_run: int = 0
+
+
+# --- The model ---
+
+
+def transformer_layers(model: nn.Module, count: int, kind: str) -> nn.ModuleList:
+    """The list of `count` transformer layers inside a `kind` of model, wherever its family keeps it."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            if all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
+                return module
+    raise ValueError(
+        f"{type(model).__name__} cannot be a Pheye {kind}: it has no list of {count} transformer layers of transformers' "
+        "GradientCheckpointingLayer."
+    )
+
+
+class PheyePreTrainedModel(PreTrainedModel):
+    config: PheyeConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PheyeCrossAttentionBlock", "PheyeViewEncoding", "PheyeLora"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """The paper's initial state (section 2.1): blocks that hardly change the language model, LoRA that is zero."""
+        super()._init_weights(module)
+        if isinstance(module, PheyeLora):
+            init.kaiming_uniform_(module.A, a=math.sqrt(5))
+            init.zeros_(module.B)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=0.01)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=0.02)
+        elif isinstance(module, PheyeCrossAttentionBlock):
+            depth = max(self.config.text_config.num_hidden_layers, 36)
+            for linear in (module.to_out, module.mlp_out):
+                init.normal_(linear.weight, std=0.01 / math.sqrt(2 * depth))
+
+
+class PheyeViewEncoding(nn.Module):
+    """Tells views apart: a LayerNorm for the global view and one for the crops, then a learned vector per view."""
+
+    def __init__(self, config: PheyeConfig):
+        super().__init__()
+        self.global_norm = nn.LayerNorm(config.vision_config.hidden_size, eps=1e-5)
+        self.local_norm = nn.LayerNorm(config.vision_config.hidden_size, eps=1e-5)
+        self.view_embedding = nn.Embedding(config.views_per_image, config.vision_config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B * V, N, D) to (B, V * N, D)."""
+        views = self.view_embedding.num_embeddings
+        global_view, crops = split_views(hidden_states, views)
+        hidden_states = join_views(self.global_norm(global_view), self.local_norm(crops)).unflatten(0, (-1, views))
+        vectors = self.view_embedding(torch.arange(views, device=hidden_states.device))  # (V, D)
+        return (hidden_states + vectors[:, None]).flatten(1, 2)
+
+
+class PheyeModel(PheyePreTrainedModel):
+    """Vision tower, language model and the trained parts between them; gives hidden states (see the generation class).
+
+    The trained parts stand beside the two pretrained models, whose own names and layouts stay as they are: forward
+    hooks add the LoRA updates inside the vision tower and run a block before a layer of the language model.
+    """
+
+    def __init__(self, config: PheyeConfig):
+        super().__init__(config)
+        dtype = torch.get_default_dtype()  # one for all parts, whatever their own configs were saved with
+        self.vision_tower = AutoModel.from_config(config.vision_config, dtype=dtype)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
+        self.global_lora = nn.ModuleDict()
+        self.local_lora = nn.ModuleDict()
+        self.view_encoding = PheyeViewEncoding(config)
+        self.cross_attention_blocks = nn.ModuleList(
+            PheyeCrossAttentionBlock(config) for _ in config.cross_attention_layers
+        )
+        self._hook_vision_tower()
+        self._hook_language_model()
+        self.post_init()
+
+    def _hook_vision_tower(self):
+        """Give LoRA to the patch embedding and to all linears of the encoder layers, and read out the last layer."""
+        config, tower = self.config, self.vision_tower
+        layers = transformer_layers(tower, config.vision_config.num_hidden_layers, "vision tower")
+        adapted = {module for module in layers.modules() if isinstance(module, nn.Linear)}
+        adapted.add(next(module for module in tower.modules() if isinstance(module, nn.Conv2d)))
+        for name, module in tower.named_modules():
+            if module in adapted:
+                name = name.replace(".", "_")  # flat, so that no target name of PEFT is its last part
+                for lora, rank, alpha in (
+                    (self.global_lora, config.global_lora_rank, config.global_lora_alpha),
+                    (self.local_lora, config.local_lora_rank, config.local_lora_alpha),
+                ):
+                    if rank:
+                        lora[name] = PheyeLora(module, rank, alpha, config.lora_dropout)
+                module.register_forward_hook(functools.partial(self._add_lora, name))
+        for name, module in tower.named_children():
+            if isinstance(module, nn.LayerNorm) and name in ("post_layernorm", "layernorm", "norm"):
+                # The features are the states before the last norm (section 2.2), so it passes them on as they are.
+                module.register_forward_hook(_pass_on)
+
+    def _hook_language_model(self):
+        """Run block j before the j-th layer that has one; every layer drops the keyword that carries the image."""
+        layers = transformer_layers(self.language_model, self.config.text_config.num_hidden_layers, "language model")
+        blocks = {layer: block for block, layer in enumerate(self.config.cross_attention_layers)}
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(functools.partial(self._run_block, blocks.get(index)), with_kwargs=True)
+
+    # Hooks find LoRA and blocks through their owner when they run, not when they are made, so that what has replaced
+    # them since (PEFT's copies of `modules_to_save`) is used.
+
+    def _add_lora(self, name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        views = self.config.views_per_image
+        updates = []
+        for lora, x, y in zip(
+            (self.global_lora, self.local_lora), split_views(args[0], views), split_views(output, views), strict=True
+        ):
+            if name in lora:
+                update = lora[name](x.flatten(0, 1)).to(output.device)
+                updates.append(y + update.unflatten(0, y.shape[:2]))
+            else:
+                updates.append(y)
+        return join_views(*updates)
+
+    def _run_block(self, block: int | None, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        context = kwargs.pop("image_context", None)
+        if block is None or context is None:
+            return args, kwargs
+        image_cache = None if context.image_caches is None else context.image_caches[block]
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        context.blocks_run += 1
+        # Positional arguments: reentrant checkpointing sees no gradient through keywords.
+        hidden_states, weights = self.cross_attention_blocks[block](
+            hidden_states, context.image_hidden_states, image_cache, context.cross_attentions is not None
+        )
+        if weights is not None:
+            context.cross_attentions.append(weights)
+        if args:
+            return (hidden_states, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden_states}
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Encode images: all views in one pass of the vision tower, each with the LoRA set of its kind (section 2.2).
+
+        Args:
+            pixel_values: (B, V, 3, height, width), global view first.
+
+        Returns:
+            `last_hidden_state` (B, V * N, D); with `output_hidden_states` and `output_attentions` also the vision
+            tower's own, whose rows are views (B * V).
+
+        Raises:
+            ValueError: if `pixel_values` has another rank, number of views or size.
+        """
+        config = self.config
+        size = config.vision_config.image_size
+        expected = (config.views_per_image, 3, size, size)
+        if pixel_values.ndim != 5 or pixel_values.shape[1:] != expected:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, but this model takes (images, {', '.join(map(str, expected))}): "
+                f"one global view and {config.tiles_per_side} x {config.tiles_per_side} crops of {size} pixels. "
+                "Make it with this model's own processor."
+            )
+        outputs = self.vision_tower(pixel_values.flatten(0, 1), return_dict=True, **kwargs)
+        hidden_states = outputs.last_hidden_state  # (B * V, N, D)
+        if hidden_states.shape[1] != config.tokens_per_view:
+            raise ValueError(
+                f"{type(self.vision_tower).__name__} gives {hidden_states.shape[1]} tokens a view where "
+                f"{config.tokens_per_view} were expected; Pheye needs a vision transformer with one token per patch."
+            )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=self.view_encoding(hidden_states),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def run_language_model(
+        self,
+        language_model: Callable[..., ModelOutput],
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_hidden_states: torch.Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        **kwargs,
+    ) -> tuple[ModelOutput, ImageContext]:
+        """Call the language model, with or without its head, so that its layers see the image of this call or cache."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if pixel_values is not None and image_hidden_states is not None:
+            raise ValueError("Give one of pixel_values and image_hidden_states, not both.")
+        rows, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        self._check_text(rows, length, pixel_values if image_hidden_states is None else image_hidden_states)
+
+        if pixel_values is not None:
+            image_hidden_states = self.get_image_features(pixel_values).last_hidden_state
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        context = self._image_context(image_hidden_states, past_key_values if use_cache else None, kwargs)
+        outputs = language_model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **({} if context is None else {"image_context": context}),
+            **kwargs,
+        )
+        if context is not None:
+            self._check_blocks_ran(context)
+        return outputs, context or ImageContext(None, None, None)
+
+    def _image_context(
+        self, image_hidden_states: torch.Tensor | None, cache: Cache | None, kwargs: dict
+    ) -> ImageContext | None:
+        """The context for this call, or None where neither the call nor its cache has an image."""
+        caches = None
+        if cache is not None:
+            text_layers = self.config.text_config.num_hidden_layers
+            while cache.layer_class_to_replicate is not None and len(cache.layers) < text_layers:
+                cache.layers.append(cache.layer_class_to_replicate())  # else it would count our layers as its own
+            caches = image_caches(cache, len(self.cross_attention_blocks))
+        if image_hidden_states is None and not (caches and caches[0].is_initialized):
+            return None
+        output_attentions = kwargs.get("output_attentions")
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        return ImageContext(image_hidden_states, caches, [] if output_attentions else None)
+
+    def _check_text(self, rows: int, length: int, images: torch.Tensor | None):
+        positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"The text has {length} tokens, but the language model has {positions} positions; shorten the prompt."
+            )
+        if images is not None and (images.shape[0] == 0 or rows % images.shape[0]):
+            raise ValueError(
+                f"There are {rows} rows of text for {images.shape[0]} images; give each image the same number of rows, "
+                "one after another."
+            )
+
+    def _check_blocks_ran(self, context: ImageContext):
+        """Some language models drop keywords on the way to their layers, and the image with them; refuse those."""
+        skips_layers = self.training and getattr(self.config.text_config, "layerdrop", 0) > 0
+        if context.blocks_run < len(self.cross_attention_blocks) and not skips_layers:
+            raise ValueError(
+                f"{type(self.language_model).__name__} cannot be Pheye's language model: it does not pass keyword "
+                f"arguments on to its layers, so {len(self.cross_attention_blocks) - context.blocks_run} of "
+                f"{len(self.cross_attention_blocks)} cross-attention blocks did not see the image."
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_hidden_states: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> PheyeModelOutputWithPast:
+        """Hidden states of text that may have an image; for the arguments see `PheyeForConditionalGeneration`."""
+        outputs, context = self.run_language_model(
+            self.language_model.base_model,
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            image_hidden_states,
+            past_key_values,
+            use_cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        return PheyeModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=tuple(context.cross_attentions) if context.cross_attentions else None,
+            image_hidden_states=context.image_hidden_states,
+        )
+
+
+def _pass_on(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return args[0]
+
+
+class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
+    """Pheye with the language model's head: answers questions about images, and trains."""
+
+    def __init__(self, config: PheyeConfig):
+        super().__init__(config)
+        self.model = PheyeModel(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.model.language_model.set_output_embeddings(new_embeddings)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See `PheyeModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_hidden_states: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> PheyeCausalLMOutputWithPast:
+        """Logits, and the loss where there are labels.
+
+        Args:
+            input_ids: (R, T); R is a multiple of the number of images, rows of one image adjacent. Without an image,
+                here or in the cache, this is the bare language model.
+            pixel_values: (B, V, 3, height, width), from the processor.
+            image_hidden_states: (B, N, D), from `get_image_features`, in place of `pixel_values`.
+            labels: (R, T), -100 where there is nothing to learn.
+            logits_to_keep: number of last positions, or the positions, to compute logits of; 0 for all.
+
+        Raises:
+            ValueError: if text, image and labels do not fit each other or the model; the message names the numbers.
+        """
+        if labels is not None and not torch.compiler.is_compiling() and not (labels[:, 1:] != -100).any():
+            raise ValueError(
+                f"All labels (shape {tuple(labels.shape)}) are -100 after the first position, so there is nothing to "
+                "learn; was the answer cut off or masked whole?"
+            )
+        outputs, context = self.model.run_language_model(
+            self.model.language_model,
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            image_hidden_states,
+            past_key_values,
+            use_cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=outputs.logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return PheyeCausalLMOutputWithPast(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=tuple(context.cross_attentions) if context.cross_attentions else None,
+            image_hidden_states=context.image_hidden_states,
+        )
+
+    # --- generate: the image is encoded once and keeps one row, and only the first forward pass of a turn sees it ---
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, **model_kwargs):
+        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_hidden_states")}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **images}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # Without a cache every step needs the image, and prefill in chunks takes no pixels: encode it beforehand.
+        chunked = generation_config.prefill_chunk_size is not None
+        if model_kwargs.get("pixel_values") is not None and (chunked or generation_config.use_cache is False):
+            pixel_values = model_kwargs.pop("pixel_values")
+            model_kwargs["image_hidden_states"] = self.get_image_features(pixel_values).last_hidden_state
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool = False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and inputs.get("use_cache", True):
+            for name in ("pixel_values", "image_hidden_states"):
+                inputs.pop(name, None)
+        return inputs
+
+
+PheyeModel.register_for_auto_class("AutoModel")
+PheyeForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
