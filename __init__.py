@@ -32,12 +32,14 @@ def register():
     """Make transformers' Auto classes know Pheye, so that folders and repos load without `trust_remote_code`."""
     from transformers import (
         AutoConfig,
-        AutoImageProcessor,
         AutoModel,
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
         AutoProcessor,
     )
+
+    # Not from transformers itself, where older releases hide it unless torchvision is installed.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from .configuration_pheye import PheyeConfig
     from .image_processing_pheye import PheyeImageProcessor

@@ -152,12 +152,15 @@ class PheyeImageCache(getattr(cache_utils, "DummyLayer", object)):
         raise NotImplementedError("Rows of a cache that holds an image cannot be selected: they share the image's row.")
 
 
-def image_caches(cache: Cache, blocks: int) -> list[PheyeImageCache]:
-    """The image caches of `cache`, one per block; appended behind the language model's layers at first use."""
+def image_caches(cache: Cache, text_layers: int, blocks: int) -> list[PheyeImageCache]:
+    """The image caches of `cache`, one per block; appended behind the language model's own layers at first use."""
     found = [layer for layer in cache.layers if isinstance(layer, PheyeImageCache)]
-    for _ in range(blocks - len(found)):
-        found.append(PheyeImageCache())
-        cache.layers.append(found[-1])
+    if not found:
+        # A cache that grows layer by layer would take ours for its own, so its layers are made beforehand.
+        while cache.layer_class_to_replicate is not None and len(cache.layers) < text_layers:
+            cache.layers.append(cache.layer_class_to_replicate())
+        found = [PheyeImageCache() for _ in range(blocks)]
+        cache.layers.extend(found)
     return found
 
 
@@ -477,16 +480,15 @@ class PheyeModel(PheyePreTrainedModel):
             self._check_blocks_ran(context)
         return outputs, context or ImageContext(None, None, None)
 
+    def image_caches(self, cache: Cache) -> list[PheyeImageCache]:
+        """The part of a cache that holds the image, one layer per block."""
+        return image_caches(cache, self.config.text_config.num_hidden_layers, len(self.cross_attention_blocks))
+
     def _image_context(
         self, image_hidden_states: torch.Tensor | None, cache: Cache | None, kwargs: dict
     ) -> ImageContext | None:
         """The context for this call, or None where neither the call nor its cache has an image."""
-        caches = None
-        if cache is not None:
-            text_layers = self.config.text_config.num_hidden_layers
-            while cache.layer_class_to_replicate is not None and len(cache.layers) < text_layers:
-                cache.layers.append(cache.layer_class_to_replicate())  # else it would count our layers as its own
-            caches = image_caches(cache, len(self.cross_attention_blocks))
+        caches = None if cache is None else self.image_caches(cache)
         if image_hidden_states is None and not (caches and caches[0].is_initialized):
             return None
         output_attentions = kwargs.get("output_attentions")
@@ -646,11 +648,16 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        # Without a cache every step needs the image, and prefill in chunks takes no pixels: encode it beforehand.
         chunked = generation_config.prefill_chunk_size is not None
         if model_kwargs.get("pixel_values") is not None and (chunked or generation_config.use_cache is False):
+            # Without a cache every step needs the image, and prefill in chunks takes no pixels: encode it beforehand.
             pixel_values = model_kwargs.pop("pixel_values")
             model_kwargs["image_hidden_states"] = self.get_image_features(pixel_values).last_hidden_state
+        if model_kwargs.get("image_hidden_states") is not None and chunked:
+            image_hidden_states = model_kwargs.pop("image_hidden_states")
+            caches = self.model.image_caches(model_kwargs["past_key_values"])
+            for block, cache in zip(self.model.cross_attention_blocks, caches, strict=True):
+                cache.update(*block.project(image_hidden_states))
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool = False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)

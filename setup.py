@@ -1,0 +1,39 @@
+"""The repository root is the package `pheye`, and the set of files that a Hub model repo carries."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+TRAIN = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.14"]
+EVAL = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8"]
+TEST = ["accelerate>=1.1", "datasets>=3.0", "parameterized>=0.9", "pytest>=8.0", "pytest-timeout>=2.3", "ruff==0.17.6"]
+DEMO = ["scikit-image>=0.22", "pooch>=1.8"]
+
+setup(
+    name="pheye",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "__init__.py").read_text()).group(1),
+    description="Pheye: efficient high-resolution vision-language models as a Hugging Face Transformers plugin",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={"pheye": "."},
+    packages=["pheye"],
+    install_requires=[
+        "huggingface_hub>=1.5",
+        "peft>=0.18",
+        "pillow>=10.3",
+        "safetensors>=0.5",
+        "torch>=2.6",
+        "transformers>=5.15,<6",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "demo": DEMO,
+        "test": sorted({*TEST, *TRAIN, *EVAL, *DEMO}),
+    },
+)
