@@ -5,7 +5,7 @@ Source: "Efficient Architectures for High Resolution Vision-Language Models", ar
 
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PhiConfig, PreTrainedConfig
 
-# The paper's models (section 3): xN has a block before every Nth layer; 448 and 672 are k = 2 and k = 3 crops of 224 px.
+# The paper's models (section 3): xN has a block before every Nth layer; 448 and 672 are 2 and 3 crops a side.
 VARIANTS = {
     "x4-448": {"cross_attention_interval": 4, "tiles_per_side": 2},
     "x4-672": {"cross_attention_interval": 4, "tiles_per_side": 3},
@@ -100,7 +100,7 @@ class PheyeConfig(PreTrainedConfig):
 
     @property
     def tokens_per_view(self) -> int:
-        """Tokens that the vision tower gives for one view: patches, and class and register tokens where it has them."""
+        """Tokens that the vision tower gives for one view: patches, class token and register tokens."""
         patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
         if self.vision_config.model_type in NO_CLASS_TOKEN:
             return patches
@@ -164,7 +164,8 @@ class PheyeConfig(PreTrainedConfig):
             )
         if HEAD_WIDTH % self.cross_attention_reduction:
             raise ValueError(
-                f"cross_attention_reduction={self.cross_attention_reduction} must divide {HEAD_WIDTH}, the width of a head."
+                f"cross_attention_reduction={self.cross_attention_reduction} must divide {HEAD_WIDTH}, the width of a "
+                "head."
             )
         if 4 * self.text_config.hidden_size % self.cross_attention_reduction:
             raise ValueError(

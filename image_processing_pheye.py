@@ -53,7 +53,9 @@ def tile_image(
     height, width = size
     global_view = np.asarray(resize(image, (width, height), resample))
     enlarged = np.asarray(resize(image, (width * tiles_per_side, height * tiles_per_side), resample))
-    crops = [enlarged[top:bottom, left:right] for left, top, right, bottom in tile_boxes(tiles_per_side, height, width)]
+    crops = [
+        enlarged[top:bottom, left:right] for left, top, right, bottom in tile_boxes(tiles_per_side, height, width)
+    ]
     return np.stack([global_view, *crops])
 
 
@@ -83,11 +85,13 @@ def _read(source: str | os.PathLike | bytes) -> str | os.PathLike | BytesIO:
     if source.startswith(("http://", "https://")):
         return BytesIO(httpx.get(source, follow_redirects=True).raise_for_status().content)
     try:
-        return BytesIO(base64.b64decode(source.split(",")[-1] if source.startswith("data:") else source, validate=True))
+        return BytesIO(
+            base64.b64decode(source.split(",")[-1] if source.startswith("data:") else source, validate=True)
+        )
     except binascii.Error:
         raise ValueError(
-            f"{source[:200]!r} is no image: there is no such file, and it is neither a URL that starts with http:// or "
-            "https:// nor base64 text."
+            f"{source[:200]!r} is no image: there is no such file, and it is neither a URL that starts with "
+            "http:// or https:// nor base64 text."
         ) from None
 
 
@@ -118,7 +122,9 @@ def to_rgb(image: "Image.Image | np.ndarray | torch.Tensor", input_data_format: 
     elif isinstance(image, (np.ndarray, torch.Tensor)):
         image = _from_array(_channels_last(np.asarray(image), input_data_format))
     else:
-        raise TypeError(f"{type(image).__name__} is no image; give a PIL image, an array, a tensor, a path, a URL or bytes.")
+        raise TypeError(
+            f"{type(image).__name__} is no image; give a PIL image, an array, a tensor, a path, a URL or bytes."
+        )
     if 0 in image.size:
         raise ValueError(f"The image is empty: its size is {image.width} x {image.height} pixels.")
     try:

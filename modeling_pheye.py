@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers import cache_utils
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+    cache_utils,
+)
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -29,6 +36,8 @@ if TYPE_CHECKING:  # never run, but it makes every saved model carry these files
     from .image_processing_pheye import PheyeImageProcessor  # noqa: F401
     from .pipeline_pheye import PheyeImageToTextPipeline  # noqa: F401
     from .processing_pheye import PheyeProcessor  # noqa: F401
+
+IMAGE_INPUTS = ("pixel_values", "image_hidden_states")
 
 
 @dataclass
@@ -50,7 +59,7 @@ class PheyeModelOutputWithPast(ModelOutput):
 
 @dataclass
 class PheyeCausalLMOutputWithPast(ModelOutput):
-    """Outputs of `PheyeForConditionalGeneration`: loss, logits (R, T, vocabulary) and as `PheyeModelOutputWithPast`."""
+    """Outputs of `PheyeForConditionalGeneration`: loss, logits (R, T, vocabulary), else as the base model's."""
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
@@ -65,7 +74,7 @@ class PheyeCausalLMOutputWithPast(ModelOutput):
 
 
 def split_views(rows: torch.Tensor, views: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B * V, ...) to the global views (B, 1, ...) and the crops (B, V - 1, ...): the one place that tells them apart."""
+    """(B * V, ...) to the global views (B, 1, ...) and crops (B, V - 1, ...): the one place that tells them apart."""
     rows = rows.unflatten(0, (-1, views))  # (B, V, ...)
     return rows[:, :1], rows[:, 1:]
 
@@ -105,11 +114,15 @@ class PheyeLora(nn.Module):
 # --- Cross-attention ---
 
 
-class PheyeImageCache(getattr(cache_utils, "DummyLayer", object)):
+# Being a DummyLayer keeps the image out of masks and prefetching; releases before 5.23 have none.
+CacheLayer = getattr(cache_utils, "DummyLayer", cache_utils.CacheLayerMixin)
+
+
+class PheyeImageCache(CacheLayer):
     """Keys and values (B, H, N, D) of an image for one block, appended as a layer to the language model's cache.
 
     It holds one row per image, however many text rows share it: repeating and reordering rows, cropping and offloading
-    leave it alone. Where transformers has a `DummyLayer`, being one keeps it out of masks and prefetching.
+    leave it alone.
     """
 
     supports_early_init = False
@@ -126,6 +139,8 @@ class PheyeImageCache(getattr(cache_utils, "DummyLayer", object)):
 
     def reset(self):
         self.keys, self.values, self.is_initialized = None, None, False
+
+    def lazy_initialization(self, *args): ...
 
     def get_max_length(self) -> int:
         return -1
@@ -149,7 +164,9 @@ class PheyeImageCache(getattr(cache_utils, "DummyLayer", object)):
     def batch_repeat_interleave(self, repeats: int): ...
 
     def batch_select_indices(self, indices: torch.Tensor):
-        raise NotImplementedError("Rows of a cache that holds an image cannot be selected: they share the image's row.")
+        raise NotImplementedError(
+            "Rows of a cache that holds an image cannot be selected: they share the image's row."
+        )
 
 
 def image_caches(cache: Cache, text_layers: int, blocks: int) -> list[PheyeImageCache]:
@@ -165,7 +182,13 @@ def image_caches(cache: Cache, text_layers: int, blocks: int) -> list[PheyeImage
 
 
 def eager_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, scaling: float, **kwargs
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: None,
+    scaling: float,
+    **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax(query key^T * scaling) value, unmasked: ((B, T, H, D), weights (B, H, T, N))."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, T, N)
@@ -192,6 +215,7 @@ class PheyeCrossAttentionBlock(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(text_size, eps=1e-5)
         self.mlp_in = nn.Linear(text_size, mlp_size)
         self.mlp_out = nn.Linear(mlp_size, text_size)
+        self.to_out.ends_residual = self.mlp_out.ends_residual = True  # start smaller, see `_init_weights`
 
     def forward(
         self,
@@ -200,8 +224,8 @@ class PheyeCrossAttentionBlock(GradientCheckpointingLayer):
         image_cache: PheyeImageCache | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Condition `hidden_states` (R, T, D) on an image: on `image_hidden_states` (B, N, D), whose keys and values go
-        into `image_cache`, or else on those that are in it. Returns the new states and weights (R, H, T, N) or None."""
+        """Condition `hidden_states` (R, T, D) on an image: on `image_hidden_states` (B, N, D), whose keys and values
+        go into `image_cache`, or else on those in it. Returns the new states and weights (R, H, T, N) or None."""
         if image_hidden_states is None:
             key, value = image_cache.keys, image_cache.values
         else:
@@ -264,12 +288,12 @@ class ImageContext:
 def transformer_layers(model: nn.Module, count: int, kind: str) -> nn.ModuleList:
     """The list of `count` transformer layers inside a `kind` of model, wherever its family keeps it."""
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            if all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
-                return module
+        is_list = isinstance(module, nn.ModuleList) and len(module) == count
+        if is_list and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
+            return module
     raise ValueError(
-        f"{type(model).__name__} cannot be a Pheye {kind}: it has no list of {count} transformer layers of transformers' "
-        "GradientCheckpointingLayer."
+        f"{type(model).__name__} cannot be a Pheye {kind}: it has no list of {count} transformer layers "
+        "(GradientCheckpointingLayer)."
     )
 
 
@@ -294,14 +318,12 @@ class PheyePreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.A, a=math.sqrt(5))
             init.zeros_(module.B)
         elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=0.01)
+            depth = max(self.config.text_config.num_hidden_layers, 36)
+            scale = math.sqrt(2 * depth) if getattr(module, "ends_residual", False) else 1
+            init.normal_(module.weight, std=0.01 / scale)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.02)
-        elif isinstance(module, PheyeCrossAttentionBlock):
-            depth = max(self.config.text_config.num_hidden_layers, 36)
-            for linear in (module.to_out, module.mlp_out):
-                init.normal_(linear.weight, std=0.01 / math.sqrt(2 * depth))
 
 
 class PheyeViewEncoding(nn.Module):
@@ -419,21 +441,13 @@ class PheyeModel(PheyePreTrainedModel):
         Raises:
             ValueError: if `pixel_values` has another rank, number of views or size.
         """
-        config = self.config
-        size = config.vision_config.image_size
-        expected = (config.views_per_image, 3, size, size)
-        if pixel_values.ndim != 5 or pixel_values.shape[1:] != expected:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, but this model takes (images, {', '.join(map(str, expected))}): "
-                f"one global view and {config.tiles_per_side} x {config.tiles_per_side} crops of {size} pixels. "
-                "Make it with this model's own processor."
-            )
+        self._check_pixel_values(pixel_values)
         outputs = self.vision_tower(pixel_values.flatten(0, 1), return_dict=True, **kwargs)
         hidden_states = outputs.last_hidden_state  # (B * V, N, D)
-        if hidden_states.shape[1] != config.tokens_per_view:
+        if hidden_states.shape[1] != self.config.tokens_per_view:
             raise ValueError(
                 f"{type(self.vision_tower).__name__} gives {hidden_states.shape[1]} tokens a view where "
-                f"{config.tokens_per_view} were expected; Pheye needs a vision transformer with one token per patch."
+                f"{self.config.tokens_per_view} were expected; Pheye needs a ViT with one token per patch."
             )
         return BaseModelOutputWithPooling(
             last_hidden_state=self.view_encoding(hidden_states),
@@ -452,12 +466,14 @@ class PheyeModel(PheyePreTrainedModel):
         use_cache: bool | None,
         **kwargs,
     ) -> tuple[ModelOutput, ImageContext]:
-        """Call the language model, with or without its head, so that its layers see the image of this call or cache."""
+        """Call the language model, with or without its head, on text and the image of this call or of its cache."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if pixel_values is not None and image_hidden_states is not None:
             raise ValueError("Give one of pixel_values and image_hidden_states, not both.")
         rows, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        if pixel_values is not None:
+            self._check_pixel_values(pixel_values)
         self._check_text(rows, length, pixel_values if image_hidden_states is None else image_hidden_states)
 
         if pixel_values is not None:
@@ -496,6 +512,16 @@ class PheyeModel(PheyePreTrainedModel):
             output_attentions = self.config.output_attentions
         return ImageContext(image_hidden_states, caches, [] if output_attentions else None)
 
+    def _check_pixel_values(self, pixel_values: torch.Tensor):
+        size = self.config.vision_config.image_size
+        views, tiles = self.config.views_per_image, self.config.tiles_per_side
+        if pixel_values.ndim != 5 or pixel_values.shape[1:] != (views, 3, size, size):
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, but this model takes (images, {views}, 3, "
+                f"{size}, {size}): one global view and {tiles} x {tiles} crops of {size} pixels. Make it with this "
+                "model's own processor."
+            )
+
     def _check_text(self, rows: int, length: int, images: torch.Tensor | None):
         positions = getattr(self.config.text_config, "max_position_embeddings", None)
         if positions is not None and length > positions:
@@ -504,8 +530,8 @@ class PheyeModel(PheyePreTrainedModel):
             )
         if images is not None and (images.shape[0] == 0 or rows % images.shape[0]):
             raise ValueError(
-                f"There are {rows} rows of text for {images.shape[0]} images; give each image the same number of rows, "
-                "one after another."
+                f"There are {rows} rows of text for {images.shape[0]} images; give each image the same number of "
+                "rows, one after another."
             )
 
     def _check_blocks_ran(self, context: ImageContext):
@@ -640,7 +666,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
     # --- generate: the image is encoded once and keeps one row, and only the first forward pass of a turn sees it ---
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, **model_kwargs):
-        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_hidden_states")}
+        images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if name in model_kwargs}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **model_kwargs
         )
@@ -662,9 +688,15 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool = False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and inputs.get("use_cache", True):
-            for name in ("pixel_values", "image_hidden_states"):
+            for name in IMAGE_INPUTS:
                 inputs.pop(name, None)
         return inputs
+
+    def _get_candidate_generator(self, model_kwargs, assistant_model=None, **kwargs):
+        if assistant_model is not None and "image" not in assistant_model.input_modalities:
+            # An assistant that only reads text guesses without the image; this model corrects it.
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IMAGE_INPUTS}
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
 
 
 PheyeModel.register_for_auto_class("AutoModel")

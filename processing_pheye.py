@@ -5,7 +5,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
 
-# Text parts of a message are joined; image parts leave no trace in the text, since no image token enters it. The answer
+# Text parts of a message are joined; image parts leave no trace, since no image token enters the text. The answer
 # keeps its leading space inside the generation block, because byte-pair tokens carry the space in front of a word.
 CHAT_TEMPLATE = """\
 {%- macro text_of(message) -%}
@@ -90,8 +90,8 @@ class PheyeProcessor(ProcessorMixin):
             _check_texts(texts)
             if is_list and len(images) != len(texts):
                 raise ValueError(
-                    f"There are {len(images)} images and {len(texts)} texts; give one image per text, or one image that "
-                    "is not in a list to ask all the texts about it."
+                    f"There are {len(images)} images and {len(texts)} texts; give one image per text, or one "
+                    "image that is not in a list to ask all the texts about it."
                 )
         if is_list and not images:
             raise ValueError("`images` is an empty list; leave it out for text without an image.")

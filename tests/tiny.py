@@ -35,7 +35,7 @@ def tiny_vision_config(**kwargs) -> CLIPVisionConfig:
 def tiny_text_config(**kwargs) -> PhiConfig:
     defaults = {
         "vocab_size": 257,
-        "hidden_size": 64,
+        "hidden_size": 128,
         "intermediate_size": 96,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
@@ -62,7 +62,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             is_norm_weight = parameter.ndim == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.1 * noise if is_norm_weight else noise * 0.15)
+            parameter.copy_(1 + 0.1 * noise if is_norm_weight else noise * 0.1)
     return model
 
 
@@ -74,9 +74,7 @@ def tiny_model(config: PheyeConfig | None = None, seed: int = 0, **kwargs) -> Ph
 def tiny_processor(config: PheyeConfig | None = None) -> PheyeProcessor:
     config = config or tiny_config()
     size = config.vision_config.image_size
-    image_processor = PheyeImageProcessor(
-        tiles_per_side=config.tiles_per_side, size={"height": size, "width": size}
-    )
+    image_processor = PheyeImageProcessor(tiles_per_side=config.tiles_per_side, size={"height": size, "width": size})
     return PheyeProcessor(image_processor, tiny_tokenizer())
 
 

@@ -1,0 +1,364 @@
+"""Processor: the published prompt, token for token, and one image per text."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from jinja2.exceptions import TemplateError
+from pheye import PheyeImageProcessor, PheyeProcessor
+from pheye.processing_pheye import CAPTION_INSTRUCTION, CHAT_TEMPLATE
+from safetensors.torch import load_file
+from tiny import END, tiny_image, tiny_processor, tiny_tokenizer
+from transformers import AutoProcessor, AutoTokenizer
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+SYSTEM = (
+    "You are an AI visual assistant and you are seeing a single image. You will receive an instruction regarding that "
+    "image. Your goal is to follow the instruction as faithfully as you can."
+)
+PROMPTS = ["What is written on the sign?", "Describe the image in one sentence."]
+
+
+def user(*parts) -> dict:
+    """A message whose parts are texts and images."""
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+def system(text: str) -> dict:
+    return {"role": "system", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def text_of(ids: torch.Tensor, processor: PheyeProcessor) -> str:
+    return processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+# --- The prompt ---
+
+
+@pytest.mark.parametrize("case", ["x2-448", "x4-672"])
+def test_prompts_have_the_tokens_of_the_published_implementation(case):
+    expected = load_file(GOLDEN / case / "expected.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / case / "decoder")
+    processor = PheyeProcessor(PheyeImageProcessor(tiles_per_side=int(case == "x4-672") + 2), tokenizer)
+    conversations = [[user(GOLDEN / case / f"image{row}.png", prompt)] for row, prompt in enumerate(PROMPTS)]
+    inputs = processor.apply_chat_template(
+        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert torch.equal(inputs["attention_mask"], expected["attention_mask"])
+    assert (inputs["attention_mask"] == 0).any()  # the prompts differ in length, so padding is compared too
+    probe = inputs["pixel_values"][..., ::16, ::16]
+    torch.testing.assert_close(probe, expected["pixel_values_probe"], atol=1e-6, rtol=0)
+
+
+def test_without_a_system_message_the_published_one_is_used(processor):
+    text = processor.apply_chat_template([user("Why?")], add_generation_prompt=True)
+    assert text == f"{SYSTEM}\n\nInstruction: Why?\nOutput:"
+
+
+def test_an_own_system_message_replaces_the_published_one(processor):
+    text = processor.apply_chat_template([system("Be brief."), user("Why?")], add_generation_prompt=True)
+    assert text == "Be brief.\n\nInstruction: Why?\nOutput:"
+
+
+def test_an_empty_system_message_means_none(processor):
+    for empty in (system(""), {"role": "system", "content": []}):
+        text = processor.apply_chat_template([empty, user("Why?")], add_generation_prompt=True)
+        assert text == "Instruction: Why?\nOutput:"
+
+
+def test_several_turns(processor):
+    turns = [user("One?"), assistant("First."), user("Two?"), assistant("Second."), user("Three?")]
+    rest = (
+        f"Instruction: One?\nOutput: First.{END}\n\nInstruction: Two?\nOutput: Second.{END}"
+        "\n\nInstruction: Three?\nOutput:"
+    )
+    assert processor.apply_chat_template(turns, add_generation_prompt=True) == f"{SYSTEM}\n\n{rest}"
+    assert processor.apply_chat_template([system(""), *turns], add_generation_prompt=True) == rest
+
+
+def test_without_a_generation_prompt_the_text_ends_where_the_messages_do(processor):
+    assert processor.apply_chat_template([user("Why?")]).endswith("\n\nInstruction: Why?")
+    finished = processor.apply_chat_template([user("Why?"), assistant("So.")])
+    assert finished.endswith(f"\n\nInstruction: Why?\nOutput: So.{END}")
+
+
+def test_content_may_be_a_string_or_parts(processor):
+    as_text = [system("Be brief."), {"role": "user", "content": "Is it red?"}, assistant("Yes.")]
+    as_parts = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        user("Is it ", tiny_image(), "red?"),
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+    ]
+    assert processor.apply_chat_template(as_text) == processor.apply_chat_template(as_parts)
+
+
+def test_messages_are_taken_as_they_are(processor):
+    """No trimming, no markup, no template syntax inside of a user's words."""
+    odd = "  {{ 1 + 1 }} <b>é</b> \n{% if %} "
+    text = processor.apply_chat_template([user(odd)], add_generation_prompt=True)
+    assert text == f"{SYSTEM}\n\nInstruction: {odd}\nOutput:"
+
+
+def test_a_final_message_can_be_continued(processor):
+    for last in (assistant("It is a"), {"role": "assistant", "content": [{"type": "text", "text": "It is a"}]}):
+        text = processor.apply_chat_template([user("What?"), last], continue_final_message=True)
+        assert text == f"{SYSTEM}\n\nInstruction: What?\nOutput: It is a"
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [["assistant"], ["user", "user"], ["user", "assistant", "assistant"], ["user", "system"], ["system", "system"]],
+    ids="-".join,
+)
+def test_roles_out_of_order_are_refused_by_name(processor, roles):
+    conversation = [{"role": role, "content": "x"} for role in roles]
+    with pytest.raises(TemplateError, match=rf"user and assistant take turns.*message \d has the role {roles[-1]}"):
+        processor.apply_chat_template(conversation)
+
+
+def test_assistant_mask_covers_space_answer_and_end_and_nothing_else(processor):
+    conversations = [
+        [user(tiny_image(0), "One?"), assistant("Yes, two."), user("And then, in the end?"), assistant("Output: 3")],
+        [system(""), user(tiny_image(1), "Q"), assistant("Short")],
+    ]
+    inputs = processor.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+    )
+    assert inputs["attention_mask"][1, 0] == 0  # the second row is padded on the left
+    answers = [[" Yes, two.", " Output: 3"], [" Short"]]
+    for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["assistant_masks"], strict=True)):
+        runs = (torch.diff(mask, prepend=torch.zeros(1, dtype=mask.dtype)) == 1).sum()
+        assert runs == len(answers[row])
+        expected = "".join(answer + END for answer in answers[row])
+        assert text_of(ids[mask.bool()], processor) == expected
+
+
+def test_masked_text_is_what_generation_continues_with(processor):
+    """Prompt for generation plus masked part is the training text, token for token."""
+    question, answer = user("Why?"), assistant("So.")
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    prompt = processor.apply_chat_template([question], add_generation_prompt=True, **options)["input_ids"][0]
+    whole = processor.apply_chat_template([question, answer], return_assistant_tokens_mask=True, **options)
+    ids, mask = whole["input_ids"][0], whole["assistant_masks"][0].bool()
+    assert torch.equal(torch.cat([prompt, ids[mask]]), ids)
+
+
+def test_the_caption_instruction_is_the_papers():
+    assert CAPTION_INSTRUCTION == "Provide a one-sentence caption for the provided image"
+
+
+def test_the_prompt_stands_in_one_root_file_only():
+    files = [path for path in ROOT.iterdir() if path.suffix in (".py", ".jinja", ".json", ".md", ".toml", ".txt")]
+    assert len(files) > 5
+    for part in ("You are an AI visual assistant", "'Instruction: '", "Output:'"):
+        holders = [path.name for path in files if part in path.read_text()]
+        assert holders == ["processing_pheye.py"], part
+    assert (ROOT / "processing_pheye.py").read_text().count("You are an AI visual assistant") == 1
+
+
+def test_a_template_of_ones_own_replaces_the_published_one():
+    own = "{% for message in messages %}{{ message['content'] }}|{% endfor %}"
+    processor = PheyeProcessor(tiny_processor().image_processor, tiny_tokenizer(), chat_template=own)
+    assert processor.apply_chat_template([assistant("a"), assistant("b")]) == "a|b|"
+    assert tiny_processor().chat_template == CHAT_TEMPLATE
+
+
+# --- Text ---
+
+
+def test_text_is_taken_as_it_is(processor):
+    for text in ("a", " two words\n", f"{SYSTEM}\n\nInstruction: x\nOutput:", "{{ x }}"):
+        ids = processor(text=text, return_tensors="pt")["input_ids"]
+        assert ids.tolist() == [tiny_tokenizer()(text)["input_ids"]]
+        assert text_of(ids[0], processor) == text
+
+
+def test_texts_are_padded_on_the_left(processor):
+    inputs = processor(text=["abc", "a", "ab"], return_tensors="pt")
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
+    ids, end = inputs["input_ids"], processor.tokenizer.eos_token_id
+    assert (ids[inputs["attention_mask"] == 0] == end).all()
+    assert [text_of(row[mask.bool()], processor) for row, mask in zip(ids, inputs["attention_mask"], strict=True)] == [
+        "abc",
+        "a",
+        "ab",
+    ]
+
+
+def test_a_call_may_pad_on_the_right(processor):
+    inputs = processor(text=["abc", "a"], padding_side="right", return_tensors="pt")
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_a_tokenizer_without_padding_token_gets_its_end_token():
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.pad_token is None
+    processor = PheyeProcessor(tiny_processor().image_processor, tokenizer)
+    assert processor.tokenizer.pad_token == processor.tokenizer.eos_token == END
+
+
+def test_a_padding_token_of_the_tokenizers_own_stays():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    processor = PheyeProcessor(tiny_processor().image_processor, tokenizer)
+    inputs = processor(text=["abc", "a"], return_tensors="pt")
+    assert inputs["input_ids"][1, 0] == tokenizer.convert_tokens_to_ids("<pad>") != tokenizer.eos_token_id
+
+
+def test_answers_are_decoded_without_special_tokens(processor):
+    ids = torch.tensor([processor.tokenizer(f"{END}{END} yes{END}")["input_ids"]])
+    assert processor.post_process_image_text_to_text(ids) == [" yes"]
+    assert processor.post_process_image_text_to_text(ids, skip_special_tokens=False) == [f"{END}{END} yes{END}"]
+
+
+# --- Images and texts ---
+
+
+def shapes(inputs) -> dict:
+    return {name: tuple(value.shape) for name, value in inputs.items()}
+
+
+def test_one_bare_image_serves_any_number_of_texts(processor):
+    image = tiny_image()
+    inputs = processor(images=image, text=["a", "bcd", "ef"], return_tensors="pt")
+    assert shapes(inputs) == {"input_ids": (3, 3), "attention_mask": (3, 3), "pixel_values": (1, 5, 3, 32, 32)}
+    expected = processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(inputs["pixel_values"], expected)
+    assert shapes(processor(images=image, text="a", return_tensors="pt"))["pixel_values"] == (1, 5, 3, 32, 32)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("container", [list, tuple])
+def test_lists_of_images_go_with_lists_of_texts_in_order(processor, nested, container):
+    pictures = [tiny_image(0), tiny_image(1)]
+    images = container([picture] if nested else picture for picture in pictures)
+    inputs = processor(images=images, text=["abc", "a"], return_tensors="pt")
+    assert inputs["input_ids"].shape == (2, 3)
+    expected = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+    assert torch.equal(inputs["pixel_values"], expected)
+
+
+def test_texts_may_be_a_tuple(processor):
+    inputs = processor(images=[tiny_image(0), tiny_image(1)], text=("abc", "a"), return_tensors="pt")
+    expected = processor(images=[tiny_image(0), tiny_image(1)], text=["abc", "a"], return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+
+
+def test_text_only_and_images_only(processor):
+    assert set(processor(text="a", return_tensors="pt")) == {"input_ids", "attention_mask"}
+    assert set(processor(images=tiny_image(), return_tensors="pt")) == {"pixel_values"}
+    assert shapes(processor(images=[tiny_image(0), tiny_image(1)], return_tensors="pt")) == {
+        "pixel_values": (2, 5, 3, 32, 32)
+    }
+    chat = processor.apply_chat_template([user("a")], tokenize=True, return_dict=True, return_tensors="pt")
+    assert set(chat) == {"input_ids", "attention_mask"}
+
+
+def test_options_reach_the_image_processor(processor):
+    inputs = processor(images=tiny_image(), text="a", tiles_per_side=3, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 10, 3, 32, 32)
+    assert processor.image_processor.tiles_per_side == 2
+
+
+@pytest.mark.parametrize("images, texts", [(2, 1), (1, 2), (3, 2)])
+def test_lists_of_different_lengths_are_refused_with_both(processor, images, texts):
+    pictures, words = [tiny_image(seed) for seed in range(images)], ["word"] * texts
+    message = rf"{images} images and {texts} texts; give one image per text, or one image that is not in a list"
+    with pytest.raises(ValueError, match=message):
+        processor(images=pictures, text=words)
+    with pytest.raises(ValueError, match=message):
+        processor(images=[[picture] for picture in pictures], text=words)
+
+
+def test_an_array_of_images_must_match_the_texts_too(processor):
+    with pytest.raises(ValueError, match="2 images and 3 texts"):
+        processor(images=torch.zeros(2, 3, 8, 9, dtype=torch.uint8), text=["a", "b", "c"], return_tensors="pt")
+
+
+def test_two_images_for_one_prompt_are_refused(processor):
+    pair = [tiny_image(0), tiny_image(1)]
+    with pytest.raises(ValueError, match=r"Prompt 0 has 2 images.*one by one"):
+        processor(images=[pair], text="a")
+    with pytest.raises(ValueError, match=r"Prompt 1 has 2 images"):
+        processor(images=[[tiny_image()], pair], text=["a", "b"])
+    together, apart = [user(*pair, "a")], [user(pair[0], "a"), assistant("b"), user(pair[1], "c")]
+    for conversation in (together, apart):
+        with pytest.raises(ValueError, match=r"Prompt 0 has 2 images"):
+            processor.apply_chat_template(conversation, tokenize=True, return_dict=True)
+
+
+def test_a_batch_of_which_only_some_prompts_have_an_image_is_refused(processor):
+    conversations = [[user(tiny_image(), "a")], [user("b")]]
+    with pytest.raises(ValueError, match=r"Prompt 1 has 0 images"):
+        processor.apply_chat_template(conversations, tokenize=True, return_dict=True)
+
+
+def test_empty_texts_are_refused_by_their_place(processor):
+    with pytest.raises(ValueError, match=r"Text 0 is empty; give"):
+        processor(images=tiny_image(), text="")
+    with pytest.raises(ValueError, match=r"Text 1 is empty; give"):
+        processor(text=["a", ""])
+
+
+def test_no_texts_at_all_are_refused(processor):
+    for images in (None, tiny_image(), []):
+        with pytest.raises(ValueError, match="empty"):
+            processor(images=images, text=[])
+
+
+@pytest.mark.parametrize("text", [5, [["a"]], [b"a"], ["a", None]], ids=str)
+def test_texts_that_are_no_strings_are_refused_by_type(processor, text):
+    with pytest.raises((TypeError, ValueError), match=r"must be a string or a list of strings.*(int|list|bytes|None)"):
+        processor(text=text)
+
+
+def test_nothing_given_is_refused(processor):
+    with pytest.raises(ValueError, match="at least one input"):
+        processor()
+    with pytest.raises(ValueError, match=r"`images` is an empty list"):
+        processor(images=[])
+
+
+def test_a_broken_image_is_refused_by_name(processor, tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        processor(images=path, text="a")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        processor.apply_chat_template([user(path, "a")], tokenize=True, return_dict=True)
+
+
+# --- Saving ---
+
+
+@pytest.mark.parametrize("own_template", [None, "{{ messages[0]['content'][0]['text'] }}!"])
+def test_save_and_reload_give_the_same_processor(tmp_path, own_template):
+    image_processor = PheyeImageProcessor(tiles_per_side=4, size={"height": 24, "width": 24}, image_mean=[0.1] * 3)
+    processor = PheyeProcessor(image_processor, tiny_tokenizer(), chat_template=own_template)
+    processor.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"chat_template.jinja", "tokenizer.json", "processing_pheye.py", "image_processing_pheye.py"}
+    assert (tmp_path / "chat_template.jinja").read_text() == (own_template or CHAT_TEMPLATE)
+
+    conversation = [user("What?")]
+    inputs = processor(images=tiny_image(), text=["abc", "a"], return_tensors="pt")
+    for reloaded in (
+        PheyeProcessor.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True),
+    ):
+        assert type(reloaded).__name__ == "PheyeProcessor"
+        assert reloaded.chat_template == processor.chat_template
+        assert reloaded.image_processor.to_dict() == processor.image_processor.to_dict()
+        assert reloaded.tokenizer.pad_token == END
+        assert reloaded.apply_chat_template(conversation) == processor.apply_chat_template(conversation)
+        again = reloaded(images=tiny_image(), text=["abc", "a"], return_tensors="pt")
+        assert set(again) == set(inputs) and all(torch.equal(again[name], inputs[name]) for name in inputs)
