@@ -132,6 +132,10 @@ class PheyeConfig(PreTrainedConfig):
         """The language model's vocabulary; a property, so that resizing the embeddings keeps one number."""
         return self.text_config.vocab_size
 
+    @vocab_size.setter
+    def vocab_size(self, value: int):
+        self.text_config.vocab_size = value
+
     def _check(self):
         """Raise ValueError where a number is out of range or two of them contradict each other."""
         minima = {
@@ -173,7 +177,7 @@ class PheyeConfig(PreTrainedConfig):
                 f"{4 * self.text_config.hidden_size}."
             )
         image_size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
-        if not isinstance(image_size, int) or not isinstance(patch_size, int) or image_size < patch_size:
+        if not isinstance(image_size, int) or not isinstance(patch_size, int) or not 1 <= patch_size <= image_size:
             raise ValueError(
                 f"vision_config needs one integer image_size and one patch_size no larger than it; "
                 f"got image_size={image_size} and patch_size={patch_size}."
@@ -220,6 +224,16 @@ def _resolve(config: dict | PreTrainedConfig, name: str) -> PreTrainedConfig:
         config = AutoConfig.for_model(**config)
     if name == "vision_config" and hasattr(config, "vision_config"):
         config = config.vision_config
+    needed = {
+        "vision_config": ("hidden_size", "num_hidden_layers", "image_size", "patch_size"),
+        "text_config": ("hidden_size", "num_hidden_layers", "vocab_size"),
+    }[name]
+    missing = [number for number in needed if not hasattr(config, number)]
+    if missing:
+        raise ValueError(
+            f"{name} is a {type(config).__name__}, which has no {', '.join(missing)}; give the config of a "
+            f"{'vision transformer' if name == 'vision_config' else 'causal language model'}, or its dict."
+        )
     return config
 
 

@@ -45,6 +45,7 @@ from pheye.configuration_pheye import VARIANTS, PheyeConfig
 from pheye.image_processing_pheye import PheyeImageProcessor
 from pheye.modeling_pheye import PheyeForConditionalGeneration
 from pheye.processing_pheye import PheyeProcessor
+from pheye.reference import Reference, draw_test_picture
 
 # --- The mapping ---
 
@@ -58,8 +59,8 @@ class SameAs(NamedTuple):
 class Rule(NamedTuple):
     """What becomes of the source's tensors of one name.
 
-    target: a name (renamed), several (split along the rows; None stands for rows that nothing uses), None (dropped), or
-    `SameAs` (dropped once it is proved to be a copy). The fields in braces are those of `FIELDS`.
+    target: a name (renamed), several (split along the rows; None stands for rows that nothing uses), None (dropped),
+    or `SameAs` (dropped once it is proved to be a copy). The fields in braces are those of `FIELDS`.
     """
 
     source: str
@@ -87,20 +88,23 @@ VIT = "vision_encoder.vision_model.base_model.model."
 LEVEL = "vision_encoder.norm_lvl_"
 LM_LAYER = "lang_encoder.model.layers.{layer}.decoder_layer.{rest}"
 OLD_BLOCK = "lang_encoder.model.layers.{layer}.cross_attn_layer."
-BLOCK = "model.cross_attention_blocks.{block}."
+MODEL = PheyeForConditionalGeneration.base_model_prefix + "."
+BLOCK = MODEL + "cross_attention_blocks.{block}."
 
 # The first rule that fits a name decides.
 RULES = (
-    Rule(VIT + "{path}.lora_{matrix}.first.weight", "model.global_lora.{flat}.{matrix}", "LoRA of the global view"),
-    Rule(VIT + "{path}.lora_{matrix}.second.weight", "model.local_lora.{flat}.{matrix}", "LoRA of the crops"),
-    Rule(VIT + "{path}.base_layer.{kind}", "model.vision_tower.{path}.{kind}", "ViT, a weight that PEFT had wrapped"),
-    Rule(VIT + "{path}", "model.vision_tower.{path}", "ViT, a weight without LoRA"),
-    Rule(LEVEL + "1.{kind}", "model.view_encoding.global_norm.{kind}", "norm of the global tokens"),
-    Rule(LEVEL + "2.{kind}", "model.view_encoding.local_norm.{kind}", "norm of the crops' tokens"),
+    Rule(VIT + "{path}.lora_{matrix}.first.weight", MODEL + "global_lora.{flat}.{matrix}", "LoRA of the global view"),
+    Rule(VIT + "{path}.lora_{matrix}.second.weight", MODEL + "local_lora.{flat}.{matrix}", "LoRA of the crops"),
+    Rule(
+        VIT + "{path}.base_layer.{kind}", MODEL + "vision_tower.{path}.{kind}", "ViT, a weight that PEFT had wrapped"
+    ),
+    Rule(VIT + "{path}", MODEL + "vision_tower.{path}", "ViT, a weight without LoRA"),
+    Rule(LEVEL + "1.{kind}", MODEL + "view_encoding.global_norm.{kind}", "norm of the global tokens"),
+    Rule(LEVEL + "2.{kind}", MODEL + "view_encoding.local_norm.{kind}", "norm of the crops' tokens"),
     Rule(LEVEL + "3.{kind}", None, "norm of a third level that no model has"),
     Rule(
         "vision_encoder.connector.embedding.weight",
-        ("model.view_encoding.view_embedding.weight", None),
+        (MODEL + "view_encoding.view_embedding.weight", None),
         "view vectors; it has rows for more views than the model sees",
     ),
     Rule(OLD_BLOCK + "attn.norm.{kind}", BLOCK + "attention_norm.{kind}", "block: norm before the attention"),
@@ -110,10 +114,10 @@ RULES = (
     Rule(OLD_BLOCK + "ff.norm.{kind}", BLOCK + "mlp_norm.{kind}", "block: norm before the MLP"),
     Rule(OLD_BLOCK + "ff.fc1.{kind}", BLOCK + "mlp_in.{kind}", "block: MLP, first half"),
     Rule(OLD_BLOCK + "ff.fc2.{kind}", BLOCK + "mlp_out.{kind}", "block: MLP, second half"),
-    Rule(LM_LAYER, "model.language_model.model.layers.{layer}.{rest}", "a layer of the language model"),
+    Rule(LM_LAYER, MODEL + "language_model.model.layers.{layer}.{rest}", "a layer of the language model"),
     Rule("lang_encoder.old_decoder_blocks.{layer}.{rest}", SameAs(LM_LAYER), "language model layers, once more"),
     Rule("lang_encoder.cross_attn_layers.{layer}.{rest}", SameAs(OLD_BLOCK + "{rest}"), "blocks, once more"),
-    Rule("lang_encoder.{rest}", "model.language_model.{rest}", "embeddings, last norm and head"),
+    Rule("lang_encoder.{rest}", MODEL + "language_model.{rest}", "embeddings, last norm and head"),
 )
 
 
@@ -121,6 +125,11 @@ def template_regex(template: str) -> re.Pattern:
     """A rule's name with its fields as named groups."""
     parts = re.split(r"\{(\w+)\}", template)
     return re.compile("".join(FIELDS[part] if index % 2 else re.escape(part) for index, part in enumerate(parts)))
+
+
+def canonical(source: str) -> str:
+    """A name of the source as the rules have it; some keep CLIP's vision transformer one module deeper."""
+    return source.replace(VIT + "vision_model.", VIT, 1)
 
 
 SOURCE_REGEXES = tuple(template_regex(rule.source) for rule in RULES)
@@ -133,18 +142,16 @@ class Names:
         self.layers = config.cross_attention_layers
         self.paths = {}  # flat name of a ViT module: its path
         for name in target_names:
-            if match := template_regex("model.vision_tower.{path}.{kind}").fullmatch(name):
+            if match := template_regex(MODEL + "vision_tower.{path}.{kind}").fullmatch(name):
                 self.paths[match["path"].replace(".", "_")] = match["path"]
         self.adapted = {
             self.paths[match["flat"]]
             for name in target_names
-            if (match := template_regex("model.local_lora.{flat}.A").fullmatch(name))
+            if (match := template_regex(MODEL + "local_lora.{flat}.A").fullmatch(name))
         }
 
     def find_rule(self, source: str) -> "tuple[Rule, dict] | None":
-        """The rule for a name of the source, and what its fields are."""
-        # Older transformers keep CLIP's vision transformer one module deeper.
-        source = source.replace(VIT + "vision_model.", VIT, 1)
+        """The rule for a name of the source (see `canonical`), and what its fields are."""
         for rule, regex in zip(RULES, SOURCE_REGEXES, strict=True):
             if match := regex.fullmatch(source):
                 fields = match.groupdict()
@@ -209,31 +216,30 @@ def plan_conversion(tensors: dict[str, torch.Tensor], config: PheyeConfig) -> Pl
     """
     shapes = target_shapes(config)
     names = Names(shapes, config)
-    plan, problems = Plan({}, Counter()), []
+    plan, problems = Plan({}, Counter()), {}  # problems by canonical name of the source's tensor
     for source, tensor in tensors.items():
-        found = names.find_rule(source)
+        name = canonical(source)
+        found = names.find_rule(name)
         if found is None:
-            problems.append(f"extra: {source}, which no rule knows")
+            problems[name] = f"extra: {source}, which no rule knows"
             continue
         rule, fields = found
         plan.counts[rule] += 1
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in SAFETENSORS_DTYPES:
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            problems.append(f"wrong: {source} is of type {kind}, not a floating-point tensor")
+            problems[name] = f"wrong: {source} is of type {kind}, not a floating-point tensor"
         elif isinstance(rule.target, SameAs):
-            problems += check_copy(tensors, source, rule.target.source.format(**fields))
+            problems[name] = check_copy(tensors, source, rule.target.source.format(**fields))
         elif rule.target is not None:
             targets = (rule.target,) if isinstance(rule.target, str) else rule.target
             targets = [target and target.format(**fields) for target in targets]
-            problems += assign(plan.pieces, source, tuple(tensor.shape), targets, shapes)
-    # What a wrong tensor was meant for is not missing too.
-    blamed = " ".join(problems)
+            problems[name] = assign(plan.pieces, source, tuple(tensor.shape), targets, shapes)
+    problems = {name: problem for name, problem in problems.items() if problem is not None}
     for target in shapes.keys() - plan.pieces.keys():
         source = names.source_of(target)
-        if f": {source} " not in blamed:
-            problems.append(f"missing: {source} (for {target})")
+        problems.setdefault(source, f"missing: {source} (for {target})")
     if problems:
-        listing = "\n  ".join(sorted(problems))
+        listing = "\n  ".join(sorted(problems.values()))
         raise ConversionError(
             f"The checkpoint does not hold what its config.json describes; {len(problems)} of its tensors are wrong "
             f"(check the encoder and decoder, and that the file is whole):\n  {listing}"
@@ -243,40 +249,41 @@ def plan_conversion(tensors: dict[str, torch.Tensor], config: PheyeConfig) -> Pl
 
 def assign(
     pieces: dict[str, Piece], source: str, shape: tuple[int, ...], targets: "list[str | None]", shapes: dict
-) -> list[str]:
+) -> "str | None":
     """Give `source` to its target, or its rows to its targets one after another; returns what is wrong with that."""
     unknown = [target for target in targets if target is not None and target not in shapes]
     if unknown:
-        return [f"extra: {source} has no place in the model ({', '.join(unknown)})"]
+        return f"extra: {source} has no place in the model ({', '.join(unknown)})"
     if taken := [target for target in targets if target in pieces]:
-        return [f"extra: {source} would fill {taken[0]}, which {pieces[taken[0]].source} fills already"]
+        return f"extra: {source} would fill {taken[0]}, which {pieces[taken[0]].source} fills already"
     if len(targets) == 1:
         if shape != shapes[targets[0]]:
-            return [f"misshapen: {source} is {shape} where {targets[0]} is {shapes[targets[0]]}"]
+            return f"misshapen: {source} is {shape} where {targets[0]} is {shapes[targets[0]]}"
         pieces[targets[0]] = Piece(source, None, shape)
-        return []
+        return None
     wanted = [shapes[target] for target in targets if target is not None]
     rows = sum(part[0] for part in wanted)
     rows_fit = bool(shape) and (shape[0] >= rows if None in targets else shape[0] == rows)
     if not rows_fit or shape[1:] != wanted[0][1:]:
         at_least = "at least " if None in targets else ""
-        return [f"misshapen: {source} is {shape} where {at_least}{(rows, *wanted[0][1:])} is needed"]
+        return f"misshapen: {source} is {shape} where {at_least}{(rows, *wanted[0][1:])} is needed"
     start = 0
     for target, part in zip(targets, wanted, strict=False):
         pieces[target] = Piece(source, slice(start, start + part[0]), part)
         start += part[0]
-    return []
+    return None
 
 
-def check_copy(tensors: dict[str, torch.Tensor], copy: str, original: str) -> list[str]:
+def check_copy(tensors: dict[str, torch.Tensor], copy: str, original: str) -> "str | None":
     """What speaks against dropping `copy` as a copy of `original`."""
     if original not in tensors:
-        return [f"extra: {copy} is not a copy, because there is no {original}"]
+        return f"extra: {copy} is no copy, because there is no {original}"
     a, b = tensors[copy], tensors[original]
-    if isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape):
-        if (a.data_ptr(), a.stride()) == (b.data_ptr(), b.stride()) or torch.equal(as_bytes(a), as_bytes(b)):
-            return []
-    return [f"wrong: {copy} differs from {original}, whose copy it should be"]
+    alike = isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape)
+    # Values are read only where the two do not share their memory already.
+    if alike and ((a.data_ptr(), a.stride()) == (b.data_ptr(), b.stride()) or torch.equal(as_bytes(a), as_bytes(b))):
+        return None
+    return f"wrong: {copy} differs from {original}, whose copy it should be"
 
 
 # --- Reading ---
@@ -335,12 +342,17 @@ def read_settings(path: Path, options: dict[str, "str | None"]) -> dict:
     missing = [name for name in missing if not options.get(name)]
     if missing:
         raise ConversionError(f"{path} lacks {', '.join(missing)}; it is not the config.json of a published Pheye.")
+    for part in ("encoder", "decoder", "tokenizer"):
+        if not options.get(part) and not isinstance(settings[part], str):
+            raise ConversionError(f"{path} has {part} {settings[part]!r}, which is no name; give --{part}.")
     level = settings["level"]
     if isinstance(level, bool) or level not in TILES_PER_SIDE:
-        reason = "exists in the published code as a number only and cannot run there" if level in (1, 4) else "is unknown"
+        reason = (
+            "exists in the published code as a number only and cannot run there" if level in (1, 4) else "is unknown"
+        )
         raise ConversionError(
-            f"{path} has level {level!r}, which {reason}, so there is no model to reproduce; levels 2 (2 x 2 crops) and "
-            "3 (3 x 3 crops) can be converted."
+            f"{path} has level {level!r}, which {reason}, so there is no model to reproduce; levels 2 (2 x 2 crops) "
+            "and 3 (3 x 3 crops) can be converted."
         )
     return settings
 
@@ -370,7 +382,7 @@ def find_part(source: Source, part: str, option: "str | None", files: tuple[str,
     if folder is not None and folder.is_dir():
         # A folder given for a published name is that name's.
         published = source.settings.get(part) if option else None
-        return folder, published if published and published.count("/") == 1 else None
+        return folder, published if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(published)) else None
     return download(name, list(files), f"--{part}" if option else part), name
 
 
@@ -380,13 +392,13 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{path} holds something other than tensors, which could run code when loaded, and is refused; nothing of it "
-            f"was run. ({str(error).splitlines()[0]})"
+            f"{path} holds something other than tensors, which could run code when loaded, and is refused; nothing of "
+            f"it was run. ({str(error).splitlines()[0]})"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, EOFError) as error:
         raise ConversionError(
-            f"{path} is not a whole checkpoint of torch's zip format: {str(error).splitlines()[0]}. Download it again; if "
-            "it was saved by torch before 1.6, load it with weights_only=True and save it anew."
+            f"{path} is no whole checkpoint in torch's zip format: {str(error).splitlines()[0]}. Download it again; "
+            "if it was saved by torch before 1.6, load it with weights_only=True and save it anew."
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise ConversionError(f"{path} holds no dict of named tensors, but a {type(tensors).__name__}.")
@@ -431,39 +443,37 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def write_weights(folder: Path, checkpoint: Path, plan: Plan, dtype: "torch.dtype | None", max_shard_size: str):
-    """Write the tensors of `plan` as safetensors shards with their index; `dtype` None keeps each tensor's own."""
-    tensors = read_checkpoint(checkpoint)
+def write_weights(folder: Path, conversion: "Conversion", max_shard_size: str):
+    """Write the model's tensors as safetensors shards, and the index that says which tensor is where."""
     layout = {
-        name: torch.empty(piece.shape, dtype=dtype or tensors[piece.source].dtype, device="meta")
-        for name, piece in plan.pieces.items()
+        name: torch.empty(piece.shape, dtype=conversion.dtypes[name], device="meta")
+        for name, piece in conversion.plan.pieces.items()
     }
-    shards = list(
-        split_torch_state_dict_into_shards(layout, max_shard_size=max_shard_size).filename_to_tensors.values()
-    )
+    split = split_torch_state_dict_into_shards(layout, max_shard_size=max_shard_size)
+    shards = list(split.filename_to_tensors.values())
     total = sum(tensor.nbytes for tensor in layout.values())
     if (free := shutil.disk_usage(folder).free) < total:
-        raise ConversionError(f"The weights take {total} bytes, but the disk of OUTPUT has {free} left; make room.")
-    weight_map = {}
+        raise ConversionError(
+            f"The weights take {total:,} bytes, but the disk of OUTPUT has {free:,} left; make room."
+        )
+    weight_map, tensors = {}, {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights") as progress:
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map.update(dict.fromkeys(names, file))
             # Mapped anew for each shard, so that the pages which the last one read are let go.
-            tensors = None
-            tensors = read_checkpoint(checkpoint)
-            write_shard(folder / file, {name: layout[name] for name in names}, plan, tensors, progress)
-    index = {
-        "metadata": {"total_parameters": sum(tensor.numel() for tensor in layout.values()), "total_size": total},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
+            tensors.clear()
+            tensors.update(read_checkpoint(conversion.checkpoint))
+            write_shard(folder / file, {name: layout[name] for name in names}, conversion.plan, tensors, progress)
+    parameters = sum(tensor.numel() for tensor in layout.values())
+    index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_shard(
     path: Path, layout: dict[str, torch.Tensor], plan: Plan, tensors: dict[str, torch.Tensor], progress: tqdm
 ):
-    """One safetensors file: length of the header, header, tensors. (The library's own writer wants it all in memory.)"""
+    """One safetensors file: length of the header, header, tensors. The library's own writer wants all in memory."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in layout.items():
         header[name] = {
@@ -519,10 +529,8 @@ def write_processor(folder: Path, config: PheyeConfig, encoder: Path, tokenizer:
     return processor
 
 
-def write_configs(folder: Path, config: PheyeConfig, dtype: torch.dtype, tokenizer):
+def write_configs(folder: Path, config: PheyeConfig, tokenizer):
     """Configuration, generation configuration and the code that they name."""
-    for part in (config, config.vision_config, config.text_config):
-        part.dtype = dtype
     config.save_pretrained(folder)
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else config.text_config.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
@@ -545,11 +553,7 @@ PUBLISHED_SCORES = {
 PAPER = "https://arxiv.org/abs/2501.02584"
 PUBLISHED_SIZES = (2048, 24, 1280, 32)  # width and layers of language model and ViT
 
-CARD = """\
----
-{card_data}
----
-
+CARD = """
 # {title}
 
 [Pheye]({paper}): a frozen language model that reads an image through dense cross-attention blocks, at
@@ -563,8 +567,8 @@ print(pheye("picture.jpg", prompt="What is written on the sign?"))
 ```
 
 `AutoModelForImageTextToText.from_pretrained("{model}", trust_remote_code=True)` and
-`AutoProcessor.from_pretrained("{model}", trust_remote_code=True)` give model and processor. Pin `revision=` to a commit: it
-holds for the code as for the weights.
+`AutoProcessor.from_pretrained("{model}", trust_remote_code=True)` give model and processor. Pin `revision=` to a
+commit: it holds for the code as for the weights.
 
 ## Published scores
 
@@ -590,8 +594,8 @@ holds for the code as for the weights.
 
 ## Licence
 
-The source states no licence for its weights, and neither does this copy: ask its authors before you use it for more than
-the law grants you anyway. The code files come from the package pheye and are under Apache-2.0.
+The source states no licence for its weights, and neither does this copy: ask its authors before you use it for more
+than the law grants you anyway. The code files come from the package pheye and are under Apache-2.0.
 """
 
 
@@ -605,68 +609,335 @@ def find_variant(config: PheyeConfig) -> "str | None":
 def describe_scores(config: PheyeConfig, variant: "str | None") -> str:
     if variant is None:
         return "The paper reports no model with these numbers."
-    rows = "| model | " + " | ".join(SCORES) + " |\n| --- " * 1 + "| --- " * len(SCORES) + "|\n"
-    rows += f"| Pheye-{variant} | " + " | ".join(map(str, PUBLISHED_SCORES[variant])) + " |\n"
+    rows = [("model", *SCORES), ("---",) * (1 + len(SCORES)), (f"Pheye-{variant}", *PUBLISHED_SCORES[variant])]
+    table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
     text, vision = config.text_config, config.vision_config
     sizes = (text.hidden_size, text.num_hidden_layers, vision.hidden_size, vision.num_hidden_layers)
     note = "They were not measured again after the conversion."
     if sizes != PUBLISHED_SIZES:
         note = "This model has other sizes than the published one, so they are not its own."
-    return f"The paper reports, for the published model:\n\n{rows}\n{note}"
+    return f"The paper reports, for the published model:\n\n{table}\n\n{note}"
 
 
-def describe_dtypes(plan: Plan, tensors: dict, stored: "torch.dtype | None", dtype: torch.dtype) -> str:
+def describe_dtypes(conversion: "Conversion") -> str:
     """What is stored in which dtype, and what loading makes of it."""
     counts = Counter()
-    for piece in plan.pieces.values():
-        counts[str(stored or tensors[piece.source].dtype).removeprefix("torch.")] += math.prod(piece.shape)
+    for name, piece in conversion.plan.pieces.items():
+        counts[dtype_name(conversion.dtypes[name])] += math.prod(piece.shape)
     held = ", ".join(f"{count:,} parameters in {name}" for name, count in counts.most_common())
-    name = str(dtype).removeprefix("torch.")
-    kept = "Every tensor is stored as in the source" if stored is None else f"All tensors were cast to {name}"
+    loaded = dtype_name(conversion.config.dtype)
+    size = sum(counts.values()) * conversion.config.dtype.itemsize / 1e6
+    size = f"{size / 1e3:.1f} GB" if size >= 1e3 else f"{size:.1f} MB"
+    widest = "float64" if "float64" in counts else "float32"
+    kept = "Every tensor is stored as in the source" if conversion.kept else f"All tensors were cast to {loaded}"
     return (
-        f"{kept}: {held}. `config.dtype` is that of the language model's weights, {name}, so a plain load casts all of it "
-        f"to {name} and takes {sum(counts.values()) * dtype.itemsize / 1e9:.1f} GB; `dtype=torch.float32` gets every stored "
-        "bit back."
+        f"{kept}: {held}. `config.dtype` is that of the language model's weights, {loaded}, so a plain load casts all "
+        f"of it to {loaded} and takes {size}; `dtype=torch.{widest}` gets every stored bit back."
     )
 
 
-def card_data(source: Source, parts: "list[str | None]", variant: "str | None", title: str) -> ModelCardData:
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def make_card_data(conversion: "Conversion", variant: "str | None", title: str) -> ModelCardData:
+    """The card's metadata; the scores are among them only for the published repo itself."""
     results = None
-    if variant is not None and source.name == f"miguelcarv/Pheye-{variant}":
+    if variant is not None and conversion.source.name == f"miguelcarv/Pheye-{variant}":
         results = [
             EvalResult(
                 task_type="image-text-to-text",
-                dataset_type=score.split()[0].lower(),
-                dataset_name=score.split()[0],
-                dataset_split=score.split()[1],
-                metric_type=score.split()[2].lower(),
+                dataset_type=dataset.lower(),
+                dataset_name=dataset,
+                dataset_split=split,
+                metric_type=metric.lower(),
                 metric_value=value,
                 source_name="Efficient Architectures for High Resolution Vision-Language Models",
                 source_url=PAPER,
             )
-            for score, value in zip(SCORES, PUBLISHED_SCORES[variant], strict=True)
+            for (dataset, split, metric), value in zip(map(str.split, SCORES), PUBLISHED_SCORES[variant], strict=True)
         ]
+    base_models = [conversion.hub_ids[part] for part in ("encoder", "decoder") if conversion.hub_ids[part]]
     return ModelCardData(
         language="en",
         license="other",
         license_name="none-stated-by-the-source",
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        base_model=list(dict.fromkeys(part for part in parts if part)) or None,
+        base_model=base_models or None,
         tags=["pheye", "vision-language-model", "image-to-text", "visual-question-answering", "custom_code"],
         model_name=title if results else None,
         eval_results=results,
     )
 
 
-def write_card(folder: Path, model: str, source: Source, parts: dict, config: PheyeConfig, sha256: str, dtypes: str,
-               plan: Plan, kept: bool):  # fmt: skip
-    """README.md; `parts` are the Hub ids of encoder and decoder."""
-    variant = find_variant(config)
-    title = model.split("/")[-1]
-    named = f"[{source.name}](https://huggingface.co/{source.name})" if source.revision else f"the folder `{source.name}`"
-    card = ModelCard.from_template(
-        card_data(source, list(parts.values()), variant, title),
-        template_str=CARD.replace("{{", "{").replace("}}", "}"),
+def write_card(folder: Path, model: str, conversion: "Conversion", sha256: str):
+    """README.md; `model` is what the reader will load, a Hub id or a folder."""
+    source, config = conversion.source, conversion.config
+    variant, title = find_variant(config), model.split("/")[-1]
+    on_hub = source.revision is not None
+    body = CARD.format(
+        title=title,
+        paper=PAPER,
+        pixels=config.tiles_per_side * config.vision_config.image_size,
+        tiles=config.tiles_per_side,
+        source=f"[{source.name}](https://huggingface.co/{source.name})" if on_hub else f"the folder `{source.name}`",
+        model=model,
+        scores=describe_scores(config, variant),
+        version=pheye.__version__,
+        values="are untouched" if conversion.kept else f"were cast to {dtype_name(config.dtype)}",
+        revision=f"`{source.revision}`" if on_hub else "unknown (a local folder)",
+        sha256=sha256,
+        encoder=conversion.hub_ids["encoder"] or "a local folder",
+        decoder=conversion.hub_ids["decoder"] or "a local folder",
+        parameters=sum(math.prod(piece.shape) for piece in conversion.plan.pieces.values()),
+        dtypes=describe_dtypes(conversion),
     )
-    del card, named, kept, dtypes, plan, sha256
+    data = make_card_data(conversion, variant, title)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(folder / "README.md")
+
+
+# --- Putting it together ---
+
+
+@dataclass
+class Conversion:
+    """What is known before anything is written."""
+
+    source: Source
+    folders: dict[str, Path]  # of the encoder's and decoder's configs and of the tokenizer
+    hub_ids: "dict[str, str | None]"  # of the same, where they have one
+    config: PheyeConfig
+    plan: Plan
+    dtypes: dict[str, torch.dtype]  # of each tensor of the target
+    kept: bool  # whether these are the source's
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.source.folder / "checkpoint.pt"
+
+
+def prepare(source: Source, options: "dict[str, str | None]", dtype: str) -> Conversion:
+    """Everything that can be wrong with the source is found here, before anything is written."""
+    folders, hub_ids = {}, {}
+    files = {"encoder": CONFIG_FILES, "decoder": CONFIG_FILES, "tokenizer": TOKENIZER_FILES}
+    for part, names in files.items():
+        folders[part], hub_ids[part] = find_part(source, part, options.get(part), names)
+    tensors = read_checkpoint(source.folder / "checkpoint.pt")
+    config = make_config(source.settings, folders["encoder"], folders["decoder"], tensors)
+    plan = plan_conversion(tensors, config)
+    if dtype == "keep":
+        dtypes = {name: tensors[piece.source].dtype for name, piece in plan.pieces.items()}
+    else:
+        dtypes = dict.fromkeys(plan.pieces, getattr(torch, dtype))
+    language_model = Counter()
+    for name, piece in plan.pieces.items():
+        if name.startswith(MODEL + "language_model."):
+            language_model[dtypes[name]] += math.prod(piece.shape)
+    for part in (config, config.vision_config, config.text_config):
+        part.dtype = language_model.most_common(1)[0][0]
+        part.name_or_path = ""  # a folder of this machine
+    return Conversion(source, folders, hub_ids, config, plan, dtypes, kept=dtype == "keep")
+
+
+@contextlib.contextmanager
+def appear_whole(output: Path, force: bool):
+    """A folder beside `output` that gets its name when the block is done, and is removed when the block fails.
+
+    What a killed run left behind is cleaned up first.
+    """
+    prefix, replaced = f".{output.name}.converting-", output.with_name(f".{output.name}.replaced")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if replaced.exists() and not output.exists():
+        os.rename(replaced, output)  # that run was killed between the two renames below
+    for leftover in [replaced, *output.parent.iterdir()]:
+        if leftover == replaced or leftover.name.startswith(prefix):
+            shutil.rmtree(leftover, ignore_errors=True)
+    if output.exists() and not (force and output.is_dir()):
+        remedy = (
+            "give --force to replace it" if output.is_dir() else "it is no folder, so even --force leaves it alone"
+        )
+        raise ConversionError(f"{output} exists already; choose another OUTPUT, or {remedy}.")
+    folder = output.with_name(f"{prefix}{os.getpid()}")
+    folder.mkdir()
+    try:
+        yield folder
+        if output.exists():
+            os.rename(output, replaced)
+        os.rename(folder, output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if replaced.exists() and not output.exists():
+            os.rename(replaced, output)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def report(plan: Plan):
+    """How many tensors each rule took, and what became of them."""
+    for rule in RULES:
+        if plan.counts[rule]:
+            print(f"{plan.counts[rule]:5} {rule.action:8}{rule.source}: {rule.why}")
+    totals = Counter()
+    for rule, count in plan.counts.items():
+        totals[rule.action] += count
+    parts = ", ".join(f"{totals[action]} {action}" for action in ("renamed", "split", "dropped"))
+    print(f"{totals.total()} tensors of the source: {parts}; {len(plan.pieces)} of the model, each filled once.")
+
+
+def convert(
+    source: str,
+    output: str,
+    *,
+    encoder: "str | None" = None,
+    decoder: "str | None" = None,
+    tokenizer: "str | None" = None,
+    dtype: str = "keep",
+    max_shard_size: str = "2GB",
+    force: bool = False,
+    verify: bool = False,
+    model: "str | None" = None,
+) -> Plan:
+    """Convert `source` to the folder `output`; see the command's help. `model` is the name that the card shows.
+
+    Raises:
+        ConversionError: if the source is refused, with the reason. OSError: if reading or writing fails.
+    """
+    output = Path(output).resolve()
+    options = {"encoder": encoder, "decoder": decoder, "tokenizer": tokenizer}
+    for used in (source, *filter(None, options.values())):
+        if Path(used).resolve().is_relative_to(output):
+            raise ConversionError(f"{output} holds {used}, which the conversion reads; choose another OUTPUT.")
+    with appear_whole(output, force) as folder, ThreadPoolExecutor(1) as background:
+        found = find_source(source, options)
+        sha256: Future[str] = background.submit(sha256_of, found.folder / "checkpoint.pt")
+        conversion = prepare(found, options, dtype)
+        report(conversion.plan)
+        processor = write_processor(
+            folder, conversion.config, conversion.folders["encoder"], conversion.folders["tokenizer"]
+        )
+        write_configs(folder, conversion.config, processor.tokenizer)
+        write_weights(folder, conversion, max_shard_size)
+        write_card(folder, model or output.name, conversion, sha256.result())
+        if verify:
+            verify_folder(folder, conversion, processor)
+    return conversion.plan
+
+
+# Differences that rounding in float32 explains; a wrong mapping makes them a thousand times larger.
+BOUNDS = {"pixels": 1e-6, "features": 2e-4, "logits": 2e-3}
+
+
+def verify_folder(folder: Path, conversion: Conversion, processor: PheyeProcessor):
+    """Compare the converted model with the formulas applied to the source's own tensors, both in float32."""
+    config = conversion.config
+    model = PheyeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = Reference(
+        read_checkpoint(conversion.checkpoint), conversion.source.settings, config.vision_config, config.text_config
+    )
+    image = draw_test_picture()
+    conversation = [{"role": "user", "content": "Describe the image."}]
+    text = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    image_processor = processor.image_processor
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"]).last_hidden_state
+        ours = {"pixels": inputs["pixel_values"], "features": features, "logits": model(**inputs).logits}
+        pixels = reference.pixels(image, image_processor.image_mean, image_processor.image_std)
+        features = reference.features(pixels)
+        theirs = {"pixels": pixels, "features": features, "logits": reference.logits(inputs["input_ids"][0], features)}
+    differences = {name: (ours[name][0] - theirs[name]).abs().max().item() for name in BOUNDS}
+    listing = ", ".join(f"{name} {difference:.2g}" for name, difference in differences.items())
+    print(f"Largest differences from the reference: {listing}")
+    exact = conversion.kept or config.dtype == torch.float32
+    if exact and not all(differences[name] <= bound for name, bound in BOUNDS.items()):
+        bounds = ", ".join(f"{name} {bound:g}" for name, bound in BOUNDS.items())
+        raise ConversionError(
+            f"The converted model differs from the source: {listing}; rounding explains {bounds}. This is a fault of "
+            "the converter; please report it."
+        )
+
+
+def push(output: str, repo: str, private: bool, revision: "str | None"):
+    """Upload the folder to the Hub; weights that an earlier push left there go."""
+    api = HfApi()
+    repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo,
+        folder_path=output,
+        revision=revision,
+        commit_message="Convert the published checkpoint",
+        delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+    )
+    print(f"Pushed to {commit.commit_url}")
+
+
+def shard_size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 2GB")
+    return text
+
+
+def parse_arguments(argv: "list[str] | None") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint",
+        description="Turn a published Pheye checkpoint into a folder that transformers loads.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of a published checkpoint")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write; it appears when it is whole")
+    for part in ("encoder", "decoder", "tokenizer"):
+        parser.add_argument(f"--{part}", help=f"folder or Hub id, in place of the {part} that config.json names")
+    dtypes = ("keep", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="keep", help="of the weights (default: as in the source)")
+    parser.add_argument("--max-shard-size", type=shard_size, default="2GB", help="of a weights file (default: 2GB)")
+    parser.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the model with a slow reference on a test picture"
+    )
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUTPUT to this Hub repo")
+    parser.add_argument("--private", action="store_true", help="make that repo private if it is new")
+    parser.add_argument("--revision", help="branch of that repo to push to (default: main)")
+    args = parser.parse_args(argv)
+    if not args.push_to_hub and (args.private or args.revision):
+        parser.error("--private and --revision say how to push; give --push-to-hub REPO too")
+    return args
+
+
+def main(argv: "list[str] | None" = None) -> int:
+    """The command; returns its exit status."""
+    args = parse_arguments(argv)
+    try:
+        convert(
+            args.source,
+            args.output,
+            encoder=args.encoder,
+            decoder=args.decoder,
+            tokenizer=args.tokenizer,
+            dtype=args.dtype,
+            max_shard_size=args.max_shard_size,
+            force=args.force,
+            verify=args.verify,
+            model=args.push_to_hub,
+        )
+    except (ConversionError, OSError) as error:
+        print(f"error: {error}\nNothing was written to {args.output}.", file=sys.stderr)
+        return 1
+    print(f"Wrote {args.output}")
+    if args.push_to_hub:
+        try:
+            push(args.output, args.push_to_hub, args.private, args.revision)
+        except (OSError, ValueError) as error:
+            print(f"error: {args.output} is whole, but pushing it failed: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

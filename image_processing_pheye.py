@@ -1,18 +1,18 @@
 """Image preprocessing: one global view and k x k local crops of the whole image (section 3.1)."""
 
 import base64
-import binascii
 import os
 from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
+    ChannelDimension,
     PILImageResampling,
     SizeDict,
     httpx,
@@ -66,13 +66,21 @@ def load_image(source: str | os.PathLike | bytes) -> Image.Image:
         ValueError: if there is no such file, or if it does not hold a whole picture that Pillow can read.
     """
     name = "the given bytes" if isinstance(source, bytes) else repr(str(source)[:200])
+    is_text = isinstance(source, str) and not os.path.isfile(source) and not source.startswith(("http://", "https://"))
     try:
-        return _decode(_read(source))
+        return _decode(_from_base64(source) if is_text else _read(source))
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name} is too large: {error}. Reduce the picture, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from error
-    except (OSError, SyntaxError, UnidentifiedImageError, httpx.HTTPError) as error:
+    except FileNotFoundError as error:
+        raise ValueError(f"{name} is no image: there is no such file.") from error
+    except (OSError, SyntaxError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
+        if is_text:
+            raise ValueError(
+                f"{name} is no image: there is no such file, and it is neither a URL that starts with http:// or "
+                "https:// nor base64 text of a picture."
+            ) from error
         raise ValueError(f"{name} could not be read as an image: {error}. Check that the file is whole.") from error
 
 
@@ -82,17 +90,12 @@ def _read(source: str | os.PathLike | bytes) -> str | os.PathLike | BytesIO:
         return BytesIO(source)
     if isinstance(source, os.PathLike) or os.path.isfile(source):
         return source
-    if source.startswith(("http://", "https://")):
-        return BytesIO(httpx.get(source, follow_redirects=True).raise_for_status().content)
-    try:
-        return BytesIO(
-            base64.b64decode(source.split(",")[-1] if source.startswith("data:") else source, validate=True)
-        )
-    except binascii.Error:
-        raise ValueError(
-            f"{source[:200]!r} is no image: there is no such file, and it is neither a URL that starts with "
-            "http:// or https:// nor base64 text."
-        ) from None
+    return BytesIO(httpx.get(source, follow_redirects=True).raise_for_status().content)
+
+
+def _from_base64(text: str) -> BytesIO:
+    text = text.split(",")[-1] if text.startswith("data:") else text
+    return BytesIO(base64.b64decode("".join(text.split()), validate=True))
 
 
 def _decode(source: str | os.PathLike | BytesIO) -> Image.Image:
@@ -120,7 +123,10 @@ def to_rgb(image: "Image.Image | np.ndarray | torch.Tensor", input_data_format: 
             array = np.asarray(image)
             image = _from_array(array if image.mode == "F" else _checked_range(array, 2**16).astype(np.uint16))
     elif isinstance(image, (np.ndarray, torch.Tensor)):
-        image = _from_array(_channels_last(np.asarray(image), input_data_format))
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu()
+            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+        image = _from_array(_channels_last(image, input_data_format))
     else:
         raise TypeError(
             f"{type(image).__name__} is no image; give a PIL image, an array, a tensor, a path, a URL or bytes."
@@ -147,8 +153,14 @@ def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarr
                 raise ValueError(
                     f"An image array has 1, 3 or 4 channels, first or last; its shape is {array.shape}."
                 ) from None
+        shape = array.shape
         if str(getattr(input_data_format, "value", input_data_format)) == "channels_first":
             array = np.moveaxis(array, 0, -1)
+        if array.shape[-1] not in (1, 3, 4):
+            raise ValueError(
+                f"With input_data_format={input_data_format!r}, an image of shape {shape} has {array.shape[-1]} "
+                "channels; it must have 1, 3 or 4."
+            )
         if array.shape[-1] == 1:
             array = array[..., 0]
     return array
@@ -156,6 +168,8 @@ def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarr
 
 def _from_array(array: np.ndarray) -> Image.Image:
     """A PIL image of 8 bits from (H, W) or (H, W, C) values of any type, each in its own range."""
+    if array.dtype.kind not in "buif":
+        raise TypeError(f"An image array holds numbers or truth values, not {array.dtype}; convert it first.")
     if array.dtype == np.uint16:
         array = array >> 8
     elif array.dtype == bool:
@@ -178,6 +192,11 @@ def _checked_range(array: np.ndarray, limit: int) -> np.ndarray:
             f"0 to {top}; rescale them, or convert them to uint8."
         )
     return array
+
+
+def _check_tiles(tiles_per_side: int):
+    if isinstance(tiles_per_side, bool) or not isinstance(tiles_per_side, int) or tiles_per_side < 1:
+        raise ValueError(f"tiles_per_side={tiles_per_side!r} must be an integer of at least 1.")
 
 
 class PheyeImageProcessorKwargs(ImagesKwargs, total=False):
@@ -208,6 +227,7 @@ class PheyeImageProcessor(PilBackend):
 
     def __init__(self, **kwargs: Unpack[PheyeImageProcessorKwargs]):
         super().__init__(**kwargs)
+        _check_tiles(self.tiles_per_side)
 
     def fetch_images(self, images):
         """Every path, URL, base64 text or bytes in `images` opened; nesting and everything else stays as it is."""
@@ -217,12 +237,20 @@ class PheyeImageProcessor(PilBackend):
             return load_image(images)
         return images
 
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
+        """All images in `images`, however nested, opened and in one list; an array of four dimensions is a batch."""
+        if isinstance(images, (list, tuple)):
+            return [image for entry in images for image in self._prepare_images_structure(entry)]
+        images = self.fetch_images(images)
+        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+            return list(images)
+        return [images]
+
     def process_image(self, image, input_data_format: str | None = None, **kwargs) -> Image.Image:
         return to_rgb(image, input_data_format)
 
     def _validate_preprocess_kwargs(self, size: SizeDict, tiles_per_side: int, **kwargs):
-        if isinstance(tiles_per_side, bool) or not isinstance(tiles_per_side, int) or tiles_per_side < 1:
-            raise ValueError(f"tiles_per_side={tiles_per_side!r} must be an integer of at least 1.")
+        _check_tiles(tiles_per_side)
         if not (size.height and size.width):
             raise ValueError(f"size={dict(size)} must name the height and width of one view.")
         for option in ("do_center_crop", "do_pad"):
@@ -231,6 +259,10 @@ class PheyeImageProcessor(PilBackend):
         for option in ("do_resize", "do_convert_rgb"):
             if kwargs.get(option) is False:
                 raise ValueError(f"{option}=False is not possible: views are RGB and have one size.")
+        if kwargs.get("data_format") not in (None, "channels_first", ChannelDimension.FIRST):
+            raise ValueError(
+                f"data_format={kwargs['data_format']!r} is not possible: pixel_values have channels first."
+            )
         super()._validate_preprocess_kwargs(size=size, **kwargs)
 
     def _preprocess(

@@ -28,7 +28,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_pheye import HEAD_WIDTH, PheyeConfig
 
@@ -299,7 +300,7 @@ def transformer_layers(model: nn.Module, count: int, kind: str) -> nn.ModuleList
 
 class PheyePreTrainedModel(PreTrainedModel):
     config: PheyeConfig
-    base_model_prefix = "model"
+    base_model_prefix = "pheye"  # not "model": transformers 5.23 renames `model.language_model.model` on loading
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["PheyeCrossAttentionBlock", "PheyeViewEncoding", "PheyeLora"]
@@ -309,6 +310,11 @@ class PheyePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs):
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        if enable:
+            self.base_model._set_block_free_checkpoints()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -387,12 +393,16 @@ class PheyeModel(PheyePreTrainedModel):
                 # The features are the states before the last norm (section 2.2), so it passes them on as they are.
                 module.register_forward_hook(_pass_on)
 
-    def _hook_language_model(self):
-        """Run block j before the j-th layer that has one; every layer drops the keyword that carries the image."""
+    def _decoder_layers(self) -> list[tuple[int | None, nn.Module]]:
+        """The language model's layers, each with the index of the block before it."""
         layers = transformer_layers(self.language_model, self.config.text_config.num_hidden_layers, "language model")
         blocks = {layer: block for block, layer in enumerate(self.config.cross_attention_layers)}
-        for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(functools.partial(self._run_block, blocks.get(index)), with_kwargs=True)
+        return [(blocks.get(index), layer) for index, layer in enumerate(layers)]
+
+    def _hook_language_model(self):
+        """Run each block right before its layer; every layer drops the keyword that carries the image."""
+        for block, layer in self._decoder_layers():
+            layer.register_forward_pre_hook(functools.partial(self._run_block, block), with_kwargs=True)
 
     # Hooks find LoRA and blocks through their owner when they run, not when they are made, so that what has replaced
     # them since (PEFT's copies of `modules_to_save`) is used.
@@ -426,6 +436,20 @@ class PheyeModel(PheyePreTrainedModel):
         if args:
             return (hidden_states, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden_states}
+
+    def _set_block_free_checkpoints(self):
+        """Keep blocks out of their layers' checkpoints in releases before 5.23, where those include a layer's hooks:
+        the image would stand in a checkpoint's keywords, through which reentrant checkpointing sends no gradient."""
+        if "__call__" in vars(GradientCheckpointingLayer):
+            for block, layer in self._decoder_layers():
+                checkpoint = layer._gradient_checkpointing_func
+                layer._gradient_checkpointing_func = functools.partial(
+                    self._checkpoint_layer, block, layer, checkpoint
+                )
+
+    def _checkpoint_layer(self, block: int | None, layer: nn.Module, checkpoint: Callable, call: Callable, *args):
+        args, kwargs = self._run_block(block, layer, args, call.keywords)
+        return checkpoint(functools.partial(call.func, **kwargs), *args)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -555,7 +579,7 @@ class PheyeModel(PheyePreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         image_hidden_states: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> PheyeModelOutputWithPast:
         """Hidden states of text that may have an image; for the arguments see `PheyeForConditionalGeneration`."""
         outputs, context = self.run_language_model(
@@ -589,18 +613,23 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PheyeConfig):
         super().__init__(config)
-        self.model = PheyeModel(config)
+        self.pheye = PheyeModel(config)
         self.post_init()
 
+    @property
+    def model(self) -> PheyeModel:
+        """The model without the head, by the name it has in most of transformers."""
+        return self.pheye
+
     def get_output_embeddings(self) -> nn.Module:
-        return self.model.language_model.get_output_embeddings()
+        return self.pheye.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module):
-        self.model.language_model.set_output_embeddings(new_embeddings)
+        self.pheye.language_model.set_output_embeddings(new_embeddings)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """See `PheyeModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.pheye.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -615,7 +644,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> PheyeCausalLMOutputWithPast:
         """Logits, and the loss where there are labels.
 
@@ -635,8 +664,8 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
                 f"All labels (shape {tuple(labels.shape)}) are -100 after the first position, so there is nothing to "
                 "learn; was the answer cut off or masked whole?"
             )
-        outputs, context = self.model.run_language_model(
-            self.model.language_model,
+        outputs, context = self.pheye.run_language_model(
+            self.pheye.language_model,
             input_ids,
             inputs_embeds,
             pixel_values,
@@ -681,12 +710,14 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
             model_kwargs["image_hidden_states"] = self.get_image_features(pixel_values).last_hidden_state
         if model_kwargs.get("image_hidden_states") is not None and chunked:
             image_hidden_states = model_kwargs.pop("image_hidden_states")
-            caches = self.model.image_caches(model_kwargs["past_key_values"])
-            for block, cache in zip(self.model.cross_attention_blocks, caches, strict=True):
+            caches = self.pheye.image_caches(model_kwargs["past_key_values"])
+            for block, cache in zip(self.pheye.cross_attention_blocks, caches, strict=True):
                 cache.update(*block.project(image_hidden_states))
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool = False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration: bool = False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and inputs.get("use_cache", True):
             for name in IMAGE_INPUTS:
                 inputs.pop(name, None)

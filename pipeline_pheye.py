@@ -1,13 +1,18 @@
 """The image-to-text task: `pipeline("image-to-text", model=..., trust_remote_code=True)`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from types import GeneratorType
 
+import numpy as np
 import torch
+from PIL import Image
+from torch.utils.data import Dataset
 from transformers import Pipeline
 
 from .processing_pheye import CAPTION_INSTRUCTION
 
 DEFAULT_MAX_NEW_TOKENS = 256
+SINGLE_OR_NATIVE = (str, bytes, list, Image.Image, np.ndarray, torch.Tensor, Dataset, GeneratorType)
 
 
 class PheyeImageToTextPipeline(Pipeline):
@@ -39,16 +44,24 @@ class PheyeImageToTextPipeline(Pipeline):
                     f"{generate_kwargs['max_new_tokens']}; give it once."
                 )
             generate_kwargs["max_new_tokens"] = max_new_tokens
+        if prompt is not None and not (isinstance(prompt, str) and prompt):
+            raise ValueError(f"prompt={prompt!r} must be a text that is not empty; leave it out for a caption.")
         return {} if prompt is None else {"prompt": prompt}, generate_kwargs, {}
 
     def __call__(self, images, **kwargs):
         """See the class."""
+        if isinstance(images, list) and not images:
+            return []
         if isinstance(images, Sequence) and not isinstance(images, (str, bytes, list)):
             # Opened one by one: a column of a dataset may not fit into memory at once.
             return list(super().__call__((image for image in images), **kwargs))
+        if isinstance(images, Iterable) and not isinstance(images, SINGLE_OR_NATIVE):
+            return super().__call__((image for image in images), **kwargs)  # a streaming dataset's column
         return super().__call__(images, **kwargs)
 
     def preprocess(self, image, prompt: str = CAPTION_INSTRUCTION) -> dict[str, torch.Tensor]:
+        if image is None:
+            raise ValueError("The image is None; give an image to answer about.")
         conversation = [{"role": "user", "content": prompt}]
         text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
         return self.processor(images=image, text=text, return_tensors="pt")

@@ -47,14 +47,13 @@ CAPTION_INSTRUCTION = "Provide a one-sentence caption for the provided image"
 
 class PheyeProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: ImagesKwargs
-    # Rows of a batch end together, so that generation goes on right after every prompt.
-    _defaults = {"text_kwargs": {"padding": True, "padding_side": "left"}}
+    _defaults = {"text_kwargs": {"padding": True}}
 
 
 class PheyeProcessor(ProcessorMixin):
     """Joins an image processor and a tokenizer; without `chat_template`, the published prompt is used.
 
-    A tokenizer without a padding token gets its end-of-text token as one, as the published models do.
+    The tokenizer is made to pad on the left and, if it has no padding token, with its end-of-text token.
     """
 
     valid_processor_kwargs = PheyeProcessorKwargs
@@ -62,7 +61,9 @@ class PheyeProcessor(ProcessorMixin):
     def __init__(self, image_processor, tokenizer, chat_template: str | None = None):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"  # prompts end together, and generation goes on right after each
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self.auto_map = {"AutoProcessor": "processing_pheye.PheyeProcessor"}  # saving sets it, loading drops it
 
     def __call__(
         self,
@@ -82,12 +83,15 @@ class PheyeProcessor(ProcessorMixin):
         Raises:
             ValueError: if the lists differ in length, a text is empty or has two images, or nothing is given.
         """
+        if getattr(images, "ndim", None) == 4:
+            images = list(images)
         is_list = isinstance(images, (list, tuple))
         if is_list:
             images = _one_per_text(images)
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
+            texts = list(text) if isinstance(text, (list, tuple)) else [text]
             _check_texts(texts)
+            text = texts if isinstance(text, tuple) else text
             if is_list and len(images) != len(texts):
                 raise ValueError(
                     f"There are {len(images)} images and {len(texts)} texts; give one image per text, or one "
@@ -117,6 +121,8 @@ def _one_per_text(images: list) -> list:
 
 
 def _check_texts(texts: list):
+    if not texts:
+        raise ValueError("`text` is an empty list; give the model something to answer.")
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"`text` must be a string or a list of strings; item {row} is a {type(text).__name__}.")

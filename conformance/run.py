@@ -1,8 +1,8 @@
 """Runs transformers' own common test classes against Pheye: `python conformance/run.py [pytest arguments]`.
 
-The classes are not in the wheel. They are in the source distribution, which is fetched from the package index once for
-each version and kept in `.cache/conformance`. `PHEYE_GENERATION_TESTS` may name a file that holds `GenerationTesterMixin`,
-transformers' `tests/generation/test_utils.py`, which the source distribution lacks.
+The wheel lacks these classes. The source distribution has them; it is fetched from the package index once for each
+version and kept in `.cache/conformance`. It lacks `GenerationTesterMixin`: `PHEYE_GENERATION_TESTS` may name a file
+that holds it, such as `tests/generation/test_utils.py` of a checkout of transformers.
 """
 
 import os
@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EXCLUDED = "excluded: "  # the mark by which the summary tells exclusions from the tests' own skips
 
-# What the common tests import and the source distribution lacks. Nothing here takes a test away from Pheye: the first two
-# hold mixins and a list for configs without sub-configs; pictures are local, because these tests use no network.
+# What the common tests import and the source distribution lacks: two mixins, arguments for configs that have no
+# sub-configs, and the way to pictures of the Hub, in whose place stands one made here: these tests use no network.
 STUBS = {
     "tests/__init__.py": "",
     "tests/exporters/__init__.py": "",
@@ -64,7 +64,7 @@ def prepare(version: str) -> Path:
 def fetch(version: str, folder: Path):
     """Write the tests of transformers' source distribution to `folder`/sources."""
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*download, "--no-binary=:all:", f"--dest={folder}", f"transformers=={version}"], check=True)
+    subprocess.run([*download, "--no-binary=transformers", f"--dest={folder}", f"transformers=={version}"], check=True)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         for member in archive.getmembers():
             name = member.name.partition("/")[2]

@@ -2,6 +2,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests that start a Hub of their own unset it in the process that uses it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are slower on several threads; the tests' processes share the cores
 
 import pytest
 import torch

@@ -19,7 +19,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 USER, TOKEN = "me", "hf_loopback"
 LARGE_FILES = (".safetensors", ".bin", ".pt")  # what goes by LFS, as in a new repository of the real Hub
-DATE = "2025-01-01T00:00:00.000Z"
 
 REPO, REVISION = r"(?P<repo_id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
 ROUTES = (  # method, path (its parts still percent-encoded, as a revision may hold slashes), method of FakeHub
@@ -29,9 +28,6 @@ ROUTES = (  # method, path (its parts still percent-encoded, as a revision may h
     ("GET", f"/api/models/{REPO}", "repo_info"),
     ("GET", f"/api/models/{REPO}/revision/{REVISION}", "repo_info"),
     ("GET", f"/api/models/{REPO}/tree/{REVISION}(?P<folder>/.*)?", "list_tree"),
-    ("POST", f"/api/models/{REPO}/paths-info/{REVISION}", "paths_info"),
-    ("GET", f"/api/models/{REPO}/commits/{REVISION}", "list_commits"),
-    ("GET", f"/api/models/{REPO}/refs", "list_refs"),
     ("POST", f"/api/models/{REPO}/branch/{REVISION}", "create_branch"),
     ("POST", f"/api/models/{REPO}/preupload/{REVISION}", "preupload"),
     ("POST", f"/api/models/{REPO}/commit/{REVISION}", "commit"),
@@ -191,28 +187,10 @@ class FakeHub:
         folders = sorted({prefix + path[len(prefix) :].split("/")[0] for path in inside if "/" in path[len(prefix) :]})
         return Reply([*({"type": "directory", "path": path, "oid": "0" * 40} for path in folders), *entries])
 
-    def paths_info(self, request: Request, repo_id: str, revision: str) -> Reply:
-        files = self.find(repo_id, revision).files
-        return Reply([self.entry(path, files[path]) for path in request.json()["paths"] if path in files])
-
     def entry(self, path: str, oid: str) -> dict:
         size = len(self.contents[oid])
         lfs = {"lfs": {"oid": oid, "size": size, "pointerSize": 130}} if len(oid) == 64 else {}
         return {"type": "file", "path": path, "size": size, "oid": oid[:40], **lfs}
-
-    def list_commits(self, request: Request, repo_id: str, revision: str) -> Reply:
-        commits, commit = [], self.find(repo_id, revision)
-        while commit is not None:
-            commits.append(
-                {"id": commit.oid, "title": commit.title, "message": "", "date": DATE, "authors": [{"user": USER}]}
-            )
-            commit = self.repos[repo_id].commits.get(commit.parent)
-        return Reply(commits)
-
-    def list_refs(self, request: Request, repo_id: str) -> Reply:
-        branches = self.repos[repo_id].branches.items()
-        refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in branches]
-        return Reply({"branches": refs, "converts": [], "tags": []})
 
     def create_branch(self, request: Request, repo_id: str, revision: str) -> Reply:
         if revision in self.repos[repo_id].branches:
@@ -269,8 +247,6 @@ class FakeHub:
                     if value["oid"] not in self.contents:
                         raise HubError(400, "NotUploaded")
                     files[value["path"]] = value["oid"]
-                case "deletedFile":
-                    del files[value["path"]]
                 case unknown:
                     raise HubError(400, f"UnknownOperation-{unknown}")
         oid = self.add_commit(repo_id, revision, title, files)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
+
 from hub_server import FakeHub
 from tiny import tiny_image, tiny_model
 
@@ -66,6 +68,7 @@ def describe(model, processor, answer=None):
 """
 
 PUSH = """
+sys.path.insert(0, TESTS)
 from tiny import tiny_model, tiny_processor
 
 model, processor = tiny_model(), tiny_processor()
@@ -120,14 +123,14 @@ def hub():
 def run(hub, tmp_path_factory):
     """Run a script as a user on a machine of their own would: fresh process, empty cache, this Hub."""
 
-    def run(script: str, path: str = "", **names) -> dict:
+    def run(script: str, **names) -> dict:
         folder = tmp_path_factory.mktemp("machine")
         tiny_image().save(folder / "image.png")
         names = {"PROMPT": PROMPT, "TOKENS": TOKENS, "REPO": REPO, "MARK": MARK, "IMAGE": "image.png", **names}
         constants = "\n".join(f"{name} = {value!r}" for name, value in names.items())
         done = subprocess.run(
             [sys.executable, "-c", f"{constants}\n{HEADER}\n{script}"],
-            env={**os.environ, **hub.environment(folder / "cache"), "PYTHONPATH": path},
+            env={**os.environ, **hub.environment(folder / "cache")},
             cwd=folder,
             capture_output=True,
             text=True,
@@ -140,7 +143,11 @@ def run(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pushed(hub, run):
-    return {**run(PUSH, path=str(TESTS)), "first": hub.repos[REPO].branches["main"], "files": set(files_in(hub, REPO))}
+    return {
+        **run(PUSH, TESTS=str(TESTS)),
+        "first": hub.repos[REPO].branches["main"],
+        "files": set(files_in(hub, REPO)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +234,12 @@ def test_a_sharded_push_loads_to_the_same_weights(hub, tuned):
 
 def test_a_fine_tuned_model_pushed_from_remote_code_is_whole(hub, tuned):
     assert set(files_in(hub, "me/tuned.v2")) == {WEIGHTS} | OTHERS | CODE
+
+
+def test_a_fine_tuned_model_keeps_the_names_of_its_weights(hub, pushed, tuned):
+    before = hub.repos[REPO].commits[pushed["first"]].files[WEIGHTS]
+    after = files_in(hub, "me/tuned.v2")[WEIGHTS]
+    assert load(hub.contents[after]).keys() == load(hub.contents[before]).keys()
 
 
 def test_a_fine_tuned_model_loads_again_differs_and_serves_the_pipeline(processor, source, tuned, reloaded):

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from jinja2.exceptions import TemplateError
+from safetensors.torch import load_file
+from transformers import AutoProcessor, AutoTokenizer
+
 from pheye import PheyeImageProcessor, PheyeProcessor
 from pheye.processing_pheye import CAPTION_INSTRUCTION, CHAT_TEMPLATE
-from safetensors.torch import load_file
+
 from tiny import END, tiny_image, tiny_processor, tiny_tokenizer
-from transformers import AutoProcessor, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
@@ -352,7 +354,7 @@ def test_save_and_reload_give_the_same_processor(tmp_path, own_template):
     conversation = [user("What?")]
     inputs = processor(images=tiny_image(), text=["abc", "a"], return_tensors="pt")
     for reloaded in (
-        PheyeProcessor.from_pretrained(tmp_path),
+        PheyeProcessor.from_pretrained(tmp_path, trust_remote_code=True),
         AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True),
     ):
         assert type(reloaded).__name__ == "PheyeProcessor"

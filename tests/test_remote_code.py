@@ -9,14 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pheye
 import pytest
 import torch
 from packaging.requirements import Requirement
-from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeModel
 from safetensors import safe_open
-from tiny import tiny_config, tiny_image, tiny_model, tiny_text_config
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+import pheye
+from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeModel
+
+from tiny import tiny_config, tiny_image, tiny_model, tiny_text_config
 
 TESTS = Path(__file__).parent
 CONTRACT = TESTS / "fixtures" / "contract.json"
@@ -98,7 +100,7 @@ def run(script: str, folder: Path, **names) -> dict:
     constants = "\n".join(f"{name} = {value!r}" for name, value in names.items())
     done = subprocess.run(
         [sys.executable, "-c", f"{constants}\n{script}"],
-        env={**os.environ, "HF_HOME": str(folder / "cache"), "PYTHONPATH": ""},
+        env={**os.environ, "HF_HOME": str(folder / "cache")},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -263,6 +265,11 @@ def saved_shapes(folder: Path, **kwargs) -> dict[str, list[int]]:
         return {key: weights.get_slice(key).get_shape() for key in sorted(weights.keys())}
 
 
+def weight_names(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        return set(weights.keys())
+
+
 def contract(folder: Path) -> dict:
     """What users and published weights rely on.
 
@@ -307,8 +314,7 @@ def test_names_fields_and_weight_keys_keep_their_contract(tmp_path):
 
 
 def test_weights_are_saved_under_the_names_that_the_model_shows(model, model_folder):
-    with safe_open(model_folder / "model.safetensors", "pt") as weights:
-        assert set(weights.keys()) == set(model.state_dict())
+    assert weight_names(model_folder) == set(model.state_dict())
 
 
 # --- Saving and loading ---
@@ -334,8 +340,17 @@ def test_saved_weights_give_the_same_logits(tmp_path, model, inputs, sharded):
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
+def test_weights_keep_their_names_when_a_loaded_model_is_saved_again(tmp_path, model_folder):
+    """As every fine-tuned model is. Releases that rename keys while loading may rename them back while saving."""
+    loaded_whole(PheyeForConditionalGeneration, model_folder).save_pretrained(tmp_path / "again")
+    loaded_whole(PheyeModel, model_folder).save_pretrained(tmp_path / "base")
+    names = weight_names(model_folder)
+    assert weight_names(tmp_path / "again") == names
+    assert weight_names(tmp_path / "base") == {name.removeprefix("pheye.") for name in names}
+
+
 def test_the_base_model_loads_from_the_same_folder(model, model_folder, inputs):
-    base = PheyeModel.from_pretrained(model_folder)
+    base = loaded_whole(PheyeModel, model_folder)
     expected = model.model(**inputs).last_hidden_state
     assert torch.equal(base(**inputs).last_hidden_state, expected)
 
@@ -387,7 +402,7 @@ def test_a_language_model_keeps_its_head_tied_or_untied(tmp_path, inputs, tied, 
 
 def test_a_missing_weight_is_reported(tmp_path, model):
     """The tests above trust `output_loading_info`; here it has something to say."""
-    name = "model.cross_attention_blocks.1.to_q.weight"
+    name = "pheye.cross_attention_blocks.1.to_q.weight"
     state = {key: value for key, value in model.state_dict().items() if key != name}
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(AssertionError, match=re.escape(name)):
