@@ -9,16 +9,16 @@ demo: $(NEW)/.installed
 	$(NEW)/bin/python examples/demo.py
 
 test: $(NEW)/.installed
-	$(NEW)/bin/python -m pytest -m "not slow"
+	$(NEW)/bin/python -m pytest -n 2 -m "not slow"
 
 slow: $(NEW)/.installed
-	$(NEW)/bin/python -m pytest -m slow
+	$(NEW)/bin/python -m pytest -n 2 -m slow
 
 conformance: $(NEW)/.installed
 	$(NEW)/bin/python conformance/run.py
 
 oldest: $(OLD)/.installed
-	$(OLD)/bin/python -m pytest -m "not slow"
+	$(OLD)/bin/python -m pytest -n 2 -m "not slow"
 
 lint: $(NEW)/.installed
 	$(NEW)/bin/ruff format --check .

@@ -1,18 +1,27 @@
 """The image-to-text task: `pipeline("image-to-text", model=..., trust_remote_code=True)`."""
 
 from collections.abc import Iterable, Sequence
-from types import GeneratorType
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import Pipeline
 
 from .processing_pheye import CAPTION_INSTRUCTION
 
 DEFAULT_MAX_NEW_TOKENS = 256
-SINGLE_OR_NATIVE = (str, bytes, list, Image.Image, np.ndarray, torch.Tensor, Dataset, GeneratorType)
+SINGLE = (str, bytes, Image.Image, np.ndarray, torch.Tensor)
+
+
+class Stream(IterableDataset):
+    """Images that are opened one by one, because the column of a dataset may not fit into memory at once."""
+
+    def __init__(self, images: Iterable):
+        self.images = images
+
+    def __iter__(self):
+        return iter(self.images)
 
 
 class PheyeImageToTextPipeline(Pipeline):
@@ -50,13 +59,12 @@ class PheyeImageToTextPipeline(Pipeline):
 
     def __call__(self, images, **kwargs):
         """See the class."""
-        if isinstance(images, list) and not images:
-            return []
-        if isinstance(images, Sequence) and not isinstance(images, (str, bytes, list)):
-            # Opened one by one: a column of a dataset may not fit into memory at once.
-            return list(super().__call__((image for image in images), **kwargs))
-        if isinstance(images, Iterable) and not isinstance(images, SINGLE_OR_NATIVE):
-            return super().__call__((image for image in images), **kwargs)  # a streaming dataset's column
+        if isinstance(images, list):
+            return super().__call__(images, **kwargs) if images else []
+        if isinstance(images, Sequence) and not isinstance(images, SINGLE):
+            return list(super().__call__(Stream(images), **kwargs))
+        if isinstance(images, Iterable) and not isinstance(images, (*SINGLE, Dataset)):
+            return super().__call__(Stream(images), **kwargs)
         return super().__call__(images, **kwargs)
 
     def preprocess(self, image, prompt: str = CAPTION_INSTRUCTION) -> dict[str, torch.Tensor]:

@@ -9,7 +9,15 @@ ROOT = Path(__file__).parent
 
 TRAIN = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.14"]
 EVAL = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8"]
-TEST = ["accelerate>=1.1", "datasets>=3.0", "parameterized>=0.9", "pytest>=8.0", "pytest-timeout>=2.3", "ruff==0.17.6"]
+TEST = [
+    "accelerate>=1.1",
+    "datasets>=3.0",
+    "parameterized>=0.9",
+    "pytest>=8.0",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "ruff==0.17.6",
+]
 DEMO = ["scikit-image>=0.22", "pooch>=1.8"]
 
 setup(
@@ -28,7 +36,7 @@ setup(
         "pillow>=10.3",
         "safetensors>=0.5",
         "torch>=2.6",
-        "transformers>=5.15,<6",
+        "transformers>=5.13,<6",
     ],
     extras_require={
         "train": TRAIN,
