@@ -4,6 +4,9 @@
 
 The pickle is mapped into memory and written shard by shard, without building the model, so that memory use stays far
 below the size of the weights. OUTPUT appears under its name only when it is whole.
+
+transformers takes longer to import than torch, so it is imported inside the functions that need it: by then the
+checkpoint is being hashed and written in threads of their own. What it then finds wrong takes the written part away.
 """
 
 import argparse
@@ -11,16 +14,18 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import pickle
 import re
 import shutil
 import sys
+import threading
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 try:
     import pheye
@@ -39,13 +44,12 @@ from huggingface_hub import (
     split_torch_state_dict_into_shards,
 )
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from pheye.configuration_pheye import VARIANTS, PheyeConfig
-from pheye.image_processing_pheye import PheyeImageProcessor
-from pheye.modeling_pheye import PheyeForConditionalGeneration
-from pheye.processing_pheye import PheyeProcessor
 from pheye.reference import Reference, draw_test_picture
+
+if TYPE_CHECKING:
+    from pheye.configuration_pheye import PheyeConfig
+    from pheye.processing_pheye import PheyeProcessor
 
 # --- The mapping ---
 
@@ -88,7 +92,7 @@ VIT = "vision_encoder.vision_model.base_model.model."
 LEVEL = "vision_encoder.norm_lvl_"
 LM_LAYER = "lang_encoder.model.layers.{layer}.decoder_layer.{rest}"
 OLD_BLOCK = "lang_encoder.model.layers.{layer}.cross_attn_layer."
-MODEL = PheyeForConditionalGeneration.base_model_prefix + "."
+MODEL = "pheye."
 BLOCK = MODEL + "cross_attention_blocks.{block}."
 
 # The first rule that fits a name decides.
@@ -135,41 +139,144 @@ def canonical(source: str) -> str:
 SOURCE_REGEXES = tuple(template_regex(rule.source) for rule in RULES)
 
 
-class Names:
-    """Names of the source's tensors to names of the target's by `RULES`, and back."""
+def find_rule(source: str) -> "tuple[Rule, dict[str, str]] | None":
+    """The rule for a canonical name of the source, and what its fields are."""
+    for rule, regex in zip(RULES, SOURCE_REGEXES, strict=True):
+        if match := regex.fullmatch(source):
+            return rule, match.groupdict()
+    return None
 
-    def __init__(self, target_names, config: PheyeConfig):
-        self.layers = config.cross_attention_layers
-        self.paths = {}  # flat name of a ViT module: its path
-        for name in target_names:
-            if match := template_regex(MODEL + "vision_tower.{path}.{kind}").fullmatch(name):
-                self.paths[match["path"].replace(".", "_")] = match["path"]
-        self.adapted = {
-            self.paths[match["flat"]]
-            for name in target_names
-            if (match := template_regex(MODEL + "local_lora.{flat}.A").fullmatch(name))
-        }
 
-    def find_rule(self, source: str) -> "tuple[Rule, dict] | None":
-        """The rule for a name of the source (see `canonical`), and what its fields are."""
-        for rule, regex in zip(RULES, SOURCE_REGEXES, strict=True):
-            if match := regex.fullmatch(source):
-                fields = match.groupdict()
-                if "path" in fields:
-                    fields["flat"] = fields["path"].replace(".", "_")
-                if "layer" in fields:
-                    layer = int(fields["layer"])
-                    fields["block"] = self.layers.index(layer) if layer in self.layers else f"(before layer {layer})"
-                return rule, fields
+class Piece(NamedTuple):
+    """Where a tensor of the target comes from: these rows of a tensor of the source, or all of it (None)."""
+
+    source: str
+    rows: "slice | None"
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # in the source
+
+
+class ConversionError(ValueError):
+    """The source, or what was asked, cannot be converted; the message says what is wrong and what to do."""
+
+
+class Plan:
+    """What fills each tensor of the target, by `RULES` and the published settings.
+
+    Attributes:
+        pieces: a piece of the source by name of the target.
+        counts: how many tensors of the source each rule took.
+        problems: what is wrong, by canonical name of the source.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], settings: dict):
+        self.pieces: dict[str, Piece] = {}
+        self.counts, self.problems = Counter(), {}
+        self.views = 1 + TILES_PER_SIDE[settings["level"]] ** 2
+        for source, tensor in tensors.items():
+            name = canonical(source)
+            found = find_rule(name)
+            if found is None:
+                self.problems[name] = f"extra: {source}, which no rule knows"
+                continue
+            rule, fields = found
+            self.counts[rule] += 1
+            if not isinstance(tensor, torch.Tensor) or tensor.dtype not in SAFETENSORS_DTYPES:
+                kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                problem = f"wrong: {source} is of type {kind}, not a floating-point tensor"
+            elif isinstance(rule.target, SameAs):
+                problem = check_copy(tensors, source, rule.target.source.format(**fields))
+            else:
+                problem = self.assign(rule, source, tensor, target_fields(fields, settings))
+            if problem is not None:
+                self.problems[name] = problem
+
+    def assign(self, rule: Rule, source: str, tensor: torch.Tensor, fields: dict) -> "str | None":
+        """Give a tensor of the source to its target, or its rows to its targets; returns what is wrong with that."""
+        shape, rows = tuple(tensor.shape), [None]
+        if rule.action == "split":
+            # Rows that nothing uses follow those of the views; all other splits are into equal parts.
+            part = self.views if None in rule.target else shape[0] // len(rule.target) if shape else 0
+            needed = part if None in rule.target else part * len(rule.target)
+            if not shape or not part or (shape[0] < needed if None in rule.target else shape[0] != needed):
+                of = f"at least {part} rows" if None in rule.target else f"rows for {len(rule.target)} equal parts"
+                return f"misshapen: {source} is {shape} where {of} are needed"
+            rows = [slice(start, start + part) for start in range(0, needed, part)]
+            shape = (part, *shape[1:])
+        targets = (rule.target,) if rule.action == "renamed" else rule.target or ()
+        for template, part in zip(filter(None, targets), rows, strict=False):
+            target = template.format(**fields)
+            if target in self.pieces:
+                return f"extra: {source} would fill {target}, which {self.pieces[target].source} fills already"
+            self.pieces[target] = Piece(source, part, shape, tensor.dtype)
         return None
+
+    def check(self, config: "PheyeConfig"):
+        """Hold the plan against the model.
+
+        Raises:
+            ConversionError: with one line for each missing, extra or misshapen tensor, and each false copy.
+        """
+        shapes = target_shapes(config)
+        names = Names(shapes, config)
+        problems = dict(self.problems)
+        for target, piece in self.pieces.items():
+            if target not in shapes:
+                problem = f"extra: {piece.source} has no place in the model ({target})"
+            elif piece.shape != shapes[target]:
+                problem = f"misshapen: {piece.source} gives {target} the shape {piece.shape}, not {shapes[target]}"
+            else:
+                continue
+            problems.setdefault(canonical(piece.source), problem)
+        for target in shapes.keys() - self.pieces.keys():
+            source = names.source_of(target)
+            problems.setdefault(source, f"missing: {source} (for {target})")
+        if problems:
+            listing = "\n  ".join(sorted(problems.values()))
+            raise ConversionError(
+                f"The checkpoint does not hold what its config.json describes; {len(problems)} of its tensors are "
+                f"wrong (check the encoder and decoder, and that the file is whole):\n  {listing}"
+            )
+
+
+def target_fields(fields: dict[str, str], settings: dict) -> dict[str, str]:
+    """The fields of a target's name, from those of the source's."""
+    if "path" in fields:
+        fields["flat"] = fields["path"].replace(".", "_")
+    if "layer" in fields:
+        layer, interval = int(fields["layer"]), settings["cross_interval"]
+        has_block = (layer + 1) % interval == 0 and layer >= settings["from_layer"]
+        # Layers with a block before them and below this one, less those before the start layer.
+        block = (layer + 1) // interval - 1 - settings["from_layer"] // interval
+        fields["block"] = str(block) if has_block else f"(before layer {layer})"
+    return fields
+
+
+def target_shapes(config: "PheyeConfig") -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the model, without its memory."""
+    from pheye.modeling_pheye import PheyeForConditionalGeneration
+
+    with torch.device("meta"):
+        model = PheyeForConditionalGeneration(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+class Names:
+    """Names of a model's tensors back to those of the source."""
+
+    def __init__(self, targets: Iterable[str], config: "PheyeConfig"):
+        self.layers = config.cross_attention_layers
+        tower, lora = (template_regex(MODEL + name) for name in ("vision_tower.{path}.{kind}", "local_lora.{flat}.A"))
+        paths = [match["path"] for target in targets if (match := tower.fullmatch(target))]
+        self.paths = {path.replace(".", "_"): path for path in paths}
+        self.adapted = {self.paths[match["flat"]] for target in targets if (match := lora.fullmatch(target))}
 
     def source_of(self, target: str) -> str:
         """The name in the source of what fills `target`."""
         for rule in RULES:
             templates = rule.target if rule.action == "split" else (rule.target,) if rule.action == "renamed" else ()
-            for template in templates:
-                match = template and template_regex(template).fullmatch(target)
-                if not match:
+            for template in filter(None, templates):
+                if not (match := template_regex(template).fullmatch(target)):
                     continue
                 fields = match.groupdict()
                 if "flat" in fields:
@@ -179,99 +286,6 @@ class Names:
                 if ".base_layer." not in rule.source or fields["path"] in self.adapted:
                     return rule.source.format(**fields)
         raise AssertionError(f"no rule fills {target}")
-
-
-class Piece(NamedTuple):
-    """Where a tensor of the target comes from: these rows of a tensor of the source, or all of it (None)."""
-
-    source: str
-    rows: "slice | None"
-    shape: tuple[int, ...]
-
-
-@dataclass
-class Plan:
-    """What fills each tensor of the target, and how many tensors of the source each rule took."""
-
-    pieces: dict[str, Piece]
-    counts: Counter
-
-
-class ConversionError(ValueError):
-    """The source, or what was asked, cannot be converted; the message says what is wrong and what to do."""
-
-
-def target_shapes(config: PheyeConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model, without its memory."""
-    with torch.device("meta"):
-        model = PheyeForConditionalGeneration(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def plan_conversion(tensors: dict[str, torch.Tensor], config: PheyeConfig) -> Plan:
-    """Apply `RULES`: every tensor of the source is used or dropped, every tensor of the target is filled exactly once.
-
-    Raises:
-        ConversionError: with one line for each missing, extra or misshapen tensor, and each false copy.
-    """
-    shapes = target_shapes(config)
-    names = Names(shapes, config)
-    plan, problems = Plan({}, Counter()), {}  # problems by canonical name of the source's tensor
-    for source, tensor in tensors.items():
-        name = canonical(source)
-        found = names.find_rule(name)
-        if found is None:
-            problems[name] = f"extra: {source}, which no rule knows"
-            continue
-        rule, fields = found
-        plan.counts[rule] += 1
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in SAFETENSORS_DTYPES:
-            kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            problems[name] = f"wrong: {source} is of type {kind}, not a floating-point tensor"
-        elif isinstance(rule.target, SameAs):
-            problems[name] = check_copy(tensors, source, rule.target.source.format(**fields))
-        elif rule.target is not None:
-            targets = (rule.target,) if isinstance(rule.target, str) else rule.target
-            targets = [target and target.format(**fields) for target in targets]
-            problems[name] = assign(plan.pieces, source, tuple(tensor.shape), targets, shapes)
-    problems = {name: problem for name, problem in problems.items() if problem is not None}
-    for target in shapes.keys() - plan.pieces.keys():
-        source = names.source_of(target)
-        problems.setdefault(source, f"missing: {source} (for {target})")
-    if problems:
-        listing = "\n  ".join(sorted(problems.values()))
-        raise ConversionError(
-            f"The checkpoint does not hold what its config.json describes; {len(problems)} of its tensors are wrong "
-            f"(check the encoder and decoder, and that the file is whole):\n  {listing}"
-        )
-    return plan
-
-
-def assign(
-    pieces: dict[str, Piece], source: str, shape: tuple[int, ...], targets: "list[str | None]", shapes: dict
-) -> "str | None":
-    """Give `source` to its target, or its rows to its targets one after another; returns what is wrong with that."""
-    unknown = [target for target in targets if target is not None and target not in shapes]
-    if unknown:
-        return f"extra: {source} has no place in the model ({', '.join(unknown)})"
-    if taken := [target for target in targets if target in pieces]:
-        return f"extra: {source} would fill {taken[0]}, which {pieces[taken[0]].source} fills already"
-    if len(targets) == 1:
-        if shape != shapes[targets[0]]:
-            return f"misshapen: {source} is {shape} where {targets[0]} is {shapes[targets[0]]}"
-        pieces[targets[0]] = Piece(source, None, shape)
-        return None
-    wanted = [shapes[target] for target in targets if target is not None]
-    rows = sum(part[0] for part in wanted)
-    rows_fit = bool(shape) and (shape[0] >= rows if None in targets else shape[0] == rows)
-    if not rows_fit or shape[1:] != wanted[0][1:]:
-        at_least = "at least " if None in targets else ""
-        return f"misshapen: {source} is {shape} where {at_least}{(rows, *wanted[0][1:])} is needed"
-    start = 0
-    for target, part in zip(targets, wanted, strict=False):
-        pieces[target] = Piece(source, slice(start, start + part[0]), part)
-        start += part[0]
-    return None
 
 
 def check_copy(tensors: dict[str, torch.Tensor], copy: str, original: str) -> "str | None":
@@ -345,6 +359,9 @@ def read_settings(path: Path, options: dict[str, "str | None"]) -> dict:
     for part in ("encoder", "decoder", "tokenizer"):
         if not options.get(part) and not isinstance(settings[part], str):
             raise ConversionError(f"{path} has {part} {settings[part]!r}, which is no name; give --{part}.")
+    for name, least in (("cross_interval", 1), ("from_layer", 0), ("reduce", 1)):
+        if type(settings[name]) is not int or settings[name] < least:
+            raise ConversionError(f"{path} has {name} {settings[name]!r}, which is no integer of at least {least}.")
     level = settings["level"]
     if isinstance(level, bool) or level not in TILES_PER_SIDE:
         reason = (
@@ -405,8 +422,12 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     return {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
 
 
-def make_config(settings: dict, encoder: Path, decoder: Path, tensors: dict[str, torch.Tensor]) -> PheyeConfig:
+def make_config(settings: dict, encoder: Path, decoder: Path, tensors: dict[str, torch.Tensor]) -> "PheyeConfig":
     """The configuration; LoRA ranks come from the tensors, since config.json does not tell them."""
+    from transformers import AutoConfig
+
+    from pheye.configuration_pheye import PheyeConfig
+
     ranks = {}
     for name, tensor in tensors.items():
         if (match := re.search(r"\.lora_A\.(first|second)\.weight$", name)) and isinstance(tensor, torch.Tensor):
@@ -443,11 +464,16 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def write_weights(folder: Path, conversion: "Conversion", max_shard_size: str):
-    """Write the model's tensors as safetensors shards, and the index that says which tensor is where."""
+def write_weights(
+    folder: Path, checkpoint: Path, plan: Plan, dtype: "torch.dtype | None", max_shard_size: str, stop: threading.Event
+):
+    """Write the model's tensors as safetensors shards, and the index that says which tensor is where.
+
+    dtype: of all tensors, None for each one's own. stop: when set, the writing ends and leaves what there is.
+    """
     layout = {
-        name: torch.empty(piece.shape, dtype=conversion.dtypes[name], device="meta")
-        for name, piece in conversion.plan.pieces.items()
+        name: torch.empty(piece.shape, dtype=dtype or piece.dtype, device="meta")
+        for name, piece in plan.pieces.items()
     }
     split = split_torch_state_dict_into_shards(layout, max_shard_size=max_shard_size)
     shards = list(split.filename_to_tensors.values())
@@ -463,17 +489,23 @@ def write_weights(folder: Path, conversion: "Conversion", max_shard_size: str):
             weight_map.update(dict.fromkeys(names, file))
             # Mapped anew for each shard, so that the pages which the last one read are let go.
             tensors.clear()
-            tensors.update(read_checkpoint(conversion.checkpoint))
-            write_shard(folder / file, {name: layout[name] for name in names}, conversion.plan, tensors, progress)
+            tensors.update(read_checkpoint(checkpoint))
+            for size in write_shard(folder / file, {name: layout[name] for name in names}, plan, tensors):
+                progress.update(size)
+                if stop.is_set():
+                    return
     parameters = sum(tensor.numel() for tensor in layout.values())
     index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_shard(
-    path: Path, layout: dict[str, torch.Tensor], plan: Plan, tensors: dict[str, torch.Tensor], progress: tqdm
-):
-    """One safetensors file: length of the header, header, tensors. The library's own writer wants all in memory."""
+    path: Path, layout: dict[str, torch.Tensor], plan: Plan, tensors: dict[str, torch.Tensor]
+) -> Iterator[int]:
+    """One safetensors file: length of the header, header, tensors; yields bytes of tensors as they are written.
+
+    The library's own writer wants the whole file in memory.
+    """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in layout.items():
         header[name] = {
@@ -493,7 +525,7 @@ def write_shard(
             for start in range(0, values.numel(), CHUNK):
                 chunk = cast(values[start : start + CHUNK], tensor.dtype, piece.source)
                 write_all(file, chunk.view(torch.uint8).numpy())
-                progress.update(chunk.nbytes)
+                yield chunk.nbytes
 
 
 def write_all(file, data):
@@ -512,11 +544,17 @@ def cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return result
 
 
-def write_processor(folder: Path, config: PheyeConfig, encoder: Path, tokenizer: Path) -> PheyeProcessor:
+def write_processor(folder: Path, conversion: "Conversion") -> "PheyeProcessor":
     """Tokenizer, chat template and image processor, with the encoder's own mean and std where it tells them."""
+    from transformers import AutoTokenizer
+
+    from pheye.image_processing_pheye import PheyeImageProcessor
+    from pheye.processing_pheye import PheyeProcessor
+
+    config, tokenizer = conversion.config, conversion.folders["tokenizer"]
     size = config.vision_config.image_size
     options = {"tiles_per_side": config.tiles_per_side, "size": {"height": size, "width": size}}
-    preprocessor = encoder / "preprocessor_config.json"
+    preprocessor = conversion.folders["encoder"] / "preprocessor_config.json"
     if preprocessor.is_file():
         published = json.loads(preprocessor.read_text(encoding="utf-8"))
         options |= {name: published[name] for name in ("image_mean", "image_std") if name in published}
@@ -529,8 +567,10 @@ def write_processor(folder: Path, config: PheyeConfig, encoder: Path, tokenizer:
     return processor
 
 
-def write_configs(folder: Path, config: PheyeConfig, tokenizer):
+def write_configs(folder: Path, config: "PheyeConfig", tokenizer):
     """Configuration, generation configuration and the code that they name."""
+    from transformers import GenerationConfig
+
     config.save_pretrained(folder)
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else config.text_config.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
@@ -599,14 +639,16 @@ than the law grants you anyway. The code files come from the package pheye and a
 """
 
 
-def find_variant(config: PheyeConfig) -> "str | None":
+def find_variant(config: "PheyeConfig") -> "str | None":
+    from pheye.configuration_pheye import VARIANTS
+
     for variant, numbers in VARIANTS.items():
         if all(getattr(config, name) == value for name, value in numbers.items()):
             return variant
     return None
 
 
-def describe_scores(config: PheyeConfig, variant: "str | None") -> str:
+def describe_scores(config: "PheyeConfig", variant: "str | None") -> str:
     if variant is None:
         return "The paper reports no model with these numbers."
     rows = [("model", *SCORES), ("---",) * (1 + len(SCORES)), (f"Pheye-{variant}", *PUBLISHED_SCORES[variant])]
@@ -622,14 +664,16 @@ def describe_scores(config: PheyeConfig, variant: "str | None") -> str:
 def describe_dtypes(conversion: "Conversion") -> str:
     """What is stored in which dtype, and what loading makes of it."""
     counts = Counter()
-    for name, piece in conversion.plan.pieces.items():
-        counts[dtype_name(conversion.dtypes[name])] += math.prod(piece.shape)
+    for piece in conversion.plan.pieces.values():
+        counts[dtype_name(conversion.dtype or piece.dtype)] += math.prod(piece.shape)
     held = ", ".join(f"{count:,} parameters in {name}" for name, count in counts.most_common())
     loaded = dtype_name(conversion.config.dtype)
     size = sum(counts.values()) * conversion.config.dtype.itemsize / 1e6
     size = f"{size / 1e3:.1f} GB" if size >= 1e3 else f"{size:.1f} MB"
     widest = "float64" if "float64" in counts else "float32"
-    kept = "Every tensor is stored as in the source" if conversion.kept else f"All tensors were cast to {loaded}"
+    kept = (
+        "Every tensor is stored as in the source" if conversion.dtype is None else f"All tensors were cast to {loaded}"
+    )
     return (
         f"{kept}: {held}. `config.dtype` is that of the language model's weights, {loaded}, so a plain load casts all "
         f"of it to {loaded} and takes {size}; `dtype=torch.{widest}` gets every stored bit back."
@@ -685,7 +729,7 @@ def write_card(folder: Path, model: str, conversion: "Conversion", sha256: str):
         model=model,
         scores=describe_scores(config, variant),
         version=pheye.__version__,
-        values="are untouched" if conversion.kept else f"were cast to {dtype_name(config.dtype)}",
+        values="are untouched" if conversion.dtype is None else f"were cast to {dtype_name(config.dtype)}",
         revision=f"`{source.revision}`" if on_hub else "unknown (a local folder)",
         sha256=sha256,
         encoder=conversion.hub_ids["encoder"] or "a local folder",
@@ -702,42 +746,56 @@ def write_card(folder: Path, model: str, conversion: "Conversion", sha256: str):
 
 @dataclass
 class Conversion:
-    """What is known before anything is written."""
+    """What is known about one run."""
 
     source: Source
+    dtype: "torch.dtype | None"  # of all tensors; None keeps those of the source
+    plan: Plan
+    config: "PheyeConfig"
     folders: dict[str, Path]  # of the encoder's and decoder's configs and of the tokenizer
     hub_ids: "dict[str, str | None]"  # of the same, where they have one
-    config: PheyeConfig
-    plan: Plan
-    dtypes: dict[str, torch.dtype]  # of each tensor of the target
-    kept: bool  # whether these are the source's
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.source.folder / "checkpoint.pt"
 
 
-def prepare(source: Source, options: "dict[str, str | None]", dtype: str) -> Conversion:
-    """Everything that can be wrong with the source is found here, before anything is written."""
+def make_conversion(
+    source: Source, tensors: dict, plan: Plan, options: "dict[str, str | None]", dtype: "torch.dtype | None"
+) -> Conversion:
+    """Find the configs, and hold the plan against the model that they describe."""
     folders, hub_ids = {}, {}
     files = {"encoder": CONFIG_FILES, "decoder": CONFIG_FILES, "tokenizer": TOKENIZER_FILES}
     for part, names in files.items():
         folders[part], hub_ids[part] = find_part(source, part, options.get(part), names)
-    tensors = read_checkpoint(source.folder / "checkpoint.pt")
     config = make_config(source.settings, folders["encoder"], folders["decoder"], tensors)
-    plan = plan_conversion(tensors, config)
-    if dtype == "keep":
-        dtypes = {name: tensors[piece.source].dtype for name, piece in plan.pieces.items()}
-    else:
-        dtypes = dict.fromkeys(plan.pieces, getattr(torch, dtype))
+    plan.check(config)
     language_model = Counter()
     for name, piece in plan.pieces.items():
         if name.startswith(MODEL + "language_model."):
-            language_model[dtypes[name]] += math.prod(piece.shape)
+            language_model[dtype or piece.dtype] += math.prod(piece.shape)
     for part in (config, config.vision_config, config.text_config):
         part.dtype = language_model.most_common(1)[0][0]
         part.name_or_path = ""  # a folder of this machine
-    return Conversion(source, folders, hub_ids, config, plan, dtypes, kept=dtype == "keep")
+    return Conversion(source, dtype, plan, config, folders, hub_ids)
+
+
+class Background(threading.Thread):
+    """A call in a thread of its own, which does not keep the program from ending."""
+
+    def __init__(self, call: Callable, *args):
+        super().__init__(daemon=True)
+        self.call, self.args, self.value, self.error = call, args, None, None
+        self.start()
+
+    def run(self):
+        try:
+            self.value = self.call(*self.args)
+        except BaseException as error:
+            self.error = error
+
+    def result(self):
+        """What the call returned or raised, when it is done."""
+        self.join()
+        if self.error is not None:
+            raise self.error
+        return self.value
 
 
 @contextlib.contextmanager
@@ -774,8 +832,9 @@ def appear_whole(output: Path, force: bool):
 
 
 def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    # In one call on the mapped file, which leaves the interpreter to other threads all the while.
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(data).hexdigest()
 
 
 def report(plan: Plan):
@@ -813,33 +872,41 @@ def convert(
     for used in (source, *filter(None, options.values())):
         if Path(used).resolve().is_relative_to(output):
             raise ConversionError(f"{output} holds {used}, which the conversion reads; choose another OUTPUT.")
-    with appear_whole(output, force) as folder, ThreadPoolExecutor(1) as background:
+    stored = None if dtype == "keep" else getattr(torch, dtype)
+    with appear_whole(output, force) as folder:
         found = find_source(source, options)
-        sha256: Future[str] = background.submit(sha256_of, found.folder / "checkpoint.pt")
-        conversion = prepare(found, options, dtype)
-        report(conversion.plan)
-        processor = write_processor(
-            folder, conversion.config, conversion.folders["encoder"], conversion.folders["tokenizer"]
-        )
-        write_configs(folder, conversion.config, processor.tokenizer)
-        write_weights(folder, conversion, max_shard_size)
+        checkpoint = found.folder / "checkpoint.pt"
+        sha256 = Background(sha256_of, checkpoint)
+        tensors = read_checkpoint(checkpoint)
+        plan, stop = Plan(tensors, found.settings), threading.Event()
+        writing = Background(write_weights, folder, checkpoint, plan, stored, max_shard_size, stop)
+        try:
+            conversion = make_conversion(found, tensors, plan, options, stored)
+            processor = write_processor(folder, conversion)
+            write_configs(folder, conversion.config, processor.tokenizer)
+            writing.result()
+        finally:
+            stop.set()
+            writing.join()
+        report(plan)
         write_card(folder, model or output.name, conversion, sha256.result())
         if verify:
             verify_folder(folder, conversion, processor)
-    return conversion.plan
+    return plan
 
 
 # Differences that rounding in float32 explains; a wrong mapping makes them a thousand times larger.
 BOUNDS = {"pixels": 1e-6, "features": 2e-4, "logits": 2e-3}
 
 
-def verify_folder(folder: Path, conversion: Conversion, processor: PheyeProcessor):
+def verify_folder(folder: Path, conversion: Conversion, processor: "PheyeProcessor"):
     """Compare the converted model with the formulas applied to the source's own tensors, both in float32."""
-    config = conversion.config
+    from pheye.modeling_pheye import PheyeForConditionalGeneration
+
+    config, source = conversion.config, conversion.source
     model = PheyeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    reference = Reference(
-        read_checkpoint(conversion.checkpoint), conversion.source.settings, config.vision_config, config.text_config
-    )
+    tensors = read_checkpoint(source.folder / "checkpoint.pt")
+    reference = Reference(tensors, source.settings, config.vision_config, config.text_config)
     image = draw_test_picture()
     conversation = [{"role": "user", "content": "Describe the image."}]
     text = processor.apply_chat_template(conversation, add_generation_prompt=True)
@@ -854,7 +921,7 @@ def verify_folder(folder: Path, conversion: Conversion, processor: PheyeProcesso
     differences = {name: (ours[name][0] - theirs[name]).abs().max().item() for name in BOUNDS}
     listing = ", ".join(f"{name} {difference:.2g}" for name, difference in differences.items())
     print(f"Largest differences from the reference: {listing}")
-    exact = conversion.kept or config.dtype == torch.float32
+    exact = conversion.dtype is None or config.dtype == torch.float32
     if exact and not all(differences[name] <= bound for name, bound in BOUNDS.items()):
         bounds = ", ".join(f"{name} {bound:g}" for name, bound in BOUNDS.items())
         raise ConversionError(

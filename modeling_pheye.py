@@ -8,6 +8,7 @@ questions, beams or samples of one image are adjacent), T text tokens, H heads, 
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     Cache,
@@ -357,11 +359,16 @@ class PheyeModel(PheyePreTrainedModel):
     hooks add the LoRA updates inside the vision tower and run a block before a layer of the language model.
     """
 
-    def __init__(self, config: PheyeConfig):
+    def __init__(
+        self,
+        config: PheyeConfig,
+        vision_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
         super().__init__(config)
         dtype = torch.get_default_dtype()  # one for all parts, whatever their own configs were saved with
-        self.vision_tower = AutoModel.from_config(config.vision_config, dtype=dtype)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
+        self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config, dtype=dtype)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
         self.global_lora = nn.ModuleDict()
         self.local_lora = nn.ModuleDict()
         self.view_encoding = PheyeViewEncoding(config)
@@ -611,10 +618,35 @@ def _pass_on(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tens
 class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
     """Pheye with the language model's head: answers questions about images, and trains."""
 
-    def __init__(self, config: PheyeConfig):
+    def __init__(self, config: PheyeConfig, **parts: PreTrainedModel):
         super().__init__(config)
-        self.pheye = PheyeModel(config)
+        self.pheye = PheyeModel(config, **parts)
         self.post_init()
+
+    @classmethod
+    def from_pretrained_parts(
+        cls, vision: str | os.PathLike, language_model: str | os.PathLike, dtype: torch.dtype | None = None, **config
+    ) -> "PheyeForConditionalGeneration":
+        """An untrained Pheye from a pretrained vision transformer and language model, each held in memory once.
+
+        Args:
+            vision: folder or Hub id of a vision transformer, or of a model such as CLIP that also has a text tower.
+            language_model: folder or Hub id of a causal language model.
+            dtype: of all parts; by default that in which the language model was saved.
+            config: fields of `PheyeConfig`, such as `tiles_per_side`.
+        """
+        language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or "auto")
+        vision_config = AutoConfig.from_pretrained(vision)
+        vision_tower = AutoModel.from_pretrained(
+            vision, config=getattr(vision_config, "vision_config", vision_config), dtype=language_model.dtype
+        )
+        config = cls.config_class(vision_config=vision_tower.config, text_config=language_model.config, **config)
+        model = cls._from_config(
+            config, dtype=language_model.dtype, vision_tower=vision_tower, language_model=language_model
+        )
+        model.set_attn_implementation(model.config._attn_implementation)  # the new config has cleared that of its parts
+        model.generation_config = language_model.generation_config
+        return model.eval()
 
     @property
     def model(self) -> PheyeModel:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPConfig, GenerationConfig, pipeline
 
+from pheye import PheyeConfig, configuration_pheye
 from pheye import convert_checkpoint as converter
 from pheye.benchmarks import conversion as benchmark
 
@@ -422,10 +423,10 @@ def test_all_that_does_not_fit_is_listed_by_name_in_one_error(tmp_path, tensors,
         "extra: lang_encoder.surprise.weight",
         "extra: optimizer",
         f"extra: {layer}2.cross_attn_layer.attn.to_q.bias",
-        f"misshapen: {Q_PROJ}.lora_A.second.weight is (5, 32)",
-        "misshapen: vision_encoder.norm_lvl_1.bias is (33,)",
-        "misshapen: vision_encoder.connector.embedding.weight is (4, 32) where at least (5, 32)",
-        f"misshapen: {layer}3.cross_attn_layer.attn.to_kv.bias is (127,) where (128,)",
+        f"misshapen: {Q_PROJ}.lora_A.second.weight gives pheye.local_lora",
+        "misshapen: vision_encoder.norm_lvl_1.bias gives pheye.view_encoding.global_norm.bias the shape (33,), not (32,)",
+        "misshapen: vision_encoder.connector.embedding.weight is (4, 32) where at least 5 rows are needed",
+        f"misshapen: {layer}3.cross_attn_layer.attn.to_kv.bias is (127,) where rows for 2 equal parts",
         "wrong: lang_encoder.cross_attn_layers.3.attn.to_kv.bias differs",
         "wrong: vision_encoder.norm_lvl_2.bias is of type torch.int64",
         f"wrong: {VIT}pre_layrnorm.bias is of type str",
@@ -447,10 +448,8 @@ def test_another_decoder_is_refused_with_the_shapes(tmp_path, tensors, capsys):
     source = write(tmp_path / "source", tensors)
     tiny_text_config(hidden_size=64, vocab_size=300).save_pretrained(tmp_path / "other")
     error = refuse(capsys, source, tmp_path / "out", "--decoder", str(tmp_path / "other"))
-    assert (
-        f"misshapen: {EMBEDDINGS} is (257, 64) where pheye.language_model.model.embed_tokens.weight is (300, 64)"
-        in error
-    )
+    line = f"misshapen: {EMBEDDINGS} gives pheye.language_model.model.embed_tokens.weight the shape (257, 64), not (300, 64)"
+    assert line in error
 
 
 @pytest.mark.parametrize(
@@ -460,6 +459,8 @@ def test_another_decoder_is_refused_with_the_shapes(tmp_path, tensors, capsys):
         ({"level": 4}, "level 4, which exists in the published code as a number only and cannot run"),
         ({"level": 7}, "level 7, which is unknown"),
         ({"level": True}, "level True"),
+        ({"from_layer": 4}, "leave no cross-attention block"),
+        ({"reduce": 0}, "reduce 0, which is no integer of at least 1"),
         ({"cross_interval": 9}, "leave no cross-attention block"),
         ({"encoder": 3}, "encoder 3, which is no name"),
         ({"decoder": "nowhere"}, "'nowhere' is neither a folder nor a Hub repo"),
@@ -796,11 +797,11 @@ def test_every_rule_is_needed_and_says_why(converted):
 
 
 def test_published_scores_cover_the_published_variants():
-    assert converter.PUBLISHED_SCORES.keys() == converter.VARIANTS.keys()
+    assert converter.PUBLISHED_SCORES.keys() == configuration_pheye.VARIANTS.keys()
 
 
 def test_a_full_size_model_has_the_papers_number_of_parameters():
-    shapes = converter.target_shapes(converter.PheyeConfig.from_variant("x4-448"))
+    shapes = converter.target_shapes(PheyeConfig.from_variant("x4-448"))
     assert sum(math.prod(shape) for shape in shapes.values()) == 2_350_063_136
 
 

@@ -1,0 +1,55 @@
+"""A new, untrained Pheye from a pretrained vision transformer and a pretrained language model, saved ready to train.
+
+    python examples/new_model.py --vision FOLDER_OR_ID --language-model FOLDER_OR_ID --output FOLDER
+                                 [--tiles-per-side 3] [--interval 4]
+
+What trains is what the paper trains: the cross-attention blocks, both LoRA sets and the encoding of the views.
+"""
+
+import argparse
+
+from transformers import AutoTokenizer
+
+# Not from transformers itself, where older releases hide it unless torchvision is installed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from pheye import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vision", required=True)
+    parser.add_argument("--language-model", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--tiles-per-side", type=int, default=3)
+    parser.add_argument("--interval", type=int, default=4)
+    arguments = parser.parse_args()
+
+    model = PheyeForConditionalGeneration.from_pretrained_parts(
+        arguments.vision,
+        arguments.language_model,
+        tiles_per_side=arguments.tiles_per_side,
+        cross_attention_interval=arguments.interval,
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision_tower" not in name and "language_model" not in name)
+
+    # Pixels as the vision transformer knows them.
+    preprocessor = AutoImageProcessor.from_pretrained(arguments.vision)
+    size = model.config.vision_config.image_size
+    image_processor = PheyeImageProcessor(
+        tiles_per_side=arguments.tiles_per_side,
+        size={"height": size, "width": size},
+        image_mean=preprocessor.image_mean,
+        image_std=preprocessor.image_std,
+    )
+    processor = PheyeProcessor(image_processor, AutoTokenizer.from_pretrained(arguments.language_model))
+
+    model.save_pretrained(arguments.output)
+    processor.save_pretrained(arguments.output)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"{arguments.output}: {model.num_parameters():,} parameters, of which {trained:,} train")
+
+
+if __name__ == "__main__":
+    main()
