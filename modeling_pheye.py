@@ -644,7 +644,8 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         model = cls._from_config(
             config, dtype=language_model.dtype, vision_tower=vision_tower, language_model=language_model
         )
-        model.set_attn_implementation(model.config._attn_implementation)  # the new config has cleared that of its parts
+        # Making the config has cleared this setting of the parts, and their masks go by it.
+        model.set_attn_implementation(model.config._attn_implementation)
         model.generation_config = language_model.generation_config
         return model.eval()
 
