@@ -41,7 +41,6 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     snapshot_download,
-    split_torch_state_dict_into_shards,
 )
 from tqdm import tqdm
 
@@ -465,7 +464,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def write_weights(
-    folder: Path, checkpoint: Path, plan: Plan, dtype: "torch.dtype | None", max_shard_size: str, stop: threading.Event
+    folder: Path, checkpoint: Path, plan: Plan, dtype: "torch.dtype | None", max_shard_size: int, stop: threading.Event
 ):
     """Write the model's tensors as safetensors shards, and the index that says which tensor is where.
 
@@ -475,8 +474,7 @@ def write_weights(
         name: torch.empty(piece.shape, dtype=dtype or piece.dtype, device="meta")
         for name, piece in plan.pieces.items()
     }
-    split = split_torch_state_dict_into_shards(layout, max_shard_size=max_shard_size)
-    shards = list(split.filename_to_tensors.values())
+    shards = split_into_shards({name: tensor.nbytes for name, tensor in layout.items()}, max_shard_size)
     total = sum(tensor.nbytes for tensor in layout.values())
     if (free := shutil.disk_usage(folder).free) < total:
         raise ConversionError(
@@ -497,6 +495,18 @@ def write_weights(
     parameters = sum(tensor.numel() for tensor in layout.values())
     index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def split_into_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in their order, in groups of at most `limit` bytes; a larger tensor is alone in its group."""
+    shards, room = [], 0
+    for name, size in sizes.items():
+        if size > room or not shards:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
 
 
 def write_shard(
@@ -857,7 +867,7 @@ def convert(
     decoder: "str | None" = None,
     tokenizer: "str | None" = None,
     dtype: str = "keep",
-    max_shard_size: str = "2GB",
+    max_shard_size: int = 2_000_000_000,
     force: bool = False,
     verify: bool = False,
     model: "str | None" = None,
@@ -946,10 +956,12 @@ def push(output: str, repo: str, private: bool, revision: "str | None"):
     print(f"Pushed to {commit.commit_url}")
 
 
-def shard_size(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", text, re.IGNORECASE):
+def size_in_bytes(text: str) -> int:
+    """ "500MB" or "2GB" as a number; a bare number is one of bytes."""
+    match = re.fullmatch(r"([1-9]\d*)([KMGT]?)B?", text.upper())
+    if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 2GB")
-    return text
+    return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
 
 
 def parse_arguments(argv: "list[str] | None") -> argparse.Namespace:
@@ -963,7 +975,7 @@ def parse_arguments(argv: "list[str] | None") -> argparse.Namespace:
         parser.add_argument(f"--{part}", help=f"folder or Hub id, in place of the {part} that config.json names")
     dtypes = ("keep", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="keep", help="of the weights (default: as in the source)")
-    parser.add_argument("--max-shard-size", type=shard_size, default="2GB", help="of a weights file (default: 2GB)")
+    parser.add_argument("--max-shard-size", type=size_in_bytes, default="2GB", help="of a weights file (default: 2GB)")
     parser.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
     parser.add_argument(
         "--verify", action="store_true", help="compare the model with a slow reference on a test picture"
@@ -980,6 +992,7 @@ def parse_arguments(argv: "list[str] | None") -> argparse.Namespace:
 def main(argv: "list[str] | None" = None) -> int:
     """The command; returns its exit status."""
     args = parse_arguments(argv)
+    sys.setswitchinterval(0.0005)  # or the writing thread waits 5 ms for every tensor while imports run
     try:
         convert(
             args.source,

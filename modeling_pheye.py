@@ -288,6 +288,13 @@ class ImageContext:
 # --- The model ---
 
 
+def given_text(input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """The ids or embeddings of the text, whichever is given."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+    return input_ids if inputs_embeds is None else inputs_embeds
+
+
 def transformer_layers(model: nn.Module, count: int, kind: str) -> nn.ModuleList:
     """The list of `count` transformer layers inside a `kind` of model, wherever its family keeps it."""
     for module in model.modules():
@@ -498,15 +505,13 @@ class PheyeModel(PheyePreTrainedModel):
         **kwargs,
     ) -> tuple[ModelOutput, ImageContext]:
         """Call the language model, with or without its head, on text and the image of this call or of its cache."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if pixel_values is not None and image_hidden_states is not None:
             raise ValueError("Give one of pixel_values and image_hidden_states, not both.")
-        rows, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        images = pixel_values if image_hidden_states is None else image_hidden_states
         if pixel_values is not None:
             self._check_pixel_values(pixel_values)
-        self._check_text(rows, length, pixel_values if image_hidden_states is None else image_hidden_states)
-
+        if images is not None:
+            self._check_rows(len(given_text(input_ids, inputs_embeds)), len(images))
         if pixel_values is not None:
             image_hidden_states = self.get_image_features(pixel_values).last_hidden_state
         if use_cache is None:
@@ -553,16 +558,11 @@ class PheyeModel(PheyePreTrainedModel):
                 "model's own processor."
             )
 
-    def _check_text(self, rows: int, length: int, images: torch.Tensor | None):
-        positions = getattr(self.config.text_config, "max_position_embeddings", None)
-        if positions is not None and length > positions:
+    def _check_rows(self, rows: int, images: int):
+        if images == 0 or rows % images:
             raise ValueError(
-                f"The text has {length} tokens, but the language model has {positions} positions; shorten the prompt."
-            )
-        if images is not None and (images.shape[0] == 0 or rows % images.shape[0]):
-            raise ValueError(
-                f"There are {rows} rows of text for {images.shape[0]} images; give each image the same number of "
-                "rows, one after another."
+                f"There are {rows} rows of text for {images} images; give each image the same number of rows, one "
+                "after another."
             )
 
     def _check_blocks_ran(self, context: ImageContext):
@@ -697,6 +697,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
                 f"All labels (shape {tuple(labels.shape)}) are -100 after the first position, so there is nothing to "
                 "learn; was the answer cut off or masked whole?"
             )
+        self._check_length(given_text(input_ids, inputs_embeds).shape[1])
         outputs, context = self.pheye.run_language_model(
             self.pheye.language_model,
             input_ids,
@@ -724,6 +725,15 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
             cross_attentions=tuple(context.cross_attentions) if context.cross_attentions else None,
             image_hidden_states=context.image_hidden_states,
         )
+
+    def _check_length(self, length: int):
+        config = self.config.text_config
+        positions = getattr(config, "max_position_embeddings", None)
+        is_scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+        if positions is not None and length > positions and not is_scaled:
+            raise ValueError(
+                f"The text has {length} tokens, but the language model has {positions} positions; shorten the prompt."
+            )
 
     # --- generate: the image is encoded once and keeps one row, and only the first forward pass of a turn sees it ---
 

@@ -51,9 +51,6 @@ from tiny import tiny_config, tiny_processor, tiny_text_config
 
 # "Class.test", a pattern -> why it cannot apply to Pheye. A line that matches no test is an error.
 EXCLUDED = {
-    "PheyeModelTest.test_model_rope_scaling_from_config_*": (
-        "runs an unscaled model on 1.5 times the tokens that it has positions for, which Pheye refuses with an error"
-    ),
     "PheyeImageProcessingTest.test_call_numpy_4_channels": (
         "wants images of 4 channels to stay so; Pheye's views are RGB, as its vision towers are"
     ),

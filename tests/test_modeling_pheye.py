@@ -385,6 +385,12 @@ def test_more_text_than_positions_is_refused():
     model(text(1, 16), pixels(1))
     with pytest.raises(ValueError, match="17 tokens, but the language model has 16 positions; shorten"):
         model(text(1, 17), pixels(1))
+    with pytest.raises(ValueError, match="17 tokens, but the language model has 16 positions; shorten"):
+        model.generate(text(1, 17), pixel_values=pixels(1), max_new_tokens=1)
+    scaled = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0, "partial_rotary_factor": 0.5}
+    tiny_model(text_config=tiny_text_config(max_position_embeddings=16, rope_parameters=scaled))(
+        text(1, 17), pixels(1)
+    )
 
 
 def test_labels_that_are_all_ignored_are_refused(model):
