@@ -992,7 +992,6 @@ def parse_arguments(argv: "list[str] | None") -> argparse.Namespace:
 def main(argv: "list[str] | None" = None) -> int:
     """The command; returns its exit status."""
     args = parse_arguments(argv)
-    sys.setswitchinterval(0.0005)  # or the writing thread waits 5 ms for every tensor while imports run
     try:
         convert(
             args.source,
@@ -1020,4 +1019,5 @@ def main(argv: "list[str] | None" = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.setswitchinterval(0.0005)  # or the writing thread waits 5 ms for every tensor while imports run
     sys.exit(main())

@@ -515,10 +515,10 @@ class PheyeModel(PheyePreTrainedModel):
         if pixel_values is not None:
             image_hidden_states = self.get_image_features(pixel_values).last_hidden_state
         if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training
+            use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
-        context = self._image_context(image_hidden_states, past_key_values if use_cache else None, kwargs)
+        context = self._image_context(image_hidden_states, past_key_values, kwargs)
         outputs = language_model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,

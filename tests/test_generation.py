@@ -202,6 +202,13 @@ def test_step_by_step_on_a_cache_equals_the_whole(model, question):
     assert torch.allclose(model(ids, past_key_values=cache).logits, model(ids).logits, atol=1e-4)  # no image is left
 
 
+def test_the_image_of_a_given_cache_is_seen_without_use_cache(model, question):
+    ids = question["input_ids"]
+    cache = model(ids[:, :4], question["pixel_values"]).past_key_values
+    whole = model(ids[:, :5], question["pixel_values"], use_cache=False).logits[:, -1:]
+    assert torch.allclose(model(ids[:, 4:5], past_key_values=cache, use_cache=False).logits, whole, atol=1e-4)
+
+
 def test_rows_of_a_cache_with_an_image_are_not_selected_silently(model, question):
     cache = model(**question).past_key_values
     with pytest.raises(NotImplementedError, match="share the image's row"):
