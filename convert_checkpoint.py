@@ -2,7 +2,7 @@
 
     python -m pheye.convert_checkpoint miguelcarv/Pheye-x4-448 pheye-x4-448
 
-The pickle is mapped into memory and written shard by shard, without building the model, so that memory use stays far
+The pickle is mapped into memory and copied shard by shard, without building the model, so that memory use stays far
 below the size of the weights. OUTPUT appears under its name only when it is whole.
 
 transformers takes longer to import than torch, so it is imported inside the functions that need it: by then the
@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 try:
     import pheye
@@ -464,11 +464,18 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def write_weights(
-    folder: Path, checkpoint: Path, plan: Plan, dtype: "torch.dtype | None", max_shard_size: int, stop: threading.Event
+    folder: Path,
+    checkpoint: Path,
+    tensors: dict[str, torch.Tensor],
+    plan: Plan,
+    dtype: "torch.dtype | None",
+    max_shard_size: int,
+    stop: threading.Event,
 ):
     """Write the model's tensors as safetensors shards, and the index that says which tensor is where.
 
-    dtype: of all tensors, None for each one's own. stop: when set, the writing ends and leaves what there is.
+    tensors: those of `checkpoint`. dtype: of all tensors, None for each one's own. stop: when set, the writing ends
+    and leaves what there is.
     """
     layout = {
         name: torch.empty(piece.shape, dtype=dtype or piece.dtype, device="meta")
@@ -480,15 +487,14 @@ def write_weights(
         raise ConversionError(
             f"The weights take {total:,} bytes, but the disk of OUTPUT has {free:,} left; make room."
         )
-    weight_map, tensors = {}, {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights") as progress:
+    weight_map = {}
+    progress = tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights")
+    with open(checkpoint, "rb") as file, progress:
+        source = MappedFile(file)
         for number, names in enumerate(shards, start=1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            weight_map.update(dict.fromkeys(names, file))
-            # Mapped anew for each shard, so that the pages which the last one read are let go.
-            tensors.clear()
-            tensors.update(read_checkpoint(checkpoint))
-            for size in write_shard(folder / file, {name: layout[name] for name in names}, plan, tensors):
+            shard = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            weight_map.update(dict.fromkeys(names, shard))
+            for size in write_shard(folder / shard, {name: layout[name] for name in names}, plan, tensors, source):
                 progress.update(size)
                 if stop.is_set():
                     return
@@ -510,7 +516,7 @@ def split_into_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def write_shard(
-    path: Path, layout: dict[str, torch.Tensor], plan: Plan, tensors: dict[str, torch.Tensor]
+    path: Path, layout: dict[str, torch.Tensor], plan: Plan, tensors: dict[str, torch.Tensor], source: "MappedFile"
 ) -> Iterator[int]:
     """One safetensors file: length of the header, header, tensors; yields bytes of tensors as they are written.
 
@@ -534,11 +540,48 @@ def write_shard(
             values = values.contiguous().reshape(-1)
             for start in range(0, values.numel(), CHUNK):
                 chunk = cast(values[start : start + CHUNK], tensor.dtype, piece.source)
-                write_all(file, chunk.view(torch.uint8).numpy())
+                source.copy_to(file, chunk)
                 yield chunk.nbytes
 
 
-def write_all(file, data):
+class MappedFile:
+    """A file that tensors are mapped from, to copy them from file to file.
+
+    On Linux the kernel does that, in about 0.6 of the time that writing the mapped memory takes, and the process does
+    not even touch the pages.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.ranges = file, []  # addresses, and the offset in the file of the first
+        if sys.platform == "linux":
+            for line in Path("/proc/self/maps").read_text().splitlines():
+                addresses, _, offset, _, _, *path = line.split(maxsplit=5)
+                if path == [os.path.realpath(file.name)]:
+                    first, last = (int(address, 16) for address in addresses.split("-"))
+                    self.ranges.append((range(first, last), int(offset, 16)))
+
+    def offset_of(self, values: torch.Tensor) -> "int | None":
+        """Where in the file the memory of contiguous `values` is, or None where it is not (known to be) mapped."""
+        first, last = values.data_ptr(), values.data_ptr() + values.nbytes - 1
+        for addresses, offset in self.ranges:
+            if first in addresses and last in addresses:
+                return first - addresses.start + offset
+        return None
+
+    def copy_to(self, target: BinaryIO, values: torch.Tensor):
+        """Append the memory of contiguous `values` to an unbuffered file."""
+        offset, left = self.offset_of(values), values.nbytes
+        if offset is None:
+            write_all(target, values.view(torch.uint8).numpy())
+            return
+        while left:
+            sent = os.sendfile(target.fileno(), self.file.fileno(), offset, left)
+            if not sent:
+                raise OSError(f"{self.file.name} has become shorter while it was read.")
+            offset, left = offset + sent, left - sent
+
+
+def write_all(file: BinaryIO, data):
     """Write all of `data`; an unbuffered file may take less at once."""
     data = memoryview(data)
     while data:
@@ -889,7 +932,7 @@ def convert(
         sha256 = Background(sha256_of, checkpoint)
         tensors = read_checkpoint(checkpoint)
         plan, stop = Plan(tensors, found.settings), threading.Event()
-        writing = Background(write_weights, folder, checkpoint, plan, stored, max_shard_size, stop)
+        writing = Background(write_weights, folder, checkpoint, tensors, plan, stored, max_shard_size, stop)
         try:
             conversion = make_conversion(found, tensors, plan, options, stored)
             processor = write_processor(folder, conversion)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
@@ -20,6 +21,14 @@ TEST = [
 ]
 DEMO = ["scikit-image>=0.22", "pooch>=1.8"]
 
+
+class BuildModules(build_py):
+    """All modules of the root but this one."""
+
+    def find_package_modules(self, package, package_dir):
+        return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
+
+
 setup(
     name="pheye",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "__init__.py").read_text()).group(1),
@@ -28,8 +37,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    cmdclass={"build_py": BuildModules},
     package_dir={"pheye": "."},
-    packages=["pheye"],
+    packages=["pheye", "pheye.benchmarks"],
     install_requires=[
         "huggingface_hub>=1.5",
         "peft>=0.18",

@@ -59,7 +59,7 @@ def small_config(**kwargs):
     return tiny_config(
         **{
             "vision_config": tiny_vision_config(hidden_size=32),
-            "text_config": tiny_text_config(hidden_size=64),
+            "text_config": tiny_text_config(hidden_size=64, intermediate_size=96),
             "tiles_per_side": 2,
             "cross_attention_interval": 2,
             "global_lora_rank": 2,
@@ -212,7 +212,9 @@ def test_configs_are_those_that_saving_the_model_writes(converted, tmp_path):
 
 def test_generation_ends_and_pads_with_the_tokenizers_tokens(tmp_path, tensors):
     config = small_config(
-        text_config=tiny_text_config(hidden_size=64, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        text_config=tiny_text_config(
+            hidden_size=64, intermediate_size=96, bos_token_id=None, eos_token_id=None, pad_token_id=None
+        )
     )
     converter.convert(str(write(tmp_path / "source", tensors, config)), tmp_path / "out")
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
@@ -351,6 +353,34 @@ def test_casting_in_chunks_gives_what_casting_at_once_gives(tmp_path, tensors, m
     assert all(torch.equal(whole[name], chunks[name]) for name in whole)
 
 
+def test_copying_inside_the_kernel_gives_what_writing_gives(tmp_path, mixed, monkeypatch):
+    source, offsets = str(write(tmp_path / "source", mixed)), []
+    offset_of = converter.MappedFile.offset_of
+    monkeypatch.setattr(
+        converter.MappedFile, "offset_of", lambda self, values: offsets.append(offset_of(self, values)) or offsets[-1]
+    )
+    converter.convert(source, tmp_path / "copied")
+    if sys.platform == "linux":
+        assert offsets
+        assert None not in offsets
+    monkeypatch.setattr(converter.MappedFile, "offset_of", lambda self, values: None)
+    converter.convert(source, tmp_path / "written")
+    name = "model-00001-of-00001.safetensors"
+    assert (tmp_path / "copied" / name).read_bytes() == (tmp_path / "written" / name).read_bytes()
+
+
+def test_tensors_that_are_parts_of_others_or_transposed_are_stored_right(tmp_path, tensors):
+    """They keep their layout in the pickle."""
+    whole = torch.randn(300, 64)
+    tensors[EMBEDDINGS] = whole[20:277]
+    fc1 = "lang_encoder.model.layers.0.decoder_layer.mlp.fc1.weight"
+    tensors[fc1] = tensors["lang_encoder.old_decoder_blocks.0.mlp.fc1.weight"] = torch.randn(64, 96).T
+    converter.convert(str(write(tmp_path / "source", tensors)), tmp_path / "out")
+    target = stored(tmp_path / "out")
+    assert torch.equal(target["pheye.language_model.model.embed_tokens.weight"], whole[20:277])
+    assert torch.equal(target["pheye.language_model.model.layers.0.mlp.fc1.weight"], tensors[fc1])
+
+
 def test_shards_keep_to_the_size_and_the_index_finds_every_tensor(tmp_path, tensors):
     converter.main([str(write(tmp_path / "source", tensors)), str(tmp_path / "out"), "--max-shard-size", "100KB"])
     index = json.loads((tmp_path / "out" / INDEX).read_text())
@@ -446,7 +476,7 @@ def test_a_lora_set_that_config_json_does_not_match_is_refused(tmp_path, tensors
 
 def test_another_decoder_is_refused_with_the_shapes(tmp_path, tensors, capsys):
     source = write(tmp_path / "source", tensors)
-    tiny_text_config(hidden_size=64, vocab_size=300).save_pretrained(tmp_path / "other")
+    tiny_text_config(hidden_size=64, intermediate_size=96, vocab_size=300).save_pretrained(tmp_path / "other")
     error = refuse(capsys, source, tmp_path / "out", "--decoder", str(tmp_path / "other"))
     embeddings = "pheye.language_model.model.embed_tokens.weight"
     assert f"misshapen: {EMBEDDINGS} gives {embeddings} the shape (257, 64), not (300, 64)" in error
@@ -537,15 +567,15 @@ def test_an_existing_output_stays_unless_forced(tmp_path, tensors, capsys):
 
 def fail_late(monkeypatch, error):
     """Let the writing fail when half of the tensors are written."""
-    written, write_all = [], converter.write_all
+    written, copy_to = [], converter.MappedFile.copy_to
 
-    def write_some(file, data):
-        written.append(file)
+    def copy_some(self, target, values):
+        written.append(values)
         if len(written) > 80:
             raise error
-        write_all(file, data)
+        copy_to(self, target, values)
 
-    monkeypatch.setattr(converter, "write_all", write_some)
+    monkeypatch.setattr(converter.MappedFile, "copy_to", copy_some)
 
 
 def test_a_full_disk_leaves_nothing_and_a_rerun_works(tmp_path, tensors, capsys, monkeypatch):
@@ -585,13 +615,13 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
 print("status", convert_checkpoint.main(sys.argv[1:]), "left", os.listdir("."), flush=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-write_all, written = convert_checkpoint.write_all, []
-def write_some(file, data):
-    written.append(file)
+copy_to, written = convert_checkpoint.MappedFile.copy_to, []
+def copy_some(self, target, values):
+    written.append(values)
     if len(written) > 80:
         os.kill(os.getpid(), signal.SIGKILL)
-    write_all(file, data)
-convert_checkpoint.write_all = write_some
+    copy_to(self, target, values)
+convert_checkpoint.MappedFile.copy_to = copy_some
 convert_checkpoint.main(sys.argv[1:])
 """
 
