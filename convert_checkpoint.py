@@ -11,6 +11,7 @@ checkpoint is being hashed and written in threads of their own. What it then fin
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -1063,4 +1064,7 @@ def main(argv: "list[str] | None" = None) -> int:
 
 if __name__ == "__main__":
     sys.setswitchinterval(0.0005)  # or the writing thread waits 5 ms for every tensor while imports run
-    sys.exit(main())
+    gc.disable()  # imports and the end of the program would spend a second and a half on looking for garbage
+    status = main()
+    gc.freeze()
+    sys.exit(status)

@@ -107,11 +107,14 @@ class PheyeLora(nn.Module):
             self.A = nn.Parameter(torch.empty(rank, base.in_features))
             self.B = nn.Parameter(torch.empty(base.out_features, rank))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The update of x added to y, the frozen module's output for x; any number of dimensions before the last."""
         x, A, B = self.dropout(x), self.A.to(x.dtype), self.B.to(x.dtype)
         if self.convolution is None:
-            return F.linear(F.linear(x, A), B) * self.scaling
-        return F.conv2d(F.conv2d(x, A, **self.convolution), B) * self.scaling
+            low = F.linear(x, A).flatten(0, -2)
+            # In one product, so that half precision rounds once.
+            return torch.addmm(y.flatten(0, -2), low, B.T, alpha=self.scaling).view(y.shape)
+        return y + F.conv2d(F.conv2d(x, A, **self.convolution), B) * self.scaling
 
 
 # --- Cross-attention ---
@@ -423,16 +426,12 @@ class PheyeModel(PheyePreTrainedModel):
 
     def _add_lora(self, name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         views = self.config.views_per_image
-        updates = []
-        for lora, x, y in zip(
-            (self.global_lora, self.local_lora), split_views(args[0], views), split_views(output, views), strict=True
-        ):
-            if name in lora:
-                update = lora[name](x.flatten(0, 1)).to(output.device)
-                updates.append(y + update.unflatten(0, y.shape[:2]))
-            else:
-                updates.append(y)
-        return join_views(*updates)
+        xs, ys = split_views(args[0], views), split_views(output, views)
+        adapted = [
+            lora[name](x.flatten(0, 1), y.flatten(0, 1)).to(output.device).view(y.shape) if name in lora else y
+            for lora, x, y in zip((self.global_lora, self.local_lora), xs, ys, strict=True)
+        ]
+        return join_views(*adapted)
 
     def _run_block(self, block: int | None, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         context = kwargs.pop("image_context", None)

@@ -1,9 +1,12 @@
 """Processor: images and prompts to model inputs, and the only copy of the prompt template (appendix A)."""
 
+from transformers import AutoTokenizer
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
+
+from .image_processing_pheye import PheyeImageProcessor
 
 # Text parts of a message are joined; image parts leave no trace, since no image token enters the text. The answer
 # keeps its leading space inside the generation block, because byte-pair tokens carry the space in front of a word.
@@ -64,6 +67,13 @@ class PheyeProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"  # prompts end together, and generation goes on right after each
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.auto_map = {"AutoProcessor": "processing_pheye.PheyeProcessor"}  # saving sets it, loading drops it
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # The Auto classes would ask whether to trust the folder's code, which is not needed: ours is here.
+        image_processor = PheyeImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") or False
+        return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
 
     def __call__(
         self,

@@ -117,6 +117,13 @@ def sync():
         os.sync()
 
 
+def evict(path: Path):
+    """Take a file out of the page cache, so that the next reader gets it from the disk."""
+    if hasattr(os, "posix_fadvise"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def time_copy(checkpoint: Path, work: Path) -> dict:
     sync()
     start = time.perf_counter()
@@ -147,38 +154,53 @@ def time_conversion(source: Path, work: Path) -> dict:
 
 
 def measure(work: Path, config: PheyeConfig, repeats: int) -> dict:
-    """Make a checkpoint of `config` in `work`; convert and copy it in turn, `repeats` times each."""
+    """Make a checkpoint of `config` in `work`; convert and copy it in turn, `repeats` times each way."""
     source = work / "published"
     make_full_size(source, config)
     checkpoint = source / "checkpoint.pt"
-    sha256_of(checkpoint)  # reads it once, so that all runs find it in the page cache
-    copies, conversions = [], []
-    for _ in range(repeats):
-        copies.append(time_copy(checkpoint, work))
-        conversions.append(time_conversion(source, work))
-    result = {"bytes": checkpoint.stat().st_size, "repeats": repeats}
-    for moment in ("returned", "on_disk"):
-        medians = {}
-        for name, runs in (("copy", copies), ("conversion", conversions)):
-            times = sorted(run[moment] for run in runs)
-            medians[name] = statistics.median(times)
-            result[f"{name}_{moment}_s"] = round(medians[name], 2)
-            result[f"{name}_{moment}_range_s"] = [round(times[0], 2), round(times[-1], 2)]
-        result[f"ratio_{moment}"] = round(medians["conversion"] / medians["copy"], 2)
-    peak = max(run["peak"] for run in conversions)
-    result["peak_gb"] = round(peak / 1e9, 3) if peak else None
+    result, peak = {"bytes": checkpoint.stat().st_size, "repeats": repeats}, 0
+    for state, prepare in (("disk", evict), ("cache", sha256_of)):  # the latter reads it into the page cache
+        copies, conversions = [], []
+        for _ in range(repeats):
+            prepare(checkpoint)
+            copies.append(time_copy(checkpoint, work))
+            prepare(checkpoint)
+            conversions.append(time_conversion(source, work))
+        peak = max(peak, *(run["peak"] for run in conversions))
+        for moment in ("on_disk", "returned"):
+            result[f"from_{state}_{moment}"] = compare(
+                [run[moment] for run in copies], [run[moment] for run in conversions]
+            )
+    return {**result, "peak_gb": round(peak / 1e9, 3) if peak else None}
+
+
+def compare(copies: list[float], conversions: list[float]) -> dict:
+    """Medians and ranges of two lists of seconds, and the ratio of the medians."""
+    ratio = statistics.median(conversions) / statistics.median(copies)
+    result = {"ratio": round(ratio, 2)}
+    for name, times in (("copy", copies), ("conversion", conversions)):
+        result[f"{name}_s"] = round(statistics.median(times), 2)
+        result[f"{name}_range_s"] = [round(min(times), 2), round(max(times), 2)]
     return result
+
+
+ROWS = {
+    "from_disk_on_disk": "from the disk, until it is on the disk",
+    "from_disk_returned": "from the disk, until it returns",
+    "from_cache_on_disk": "from the page cache, until it is on the disk",
+    "from_cache_returned": "from the page cache, until it returns",
+}
 
 
 def print_table(result: dict):
     print(f"{result['bytes'] / 1e9:.2f} GB, medians of {result['repeats']} runs (fastest to slowest), in seconds\n")
     print("| | copy | conversion | conversion / copy |\n| --- | --- | --- | --- |")
-    for moment, words in (("returned", "until it returns"), ("on_disk", "until it is on the disk")):
-        cells = []
-        for name in ("copy", "conversion"):
-            low, high = result[f"{name}_{moment}_range_s"]
-            cells.append(f"{result[f'{name}_{moment}_s']} ({low} to {high})")
-        print(f"| {words} | {' | '.join(cells)} | {result[f'ratio_{moment}']} |")
+    for name, words in ROWS.items():
+        row, cells = result[name], []
+        for part in ("copy", "conversion"):
+            low, high = row[f"{part}_range_s"]
+            cells.append(f"{row[f'{part}_s']} ({low} to {high})")
+        print(f"| {words} | {' | '.join(cells)} | {row['ratio']} |")
     peak = f"{result['peak_gb']} GB" if result["peak_gb"] else "not measured (needs Linux's /proc)"
     print(f"\nPeak memory beyond the page cache: {peak}")
 

@@ -130,7 +130,7 @@ def test_example_goes_from_two_folders_to_a_saved_trainable_model(clip, language
     result = subprocess.run([sys.executable, example, *map(str, arguments)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     model = PheyeForConditionalGeneration.from_pretrained(tmp_path)
-    processor = PheyeProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    processor = PheyeProcessor.from_pretrained(tmp_path)
     assert list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3] != list(OPENAI_CLIP_MEAN)
     assert f"{model.num_parameters():,} parameters" in result.stdout
     assert_initial(model)

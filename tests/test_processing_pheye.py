@@ -354,7 +354,7 @@ def test_save_and_reload_give_the_same_processor(tmp_path, own_template):
     conversation = [user("What?")]
     inputs = processor(images=tiny_image(), text=["abc", "a"], return_tensors="pt")
     for reloaded in (
-        PheyeProcessor.from_pretrained(tmp_path, trust_remote_code=True),
+        PheyeProcessor.from_pretrained(tmp_path),
         AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True),
     ):
         assert type(reloaded).__name__ == "PheyeProcessor"
