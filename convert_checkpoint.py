@@ -2,7 +2,7 @@
 
     python -m pheye.convert_checkpoint miguelcarv/Pheye-x4-448 pheye-x4-448
 
-The pickle is mapped into memory and copied shard by shard, without building the model, so that memory use stays far
+The pickle is mapped into memory and written shard by shard, without building the model, so that memory use stays far
 below the size of the weights. OUTPUT appears under its name only when it is whole.
 
 transformers takes longer to import than torch, so it is imported inside the functions that need it: by then the
@@ -11,7 +11,6 @@ checkpoint is being hashed and written in threads of their own. What it then fin
 
 import argparse
 import contextlib
-import gc
 import hashlib
 import json
 import math
@@ -26,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 try:
     import pheye
@@ -68,7 +67,7 @@ class Rule(NamedTuple):
     """
 
     source: str
-    target: "str | tuple[str | None, ...] | SameAs | None"
+    target: str | tuple[str | None, ...] | SameAs | None
     why: str
 
     @property
@@ -139,7 +138,7 @@ def canonical(source: str) -> str:
 SOURCE_REGEXES = tuple(template_regex(rule.source) for rule in RULES)
 
 
-def find_rule(source: str) -> "tuple[Rule, dict[str, str]] | None":
+def find_rule(source: str) -> tuple[Rule, dict[str, str]] | None:
     """The rule for a canonical name of the source, and what its fields are."""
     for rule, regex in zip(RULES, SOURCE_REGEXES, strict=True):
         if match := regex.fullmatch(source):
@@ -151,7 +150,7 @@ class Piece(NamedTuple):
     """Where a tensor of the target comes from: these rows of a tensor of the source, or all of it (None)."""
 
     source: str
-    rows: "slice | None"
+    rows: slice | None
     shape: tuple[int, ...]
     dtype: torch.dtype  # in the source
 
@@ -191,7 +190,7 @@ class Plan:
             if problem is not None:
                 self.problems[name] = problem
 
-    def assign(self, rule: Rule, source: str, tensor: torch.Tensor, fields: dict) -> "str | None":
+    def assign(self, rule: Rule, source: str, tensor: torch.Tensor, fields: dict) -> str | None:
         """Give a tensor of the source to its target, or its rows to its targets; returns what is wrong with that."""
         shape, rows = tuple(tensor.shape), [None]
         if rule.action == "split":
@@ -288,7 +287,7 @@ class Names:
         raise AssertionError(f"no rule fills {target}")
 
 
-def check_copy(tensors: dict[str, torch.Tensor], copy: str, original: str) -> "str | None":
+def check_copy(tensors: dict[str, torch.Tensor], copy: str, original: str) -> str | None:
     """What speaks against dropping `copy` as a copy of `original`."""
     if original not in tensors:
         return f"extra: {copy} is no copy, because there is no {original}"
@@ -307,7 +306,7 @@ class Source(NamedTuple):
     folder: Path
     settings: dict  # the published config.json
     name: str  # Hub id, or the folder's own name
-    revision: "str | None"  # commit on the Hub
+    revision: str | None  # commit on the Hub
 
 
 SETTINGS = ("encoder", "tokenizer", "decoder", "first_level", "level", "cross_interval", "from_layer", "reduce")
@@ -324,7 +323,7 @@ TOKENIZER_FILES = (
 )
 
 
-def find_source(source: str, options: dict[str, "str | None"]) -> Source:
+def find_source(source: str, options: dict[str, str | None]) -> Source:
     """A local folder, or what is needed of a Hub repo."""
     folder, revision, name = Path(source), None, source
     if folder.is_dir():
@@ -346,7 +345,7 @@ def find_source(source: str, options: dict[str, "str | None"]) -> Source:
     return Source(folder, settings, name, revision)
 
 
-def read_settings(path: Path, options: dict[str, "str | None"]) -> dict:
+def read_settings(path: Path, options: dict[str, str | None]) -> dict:
     """The published config.json, checked for what the conversion needs."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -374,7 +373,7 @@ def read_settings(path: Path, options: dict[str, "str | None"]) -> dict:
     return settings
 
 
-def download(repo: str, files: list[str], what: str, revision: "str | None" = None) -> Path:
+def download(repo: str, files: list[str], what: str, revision: str | None = None) -> Path:
     """The folder in the cache with those `files` of a Hub repo that exist."""
     try:
         return Path(snapshot_download(repo, allow_patterns=files, revision=revision))
@@ -384,7 +383,7 @@ def download(repo: str, files: list[str], what: str, revision: "str | None" = No
         ) from error
 
 
-def find_part(source: Source, part: str, option: "str | None", files: tuple[str, ...]) -> tuple[Path, "str | None"]:
+def find_part(source: Source, part: str, option: str | None, files: tuple[str, ...]) -> tuple[Path, str | None]:
     """Folder of the `part` ("encoder", ...), fetched if need be, and its Hub id where it has one.
 
     The name in config.json is taken as a folder beside it first, `option` as any folder.
@@ -465,18 +464,11 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def write_weights(
-    folder: Path,
-    checkpoint: Path,
-    tensors: dict[str, torch.Tensor],
-    plan: Plan,
-    dtype: "torch.dtype | None",
-    max_shard_size: int,
-    stop: threading.Event,
+    folder: Path, checkpoint: Path, plan: Plan, dtype: torch.dtype | None, max_shard_size: int, stop: threading.Event
 ):
     """Write the model's tensors as safetensors shards, and the index that says which tensor is where.
 
-    tensors: those of `checkpoint`. dtype: of all tensors, None for each one's own. stop: when set, the writing ends
-    and leaves what there is.
+    dtype: of all tensors, None for each one's own. stop: when set, the writing ends and leaves what there is.
     """
     layout = {
         name: torch.empty(piece.shape, dtype=dtype or piece.dtype, device="meta")
@@ -488,14 +480,15 @@ def write_weights(
         raise ConversionError(
             f"The weights take {total:,} bytes, but the disk of OUTPUT has {free:,} left; make room."
         )
-    weight_map = {}
-    progress = tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights")
-    with open(checkpoint, "rb") as file, progress:
-        source = MappedFile(file)
+    weight_map, tensors = {}, {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights") as progress:
         for number, names in enumerate(shards, start=1):
-            shard = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            weight_map.update(dict.fromkeys(names, shard))
-            for size in write_shard(folder / shard, {name: layout[name] for name in names}, plan, tensors, source):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            weight_map.update(dict.fromkeys(names, file))
+            # Mapped anew for each shard, so that the pages which the last one read are let go.
+            tensors.clear()
+            tensors.update(read_checkpoint(checkpoint))
+            for size in write_shard(folder / file, {name: layout[name] for name in names}, plan, tensors):
                 progress.update(size)
                 if stop.is_set():
                     return
@@ -517,7 +510,7 @@ def split_into_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def write_shard(
-    path: Path, layout: dict[str, torch.Tensor], plan: Plan, tensors: dict[str, torch.Tensor], source: "MappedFile"
+    path: Path, layout: dict[str, torch.Tensor], plan: Plan, tensors: dict[str, torch.Tensor]
 ) -> Iterator[int]:
     """One safetensors file: length of the header, header, tensors; yields bytes of tensors as they are written.
 
@@ -541,48 +534,11 @@ def write_shard(
             values = values.contiguous().reshape(-1)
             for start in range(0, values.numel(), CHUNK):
                 chunk = cast(values[start : start + CHUNK], tensor.dtype, piece.source)
-                source.copy_to(file, chunk)
+                write_all(file, chunk.view(torch.uint8).numpy())
                 yield chunk.nbytes
 
 
-class MappedFile:
-    """A file that tensors are mapped from, to copy them from file to file.
-
-    On Linux the kernel does that, in about 0.6 of the time that writing the mapped memory takes, and the process does
-    not even touch the pages.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.ranges = file, []  # addresses, and the offset in the file of the first
-        if sys.platform == "linux":
-            for line in Path("/proc/self/maps").read_text().splitlines():
-                addresses, _, offset, _, _, *path = line.split(maxsplit=5)
-                if path == [os.path.realpath(file.name)]:
-                    first, last = (int(address, 16) for address in addresses.split("-"))
-                    self.ranges.append((range(first, last), int(offset, 16)))
-
-    def offset_of(self, values: torch.Tensor) -> "int | None":
-        """Where in the file the memory of contiguous `values` is, or None where it is not (known to be) mapped."""
-        first, last = values.data_ptr(), values.data_ptr() + values.nbytes - 1
-        for addresses, offset in self.ranges:
-            if first in addresses and last in addresses:
-                return first - addresses.start + offset
-        return None
-
-    def copy_to(self, target: BinaryIO, values: torch.Tensor):
-        """Append the memory of contiguous `values` to an unbuffered file."""
-        offset, left = self.offset_of(values), values.nbytes
-        if offset is None:
-            write_all(target, values.view(torch.uint8).numpy())
-            return
-        while left:
-            sent = os.sendfile(target.fileno(), self.file.fileno(), offset, left)
-            if not sent:
-                raise OSError(f"{self.file.name} has become shorter while it was read.")
-            offset, left = offset + sent, left - sent
-
-
-def write_all(file: BinaryIO, data):
+def write_all(file, data):
     """Write all of `data`; an unbuffered file may take less at once."""
     data = memoryview(data)
     while data:
@@ -693,7 +649,7 @@ than the law grants you anyway. The code files come from the package pheye and a
 """
 
 
-def find_variant(config: "PheyeConfig") -> "str | None":
+def find_variant(config: "PheyeConfig") -> str | None:
     from pheye.configuration_pheye import VARIANTS
 
     for variant, numbers in VARIANTS.items():
@@ -702,7 +658,7 @@ def find_variant(config: "PheyeConfig") -> "str | None":
     return None
 
 
-def describe_scores(config: "PheyeConfig", variant: "str | None") -> str:
+def describe_scores(config: "PheyeConfig", variant: str | None) -> str:
     if variant is None:
         return "The paper reports no model with these numbers."
     rows = [("model", *SCORES), ("---",) * (1 + len(SCORES)), (f"Pheye-{variant}", *PUBLISHED_SCORES[variant])]
@@ -738,7 +694,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def make_card_data(conversion: "Conversion", variant: "str | None", title: str) -> ModelCardData:
+def make_card_data(conversion: "Conversion", variant: str | None, title: str) -> ModelCardData:
     """The card's metadata; the scores are among them only for the published repo itself."""
     results = None
     if variant is not None and conversion.source.name == f"miguelcarv/Pheye-{variant}":
@@ -803,15 +759,15 @@ class Conversion:
     """What is known about one run."""
 
     source: Source
-    dtype: "torch.dtype | None"  # of all tensors; None keeps those of the source
+    dtype: torch.dtype | None  # of all tensors; None keeps those of the source
     plan: Plan
     config: "PheyeConfig"
     folders: dict[str, Path]  # of the encoder's and decoder's configs and of the tokenizer
-    hub_ids: "dict[str, str | None]"  # of the same, where they have one
+    hub_ids: dict[str, str | None]  # of the same, where they have one
 
 
 def make_conversion(
-    source: Source, tensors: dict, plan: Plan, options: "dict[str, str | None]", dtype: "torch.dtype | None"
+    source: Source, tensors: dict, plan: Plan, options: dict[str, str | None], dtype: torch.dtype | None
 ) -> Conversion:
     """Find the configs, and hold the plan against the model that they describe."""
     folders, hub_ids = {}, {}
@@ -907,14 +863,14 @@ def convert(
     source: str,
     output: str,
     *,
-    encoder: "str | None" = None,
-    decoder: "str | None" = None,
-    tokenizer: "str | None" = None,
+    encoder: str | None = None,
+    decoder: str | None = None,
+    tokenizer: str | None = None,
     dtype: str = "keep",
     max_shard_size: int = 2_000_000_000,
     force: bool = False,
     verify: bool = False,
-    model: "str | None" = None,
+    model: str | None = None,
 ) -> Plan:
     """Convert `source` to the folder `output`; see the command's help. `model` is the name that the card shows.
 
@@ -933,7 +889,7 @@ def convert(
         sha256 = Background(sha256_of, checkpoint)
         tensors = read_checkpoint(checkpoint)
         plan, stop = Plan(tensors, found.settings), threading.Event()
-        writing = Background(write_weights, folder, checkpoint, tensors, plan, stored, max_shard_size, stop)
+        writing = Background(write_weights, folder, checkpoint, plan, stored, max_shard_size, stop)
         try:
             conversion = make_conversion(found, tensors, plan, options, stored)
             processor = write_processor(folder, conversion)
@@ -984,7 +940,7 @@ def verify_folder(folder: Path, conversion: Conversion, processor: "PheyeProcess
         )
 
 
-def push(output: str, repo: str, private: bool, revision: "str | None"):
+def push(output: str, repo: str, private: bool, revision: str | None):
     """Upload the folder to the Hub; weights that an earlier push left there go."""
     api = HfApi()
     repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
@@ -1008,7 +964,7 @@ def size_in_bytes(text: str) -> int:
     return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
 
 
-def parse_arguments(argv: "list[str] | None") -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="convert_checkpoint",
         description="Turn a published Pheye checkpoint into a folder that transformers loads.",
@@ -1033,7 +989,7 @@ def parse_arguments(argv: "list[str] | None") -> argparse.Namespace:
     return args
 
 
-def main(argv: "list[str] | None" = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse_arguments(argv)
     try:
@@ -1064,7 +1020,4 @@ def main(argv: "list[str] | None" = None) -> int:
 
 if __name__ == "__main__":
     sys.setswitchinterval(0.0005)  # or the writing thread waits 5 ms for every tensor while imports run
-    gc.disable()  # imports and the end of the program would spend a second and a half on looking for garbage
-    status = main()
-    gc.freeze()
-    sys.exit(status)
+    sys.exit(main())

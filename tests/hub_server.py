@@ -247,6 +247,8 @@ class FakeHub:
                     if value["oid"] not in self.contents:
                         raise HubError(400, "NotUploaded")
                     files[value["path"]] = value["oid"]
+                case "deletedFile":
+                    files.pop(value["path"], None)
                 case unknown:
                     raise HubError(400, f"UnknownOperation-{unknown}")
         oid = self.add_commit(repo_id, revision, title, files)

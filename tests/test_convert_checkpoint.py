@@ -353,22 +353,6 @@ def test_casting_in_chunks_gives_what_casting_at_once_gives(tmp_path, tensors, m
     assert all(torch.equal(whole[name], chunks[name]) for name in whole)
 
 
-def test_copying_inside_the_kernel_gives_what_writing_gives(tmp_path, mixed, monkeypatch):
-    source, offsets = str(write(tmp_path / "source", mixed)), []
-    offset_of = converter.MappedFile.offset_of
-    monkeypatch.setattr(
-        converter.MappedFile, "offset_of", lambda self, values: offsets.append(offset_of(self, values)) or offsets[-1]
-    )
-    converter.convert(source, tmp_path / "copied")
-    if sys.platform == "linux":
-        assert offsets
-        assert None not in offsets
-    monkeypatch.setattr(converter.MappedFile, "offset_of", lambda self, values: None)
-    converter.convert(source, tmp_path / "written")
-    name = "model-00001-of-00001.safetensors"
-    assert (tmp_path / "copied" / name).read_bytes() == (tmp_path / "written" / name).read_bytes()
-
-
 def test_tensors_that_are_parts_of_others_or_transposed_are_stored_right(tmp_path, tensors):
     """They keep their layout in the pickle."""
     whole = torch.randn(300, 64)
@@ -567,15 +551,15 @@ def test_an_existing_output_stays_unless_forced(tmp_path, tensors, capsys):
 
 def fail_late(monkeypatch, error):
     """Let the writing fail when half of the tensors are written."""
-    written, copy_to = [], converter.MappedFile.copy_to
+    written, write_all = [], converter.write_all
 
-    def copy_some(self, target, values):
-        written.append(values)
+    def write_some(file, data):
+        written.append(file)
         if len(written) > 80:
             raise error
-        copy_to(self, target, values)
+        write_all(file, data)
 
-    monkeypatch.setattr(converter.MappedFile, "copy_to", copy_some)
+    monkeypatch.setattr(converter, "write_all", write_some)
 
 
 def test_a_full_disk_leaves_nothing_and_a_rerun_works(tmp_path, tensors, capsys, monkeypatch):
@@ -615,13 +599,13 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
 print("status", convert_checkpoint.main(sys.argv[1:]), "left", os.listdir("."), flush=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-copy_to, written = convert_checkpoint.MappedFile.copy_to, []
-def copy_some(self, target, values):
-    written.append(values)
+write_all, written = convert_checkpoint.write_all, []
+def write_some(file, data):
+    written.append(file)
     if len(written) > 80:
         os.kill(os.getpid(), signal.SIGKILL)
-    copy_to(self, target, values)
-convert_checkpoint.MappedFile.copy_to = copy_some
+    write_all(file, data)
+convert_checkpoint.write_all = write_some
 convert_checkpoint.main(sys.argv[1:])
 """
 

@@ -1,0 +1,121 @@
+"""What an image costs in multiplications: the paper's formulas (section 2.2), and what the real modules compute.
+
+    python -m pheye.benchmarks.complexity [--variant x4-672 | --model FOLDER_OR_ID] [--text-tokens 65]
+
+Prints a table for the formulas, a table of counted floating-point operations (two to a multiplication) part by part,
+beside those of a LLaVA-style model, which has the same language model read as many visual tokens in its text; at the
+end, one line of JSON. Nothing is computed: the modules run on torch's meta device, so no weights are needed.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pheye import PheyeConfig, PheyeForConditionalGeneration
+
+PAPER = {"text_tokens": 65, "image_tokens": 2305, "text_size": 2048, "vision_size": 1280, "views": 10, "per_view": 257}
+
+
+def layer_cost(tokens: int, size: int) -> int:
+    """Multiplications of a transformer layer as the paper counts them, with one of the two attention products."""
+    return 12 * tokens * size**2 + tokens**2 * size
+
+
+def llava_cost(text_tokens: int, image_tokens: int, text_size: int) -> int:
+    """Per layer of a language model that reads visual tokens in its text."""
+    return layer_cost(text_tokens + image_tokens, text_size)
+
+
+def pheye_cost(text_tokens: int, image_tokens: int, text_size: int, vision_size: int, interval: int) -> float:
+    """Per layer of a language model with a cross-attention block before every `interval`-th."""
+    block = 10 * text_tokens * text_size**2 + 2 * image_tokens * text_size * vision_size
+    block += text_tokens * image_tokens * text_size
+    return layer_cost(text_tokens, text_size) + block / interval
+
+
+def paper_ratios() -> dict[str, float]:
+    """The figures of section 2.2."""
+    text, image, size, vision = (PAPER[name] for name in ("text_tokens", "image_tokens", "text_size", "vision_size"))
+    llava = llava_cost(text, image, size)
+    return {
+        "LLaVA-style over Pheye, interval 2": llava / pheye_cost(text, image, size, vision, 2),
+        "LLaVA-style over Pheye, interval 4": llava / pheye_cost(text, image, size, vision, 4),
+        "ViT, one pass over the whole image, over 10 views": layer_cost(image, vision)
+        / (PAPER["views"] * layer_cost(PAPER["per_view"], vision)),
+    }
+
+
+def count(call: Callable[[], object]) -> int:
+    """Floating-point operations of a call on the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+def counted_parts(config: PheyeConfig, text_tokens: int) -> dict[str, int]:
+    """Floating-point operations of a prompt about one image, part by part."""
+    with torch.device("meta"):
+        model = PheyeForConditionalGeneration(config).eval()
+        size, vision = config.vision_config.image_size, config.vision_config.hidden_size
+        views = torch.empty(config.views_per_image, 3, size, size)
+        image = torch.empty(1, config.tokens_per_image, vision)
+        text = torch.zeros(1, text_tokens, dtype=torch.long)
+        prefix = torch.empty(1, text_tokens + config.tokens_per_image, config.text_config.hidden_size)
+    blocks, pixels = model.model.cross_attention_blocks, views[None]
+    with_lora = count(lambda: model.get_image_features(pixels))
+    tower = with_lora - count_lora(model, views)
+    text_only = count(lambda: model(text, logits_to_keep=1))
+    conditioned = count(lambda: model(text, image_hidden_states=image, logits_to_keep=1))
+    projections = count(lambda: [block.project(image) for block in blocks])
+    return {
+        "vision tower": tower,
+        "LoRA in the vision tower": with_lora - tower,
+        "keys and values of all blocks": projections,
+        "rest of the blocks": conditioned - text_only - projections,
+        "language model": text_only,
+        "LLaVA-style: language model": count(
+            lambda: model.model.language_model(inputs_embeds=prefix, logits_to_keep=1)
+        ),
+    }
+
+
+def count_lora(model: PheyeForConditionalGeneration, views: torch.Tensor) -> int:
+    """What the LoRA sets add: the tower with them, less the tower of a model that has none."""
+    bare = model.config.to_dict() | {"global_lora_rank": 0, "local_lora_rank": 0}
+    with torch.device("meta"):
+        bare = PheyeForConditionalGeneration(PheyeConfig.from_dict(bare)).eval()
+    both = [count(lambda tower=other.model.vision_tower: tower(views)) for other in (model, bare)]
+    return both[0] - both[1]
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="x4-672")
+    parser.add_argument("--model", help="folder or Hub id of any Pheye, in place of a published variant")
+    parser.add_argument("--text-tokens", type=int, default=PAPER["text_tokens"])
+    arguments = parser.parse_args(argv)
+    if arguments.model:
+        config = PheyeConfig.from_pretrained(arguments.model)
+    else:
+        config = PheyeConfig.from_variant(arguments.variant)
+
+    ratios = paper_ratios()
+    print("| by the paper's formulas | ratio |\n| --- | --- |")
+    for name, ratio in ratios.items():
+        print(f"| {name} | {ratio:.4g} |")
+    parts = counted_parts(config, arguments.text_tokens)
+    tokens = f"{arguments.text_tokens} text and {config.tokens_per_image} image tokens"
+    print(f"\n| counted, {tokens} | GFLOP |\n| --- | --- |")
+    for name, flops in parts.items():
+        print(f"| {name} | {flops / 1e9:,.4g} |")
+    after_vision = sum(parts[name] for name in list(parts)[2:5])
+    ratio = parts["LLaVA-style: language model"] / after_vision
+    print(f"\nLLaVA-style over Pheye after the vision tower, counted: {ratio:.4g}")
+    print(json.dumps({"benchmark": "complexity", "paper": ratios, "counted_flops": parts, "counted_ratio": ratio}))
+
+
+if __name__ == "__main__":
+    main()
