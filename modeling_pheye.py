@@ -108,13 +108,15 @@ class PheyeLora(nn.Module):
             self.B = nn.Parameter(torch.empty(base.out_features, rank))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The update of x added to y, the frozen module's output for x; any number of dimensions before the last."""
+        """Add the update for x to y, in place: y is the frozen module's output, and both are (images, views, ...)."""
         x, A, B = self.dropout(x), self.A.to(x.dtype), self.B.to(x.dtype)
         if self.convolution is None:
-            low = F.linear(x, A).flatten(0, -2)
-            # In one product, so that half precision rounds once.
-            return torch.addmm(y.flatten(0, -2), low, B.T, alpha=self.scaling).view(y.shape)
-        return y + F.conv2d(F.conv2d(x, A, **self.convolution), B) * self.scaling
+            low, rows = F.linear(x, A).flatten(1, 2), y.flatten(1, 2)  # (B, views * N, rank) and (B, views * N, D)
+            # One product that adds: half precision rounds once, and the large output is not written a second time.
+            rows.baddbmm_(low.to(y.dtype), B.T.to(y.dtype).expand(len(y), -1, -1), alpha=self.scaling)
+            return y
+        update = F.conv2d(F.conv2d(x.flatten(0, 1), A, **self.convolution), B) * self.scaling
+        return y.add_(update.view(y.shape))
 
 
 # --- Cross-attention ---
@@ -263,14 +265,17 @@ class PheyeCrossAttentionBlock(GradientCheckpointingLayer):
             )
         # The rows of one image become one longer row, so that its keys and values are neither copied nor reordered.
         query = self.to_q(hidden_states).reshape(images, rows // images * length, -1, self.head_size).transpose(1, 2)
+        implementation = self.config._attn_implementation
+        # On a CPU, torch's kernel takes up to 12 times as long as two plain products for a single query in bfloat16.
+        is_cpu_step = implementation == "sdpa" and query.shape[2] == 1 and query.device.type == "cpu"
         attention = eager_attention
-        if self.config._attn_implementation != "eager":
-            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        if implementation != "eager" and not is_cpu_step:
+            attention = ALL_ATTENTION_FUNCTIONS[implementation]
         attended, weights = attention(
             self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False,
             output_attentions=output_attentions,
         )  # (B, R / B * T, H, D)  # fmt: skip
-        if not output_attentions or attention is not eager_attention:
+        if not output_attentions or implementation != "eager":
             weights = None
         else:
             weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)  # (R, H, T, N)
@@ -426,12 +431,14 @@ class PheyeModel(PheyePreTrainedModel):
 
     def _add_lora(self, name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         views = self.config.views_per_image
-        xs, ys = split_views(args[0], views), split_views(output, views)
-        adapted = [
-            lora[name](x.flatten(0, 1), y.flatten(0, 1)).to(output.device).view(y.shape) if name in lora else y
-            for lora, x, y in zip((self.global_lora, self.local_lora), xs, ys, strict=True)
-        ]
-        return join_views(*adapted)
+        for kind, lora in enumerate((self.global_lora, self.local_lora)):
+            if name in lora:
+                # Views taken anew: autograd refuses those from before the output was changed.
+                x, y = split_views(args[0], views)[kind], split_views(output, views)[kind]
+                result = lora[name](x, y)
+                if result is not y:  # a device map holds this LoRA elsewhere
+                    y.copy_(result)
+        return output
 
     def _run_block(self, block: int | None, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         context = kwargs.pop("image_context", None)
