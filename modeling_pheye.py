@@ -111,7 +111,8 @@ class PheyeLora(nn.Module):
         """Add the update for x to y, in place: y is the frozen module's output, and both are (images, views, ...)."""
         x, A, B = self.dropout(x), self.A.to(x.dtype), self.B.to(x.dtype)
         if self.convolution is None:
-            low, rows = F.linear(x, A).flatten(1, 2), y.flatten(1, 2)  # (B, views * N, rank) and (B, views * N, D)
+            low = F.linear(x, A).flatten(1, 2)  # (B, views * N, rank)
+            rows = y.view(len(y), -1, y.shape[-1])  # (B, views * N, D), never a copy: y itself is to change
             # One product that adds: half precision rounds once, and the large output is not written a second time.
             rows.baddbmm_(low.to(y.dtype), B.T.to(y.dtype).expand(len(y), -1, -1), alpha=self.scaling)
             return y
