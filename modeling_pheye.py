@@ -487,6 +487,8 @@ class PheyeModel(PheyePreTrainedModel):
             ValueError: if `pixel_values` has another rank, number of views or size.
         """
         self._check_pixel_values(pixel_values)
+        if not torch.compiler.is_compiling():
+            self._check_lora_hooks()
         outputs = self.vision_tower(pixel_values.flatten(0, 1), return_dict=True, **kwargs)
         hidden_states = outputs.last_hidden_state  # (B * V, N, D)
         if hidden_states.shape[1] != self.config.tokens_per_view:
@@ -563,6 +565,18 @@ class PheyeModel(PheyePreTrainedModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)}, but this model takes (images, {views}, 3, "
                 f"{size}, {size}): one global view and {tiles} x {tiles} crops of {size} pixels. Make it with this "
                 "model's own processor."
+            )
+
+    def _check_lora_hooks(self):
+        """Quantizers put other modules in the place of linears, without the hooks; refuse to run without LoRA."""
+        hooks = [hook for module in self.vision_tower.modules() for hook in module._forward_hooks.values()]
+        hooked = {hook.args[0] for hook in hooks if getattr(hook, "func", None) == self._add_lora}
+        lost = [name for name in (*self.global_lora, *self.local_lora) if name not in hooked]
+        if lost:
+            raise ValueError(
+                f"Modules of the vision tower were replaced after the model was made, and lost their LoRA: {lost[0]} "
+                f"and {len(lost) - 1} more. Leave the vision tower as it is; quantization takes a list of full names "
+                'to leave alone, such as ["pheye.vision_tower", "pheye.cross_attention_blocks"].'
             )
 
     def _check_rows(self, rows: int, images: int):

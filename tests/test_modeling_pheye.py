@@ -411,6 +411,14 @@ def test_contradicting_arguments_are_refused(model):
         model(text(), pixels(), image_hidden_states=torch.zeros(2, 25, 32))
 
 
+def test_vision_tower_whose_linears_were_replaced_is_refused():
+    model = tiny_model()
+    layer = model.model.vision_tower.encoder.layers[0]
+    layer.mlp.fc1 = torch.nn.Linear(32, 48)
+    with pytest.raises(ValueError, match=r"lost their LoRA: encoder_layers_0_mlp_fc1 and 1 more.*full names"):
+        model(text(), pixels())
+
+
 def test_vision_tower_without_one_token_per_patch_is_refused():
     model = tiny_model()
     model.config.vision_config.patch_size = 8
