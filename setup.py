@@ -19,7 +19,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "ruff==0.17.6",
 ]
-DEMO = ["scikit-image>=0.22", "pooch>=1.8"]
+DEMO = ["scikit-image>=0.22"]
 
 
 class BuildModules(build_py):
