@@ -1,0 +1,42 @@
+"""Full-size models with random weights, made in seconds, straight in their dtype."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pheye import PheyeConfig, PheyeForConditionalGeneration
+
+NOISE_SIZE = 1 << 20
+
+
+def random_model(
+    config: PheyeConfig, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> PheyeForConditionalGeneration:
+    """A Pheye in evaluation mode that was never held in another dtype; for its speed, not for its answers."""
+    with torch.device("meta"):
+        model = PheyeForConditionalGeneration._from_config(config, dtype=dtype)
+    return fill(model, device)
+
+
+def fill(model: PreTrainedModel, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Give the tensors of `model` that are on the meta device memory on `device`: noise as weights, and buffers."""
+    noise = torch.randn(NOISE_SIZE, generator=torch.Generator().manual_seed(0)).to(device) * 0.02
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                values = torch.empty_like(parameter, device=device)
+                if values.ndim == 1:
+                    values.fill_(1.0 if name == "weight" else 0.0)  # of norms; all others are biases
+                else:
+                    for chunk in values.view(-1).split(NOISE_SIZE):
+                        chunk.copy_(noise[: len(chunk)])
+                module._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            if parameter is not None:
+                module._parameters[name]._is_hf_initialized = True
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+        module._is_hf_initialized = False
+    # Buffers that no checkpoint holds are made by the library's initialization, which leaves marked parameters alone.
+    model.initialize_weights()
+    return model.eval()

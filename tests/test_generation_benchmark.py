@@ -1,0 +1,121 @@
+"""`python -m pheye.benchmarks.generation`: what it compares with, its floors, and its clock."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pheye import PheyeForConditionalGeneration
+from pheye.benchmarks import complexity, generation
+from pheye.benchmarks.designs import LlavaStyle, Ours, Published
+from pheye.benchmarks.full_size import random_model
+from pheye.benchmarks.measuring import Stamps
+
+from tiny import tiny_config, tiny_model
+
+TOKENS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(1, 5, 3, 32, 32)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, 256, (2, 9))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("lora", [{}, {"global_lora_rank": 0}])
+def test_the_published_way_gives_our_answers(pixels, ids, beams, lora):
+    model = tiny_model(**lora)
+    published = Published(model)
+    ours = model.get_image_features(pixels).last_hidden_state
+    torch.testing.assert_close(published.encode(pixels), ours, atol=2e-6, rtol=0)
+    inputs = {"input_ids": ids, "pixel_values": pixels, "num_beams": beams, **TOKENS}
+    assert torch.equal(published.generate(**inputs), Ours(model).generate(**inputs))
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_llava_style_model_reads_the_same_image_tokens_in_its_text(model, pixels, ids):
+    llava = LlavaStyle(model).step
+    states = llava.model.vision_tower(pixels[0], output_hidden_states=True).hidden_states[-1]
+    prefix = llava.model.multi_modal_projector(states).flatten(0, 1)[None]  # all tokens of all views
+    assert prefix.shape[1] == model.config.tokens_per_image
+    embeds = torch.cat([prefix, model.get_input_embeddings()(ids[:1])], dim=1)
+    expected = model.pheye.language_model.base_model(inputs_embeds=embeds).last_hidden_state
+    text = torch.cat([ids.new_full((1, prefix.shape[1]), llava.config.image_token_id), ids[:1]], dim=1)
+    got = llava.model(input_ids=text, pixel_values=pixels[0]).last_hidden_state
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_floor_of_a_step_streams_the_weights_that_a_step_uses(model, pixels, ids):
+    first = model(input_ids=ids[:1], pixel_values=pixels, use_cache=True)
+    used = []
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [linear.register_forward_hook(lambda module, args, output: used.append(module)) for linear in linears]
+    model(input_ids=ids[:1, :1], past_key_values=first.past_key_values)
+    for hook in hooks:
+        hook.remove()
+    expected = generation.step_linears(model)
+    assert len(used) == len(expected) and set(used) == set(expected)
+
+
+def test_the_floor_of_encoding_has_the_products_of_encoding(model, pixels):
+    counted = complexity.count(lambda: model.get_image_features(pixels))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        generation.multiply_as_encoder(model)
+    patch = 3 * 16 * 16  # the floor gives a row to the class token too, which the patch embedding and its LoRA do not
+    extra = 2 * (5 * patch * 32 + 1 * 2 * (patch + 32) + 4 * 4 * (patch + 32))
+    assert counter.get_total_flops() == counted + extra
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_random_model_is_whole_and_of_one_dtype(dtype, pixels, ids):
+    model = random_model(tiny_config(), dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    made = PheyeForConditionalGeneration._from_config(tiny_config(), dtype=dtype)
+    for (name, buffer), (_, expected) in zip(model.named_buffers(), made.named_buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+    assert model(input_ids=ids[:1], pixel_values=pixels.to(dtype)).logits.isfinite().all()
+
+
+def test_stamps_are_taken_where_modules_end():
+    parts = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with Stamps(parts[0], parts) as stamps:
+        parts(torch.ones(1, 2))
+        parts(torch.ones(1, 2))
+    assert len(stamps.times) == 5 and len(stamps.intervals) == 4
+    assert stamps.times == sorted(stamps.times)
+    parts(torch.ones(1, 2))
+    assert len(stamps.times) == 5  # no hook is left
+
+
+def test_command_prints_all_ratios_and_one_line_of_json_last(capsys):
+    generation.main(["--repeats", "1", "--dtype", "float32", "--compare", "--questions"], tiny_config())
+    output = capsys.readouterr().out
+    last = json.loads(output.splitlines()[-1])
+    assert last["same answers of 8"] == 8
+    assert set(last["ratios"]) == {
+        "step / weight streaming",
+        "step, 4 beams / greedy",
+        "encode / its matrix products",
+        "8 questions / 8 single runs",
+        "LLaVA-style prefill / ours",
+        "published step / ours",
+        "published encode / ours",
+        "encode / that of the bare ViT (LLaVA-style)",
+        "throughput of batch 8 / batch 1",
+    }
+    assert all(f"| {name} |" in output for name in last["ratios"])
+
+
+def test_plot_is_drawn(tmp_path, capsys):
+    path = tmp_path / "costs.png"
+    generation.main(["--repeats", "1", "--dtype", "float32", "--tokens", "3", "--plot", str(path)], tiny_config())
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["answer_costs"]
+    assert [(row["tiles"], row["design"]) for row in rows[:3]] == [(1, "ours"), (1, "published"), (1, "LLaVA-style")]
+    assert len(rows) == 15 and path.stat().st_size > 1000
