@@ -70,7 +70,8 @@ def test_the_floor_of_encoding_has_the_products_of_encoding(model, pixels):
         generation.multiply_as_encoder(model)
     patch = 3 * 16 * 16  # the floor gives a row to the class token too, which the patch embedding and its LoRA do not
     extra = 2 * (5 * patch * 32 + 1 * 2 * (patch + 32) + 4 * 4 * (patch + 32))
-    assert counter.get_total_flops() == counted + extra
+    attention = 2 * 2 * 2 * 5 * 5 * 5 * 32  # two layers, two products; torch does not count its fused kernel's
+    assert counter.get_total_flops() == counted + extra + attention
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
