@@ -128,6 +128,13 @@ class PheyeConfig(PreTrainedConfig):
         return max(self.text_config.hidden_size, self.vision_config.hidden_size) // self.cross_attention_reduction
 
     @property
+    def modules_to_not_quantize(self) -> list[str]:
+        """For transformers' quantization configs: full names of all but the language model's layers."""
+        parts = ("vision_tower", "global_lora", "local_lora", "view_encoding", "cross_attention_blocks")
+        heads = ("language_model.lm_head", "language_model.embed_out")  # the latter in GPT-NeoX before 5.23
+        return [f"pheye.{name}" for name in (*parts, *heads)]
+
+    @property
     def vocab_size(self) -> int:
         """The language model's vocabulary; a property, so that resizing the embeddings keeps one number."""
         return self.text_config.vocab_size

@@ -575,8 +575,8 @@ class PheyeModel(PheyePreTrainedModel):
         if lost:
             raise ValueError(
                 f"Modules of the vision tower were replaced after the model was made, and lost their LoRA: {lost[0]} "
-                f"and {len(lost) - 1} more. Leave the vision tower as it is; quantization takes a list of full names "
-                'to leave alone, such as ["pheye.vision_tower", "pheye.cross_attention_blocks"].'
+                f"and {len(lost) - 1} more. Leave the vision tower as it is: give the quantization config the list "
+                '`modules_to_not_quantize` of this model\'s config ("pheye.vision_tower" and others).'
             )
 
     def _check_rows(self, rows: int, images: int):

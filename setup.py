@@ -18,6 +18,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff==0.17.6",
+    "torchao>=0.16",
 ]
 DEMO = ["scikit-image>=0.22"]
 

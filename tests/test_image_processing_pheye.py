@@ -19,7 +19,7 @@ from transformers import pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pheye import PheyeImageProcessor
-from pheye.image_processing_pheye import resize, tile_boxes, tile_image
+from pheye.image_processing_pheye import load_image, resize, tile_boxes, tile_image
 
 from tiny import tiny_image
 
@@ -790,3 +790,63 @@ def test_things_that_are_no_image_are_refused_with_what_would_be(thing):
 def test_arrays_of_what_is_no_number_are_refused_by_type(dtype):
     with pytest.raises((TypeError, ValueError), match=str(np.dtype(dtype))):
         pixels(np.zeros((6, 9, 3)).astype(dtype))
+
+
+# --- Speed: threads, and JPEGs decoded at reduced scale ---
+
+
+@pytest.fixture
+def jpeg(tmp_path):
+    """A smooth picture of 800 x 600 pixels with an edge."""
+    array = np.linspace(0, 255, 800)[None, :, None] * np.ones((600, 1, 3))
+    array[200:400, 300:500] = 30
+    path = tmp_path / "large.jpg"
+    Image.fromarray(array.astype(np.uint8)).save(path, quality=95)
+    return path
+
+
+def test_images_worked_on_side_by_side_come_out_as_one_by_one(monkeypatch, tmp_path):
+    paths = []
+    for seed in range(7):
+        paths.append(tmp_path / f"{seed}.png")
+        tiny_image(seed, width=40 + seed).save(paths[-1])
+    one_by_one = torch.cat([pixels(path) for path in paths])
+    threads = set()
+
+    def record(*args):
+        threads.add(threading.get_ident())
+        return tile_image(*args)
+
+    monkeypatch.setattr("pheye.image_processing_pheye.tile_image", record)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(pixels(paths), one_by_one)
+    assert torch.equal(pixels([[path] for path in paths]), one_by_one)
+    assert threading.get_ident() not in threads
+    paths[4].write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"4\.png"):
+        pixels(paths)
+
+
+def test_jpegs_are_decoded_at_reduced_scale_only_if_asked(jpeg, tmp_path):
+    full, reduced = small_processor(), small_processor(reduce_jpegs=True)  # views of 32 pixels, 2 x 2 crops
+    assert load_image(jpeg).size == (800, 600)
+    assert torch.equal(pixels(jpeg), full(Image.open(jpeg), return_tensors="pt")["pixel_values"])
+    assert load_image(jpeg, 128).size == (200, 150)  # half of that would be less than 128 pixels high
+    expected = full(load_image(jpeg, 128), return_tensors="pt")["pixel_values"]
+    assert torch.equal(reduced(jpeg, return_tensors="pt")["pixel_values"], expected)
+    difference = (expected - pixels(jpeg)).abs().mean()
+    assert 0 < difference < 0.02  # of values that run over 4 units
+
+    reduced.save_pretrained(tmp_path)
+    loaded = PheyeImageProcessor.from_pretrained(tmp_path)
+    assert torch.equal(loaded(str(jpeg), return_tensors="pt")["pixel_values"], expected)
+    assert torch.equal(loaded(jpeg.read_bytes(), return_tensors="pt")["pixel_values"], expected)
+
+
+def test_reduced_scale_leaves_small_jpegs_and_other_formats_alone(jpeg, tmp_path):
+    small, png = tmp_path / "small.jpg", tmp_path / "large.png"
+    Image.open(jpeg).resize((200, 150)).save(small)
+    Image.open(jpeg).save(png)
+    reduced = small_processor(reduce_jpegs=True)
+    for path in (small, png):
+        assert torch.equal(reduced(path, return_tensors="pt")["pixel_values"], pixels(path))
