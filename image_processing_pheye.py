@@ -80,7 +80,7 @@ def load_image(source: str | os.PathLike | bytes, least_side: int | None = None)
         ) from error
     except FileNotFoundError as error:
         raise ValueError(f"{name} is no image: there is no such file.") from error
-    except (OSError, SyntaxError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
         if is_text:
             raise ValueError(
                 f"{name} is no image: there is no such file, and it is neither a URL that starts with http:// or "

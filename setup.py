@@ -9,11 +9,12 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 
 TRAIN = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.14"]
-EVAL = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8"]
+EVAL = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "sacrebleu>=2.3", "tqdm>=4.66"]
 TEST = [
     "accelerate>=1.1",
     "datasets>=3.0",
     "parameterized>=0.9",
+    "pycocoevalcap>=1.2",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
@@ -40,7 +41,7 @@ setup(
     python_requires=">=3.11",
     cmdclass={"build_py": BuildModules},
     package_dir={"pheye": "."},
-    packages=["pheye", "pheye.benchmarks"],
+    packages=["pheye", "pheye.benchmarks", "pheye.evaluation", "pheye.training"],
     install_requires=[
         "huggingface_hub>=1.5",
         "peft>=0.18",

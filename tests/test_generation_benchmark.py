@@ -114,6 +114,13 @@ def test_command_prints_all_ratios_and_one_line_of_json_last(capsys):
     assert all(f"| {name} |" in output for name in last["ratios"])
 
 
+def test_steps_can_be_measured_alone(capsys):
+    generation.main(["--repeats", "1", "--dtype", "float32", "--only-steps"], tiny_config())
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"step / weight streaming", "step, 4 beams / greedy"} < set(last["ratios"])
+    assert not any("encode" in part for part in last["seconds"])
+
+
 def test_plot_is_drawn(tmp_path, capsys):
     path = tmp_path / "costs.png"
     generation.main(["--repeats", "1", "--dtype", "float32", "--tokens", "3", "--plot", str(path)], tiny_config())

@@ -1,0 +1,490 @@
+"""The engine behind captions and evaluation: answers as one by one, and rows that no kill repeats or loses."""
+
+import errno
+import functools
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+
+from pheye import answering
+from pheye.answering import InputError, Request, answer
+
+from tiny import tiny_image
+
+NEW = 8  # tokens per answer
+SHORT, LONG, OTHER = "What?", "What is this, and what else is there to see?", "Read the sign."
+PICTURES = [(0, SHORT), (1, LONG), (2, SHORT), (3, LONG), (4, SHORT), (6, OTHER), (0, OTHER)]  # seed and prompt
+BROKEN = 3  # which of them is no image
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """accelerate keeps its state for the life of a process."""
+    PartialState._reset_state()
+    yield
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def requests(tmp_path_factory):
+    """Pictures of different shapes, prompts of two lengths, and a file that is no image."""
+    folder = tmp_path_factory.mktemp("images")
+    requests = []
+    for index, (seed, prompt) in enumerate(PICTURES):
+        path = folder / f"{index}.png"
+        tiny_image(seed, 60 + 9 * seed, 90 - 7 * seed).save(path)
+        requests.append(Request(f"id-{index}", path, prompt, {"image": path.name}))
+    requests[BROKEN].image.write_bytes(b"no image")
+    return requests
+
+
+@pytest.fixture(scope="module")
+def expected(model, processor, requests) -> list[dict]:
+    """What each request gets by itself."""
+    rows = []
+    for index, request in enumerate(requests):
+        row = {"id": request.id, **request.fields}
+        if index == BROKEN:
+            rows.append({**row, "error": f"'{request.image}' could not be read as an image: cannot identify image "
+                         f"file '{request.image}'. Check that the file is whole."})  # fmt: skip
+            continue
+        text = processor.apply_chat_template([{"role": "user", "content": request.prompt}], add_generation_prompt=True)
+        inputs = processor(images=request.image, text=text, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :]
+        rows.append({**row, "answer": processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()})
+    assert len({row.get("answer") for row in rows}) == len(PICTURES)  # so that mixing them up shows
+    return rows
+
+
+@pytest.fixture
+def start(model, processor, requests, tmp_path):
+    """Runs the engine; keywords replace its arguments."""
+
+    def start(requests=requests, output=tmp_path / "out.jsonl", **kwargs) -> Path:
+        defaults = {"batch_size": 2, "generate_kwargs": {"max_new_tokens": NEW}, "settings": {"model": "tiny"}}
+        return answer(lambda: (model, processor), requests, output, **{**defaults, **kwargs})
+
+    return start
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# --- Answers ---
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (3, 0), (100, 0), (2, 2)])
+def test_answers_are_those_of_one_by_one(start, expected, tmp_path, batch_size, workers):
+    assert read(start(batch_size=batch_size, workers=workers)) == expected
+    assert names(tmp_path) == {"out.jsonl", "out.jsonl.run.json"}
+
+
+def test_images_may_be_anything_that_the_processor_opens(start, requests, expected):
+    given = [
+        Request(request.id, image, request.prompt, request.fields)
+        for request, image in zip(
+            requests,
+            [
+                requests[0].image.read_bytes(),
+                str(requests[1].image),
+                lambda: requests[2].image,
+                None,
+                tiny_image(4, 96, 62),
+            ],
+            strict=False,
+        )
+    ]
+    broken = {**expected[BROKEN], "error": "There is no image."}
+    assert read(start(given)) == [*expected[:BROKEN], broken, expected[4]]
+
+
+def test_images_are_opened_when_their_turn_comes(start, requests, tmp_path):
+    def open_now(index):
+        part = tmp_path / "out.jsonl.part-0"
+        opened.append((index, len(read(part)) if part.exists() else 0))
+        return requests[index].image
+
+    opened = []
+    lazy = [Request(index, functools.partial(open_now, index), "What?") for index in range(3)]
+    start(lazy[:1], batch_size=1)
+    start(lazy, batch_size=1)
+    assert opened == [(0, 0), (1, 0), (2, 1)]  # the first only once
+
+
+def test_a_broken_image_says_the_same_in_every_run(start, tmp_path):
+    rows = [read(start([Request(1, b"no image", "What?")], tmp_path / name)) for name in ("a", "b")]
+    assert rows[0] == rows[1]
+    assert "could not be read as an image" in rows[0][0]["error"]
+    assert " at 0x" not in rows[0][0]["error"]
+
+
+def test_an_error_of_the_model_stops_the_run(start, model, monkeypatch, tmp_path):
+    def fail(**kwargs):
+        raise ValueError("not the image's fault")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(ValueError, match="not the image's fault"):
+        start()
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_long_prompts_come_first_and_rows_keep_the_order_of_the_requests(start, model, monkeypatch, requests):
+    lengths, generate = [], model.generate
+
+    def spy(**kwargs):
+        lengths.append(kwargs["input_ids"].shape[1])
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", spy)
+    output = start()
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1]
+    assert [row["id"] for row in read(output)] == [request.id for request in requests]
+
+
+def test_names_that_are_not_unicode_and_texts_of_any_language_become_lines(start, tmp_path):
+    names = ["foto-\udcff", "fotografía\u2028", "写真"]
+    output = start([Request(name, None, "What?") for name in names])
+    assert [row["id"] for row in read(output)] == names
+    assert "写真".encode() in output.read_bytes()
+    start([Request(name, None, "What?") for name in names])  # and are found again
+
+
+# --- Kills ---
+
+POINTS = [  # the n-th call of a function that touches files, and whether the kill comes before it, in it or after it
+    *(("os.fsync", n, when) for n in (1, 2, 4, 6) for when in ("before", "after")),
+    *(("write", n, "half") for n in (1, 2, 4)),
+    *(("os.replace", n, when) for n in (1, 2) for when in ("before", "after")),
+    ("os.unlink", 1, "before"),
+    ("os.unlink", 1, "after"),
+]
+
+
+def kill_at(name: str, count: int, when: str):
+    """Make this process kill itself around the `count`-th call of a function."""
+    calls = 0
+
+    def killing(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == count and when == "half":
+                function(args[0], args[1][: len(args[1]) // 2])
+            elif calls != count or when == "after":
+                result = function(*args, **kwargs)
+            if calls == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    if name == "write":
+        enter = answering.Part.__enter__
+
+        def wrapped(part):
+            enter(part)
+            part.file = TornFile(part.file, killing(type(part.file).write))
+            return part
+
+        answering.Part.__enter__ = wrapped
+    elif name == "os.unlink":
+        Path.unlink = killing(Path.unlink)
+    else:
+        setattr(os, name.removeprefix("os."), killing(getattr(os, name.removeprefix("os."))))
+
+
+class TornFile:
+    """A file whose writing is another function."""
+
+    def __init__(self, file, write):
+        self.file, self.write = file, lambda data: write(file, data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def run_killed(start, name: str, count: int, when: str, **kwargs):
+    """The run in a child, killed (a fork, because a fresh interpreter takes seconds to import)."""
+    child = os.fork()
+    if not child:
+        try:
+            kill_at(name, count, when)
+            start(**kwargs)
+        finally:
+            os._exit(7)  # it was not killed
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+@pytest.mark.parametrize(("name", "count", "when"), POINTS)
+def test_a_kill_repeats_and_loses_nothing(start, tmp_path, name, count, when):
+    undisturbed = start(output=tmp_path / "whole.jsonl").read_bytes()
+    run_killed(start, name, count, when)
+    assert start().read_bytes() == undisturbed
+    beside = {"whole.jsonl", "whole.jsonl.run.json"}
+    assert names(tmp_path) - beside == {"out.jsonl", "out.jsonl.run.json"}
+
+
+def test_kill_after_kill_gets_there(start, tmp_path):
+    undisturbed = start(output=tmp_path / "whole.jsonl").read_bytes()
+    for point in [("write", 2, "half"), ("os.fsync", 1, "after"), ("write", 1, "half"), ("os.replace", 1, "before")]:
+        run_killed(start, *point, batch_size=1)
+    assert start(batch_size=1).read_bytes() == undisturbed
+
+
+def test_rows_that_are_there_are_not_answered_again(start, model, monkeypatch):
+    run_killed(start, "os.fsync", 4, "after")  # the first is of the record of settings
+    rows, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **kw: rows.extend(kw["input_ids"]) or generate(**kw))
+    start()
+    assert len(rows) == len(PICTURES) - 6
+
+
+@pytest.mark.parametrize("tail", [b'{"id": "id-9", "ans', b"\0\0\0\0\n", b"[]\n", b"12\n", b'{"id": "id-9"}'])
+def test_a_torn_line_is_cut_off(start, expected, tmp_path, tail):
+    run_killed(start, "os.fsync", 3, "after")
+    part = tmp_path / "out.jsonl.part-0"
+    assert len(read(part)) == 4
+    part.write_bytes(part.read_bytes() + tail)
+    assert read(start()) == expected
+
+
+# --- Several processes ---
+
+
+class Turn:
+    """accelerate's state, as process `process_index` of `num_processes` sees it, all others being late."""
+
+    def __init__(self, process_index: int, num_processes: int):
+        self.process_index, self.num_processes = process_index, num_processes
+        self.is_main_process = process_index == 0
+        self.device = torch.device("cpu")
+
+    def wait_for_everyone(self): ...
+
+
+def test_a_run_of_three_processes_is_continued_by_one(start, expected, tmp_path, monkeypatch, model):
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "process_state", lambda: Turn(0, 3))
+        with pytest.raises(InputError, match=r"4 of 7 rows are missing.*all machines see"):
+            start()
+        # The others began when no row was there.
+        own = (tmp_path / "out.jsonl.part-0").rename(tmp_path / "aside")
+        patch.setattr(answering, "process_state", lambda: Turn(2, 3))
+        start()
+        own.rename(tmp_path / "out.jsonl.part-0")
+    assert [len(read(tmp_path / f"out.jsonl.part-{process}")) for process in (0, 2)] == [3, 2]
+    rows, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **kw: rows.extend(kw["input_ids"]) or generate(**kw))
+    with pytest.warns(UserWarning, match="processes was 3 and is now 1"):
+        assert read(start()) == expected
+    assert len(rows) == 1  # of the two that were left, one is broken
+    assert names(tmp_path) == {"out.jsonl", "out.jsonl.run.json"}
+
+
+def test_a_process_that_does_not_see_the_record_stops(start, monkeypatch):
+    monkeypatch.setattr(answering, "process_state", lambda: Turn(1, 2))
+    monkeypatch.setattr(answering, "NETWORK_DELAY", 0)
+    with pytest.raises(InputError, match="all machines see"):
+        start()
+
+
+def test_two_processes_never_write_one_part(start, tmp_path):
+    start([Request(0, None, "What?")])
+    with answering.Part(tmp_path / "out.jsonl.part-0", 0):
+        child = os.fork()
+        if not child:
+            try:
+                start([Request(1, None, "What?")])
+            except InputError as error:
+                os._exit(5 if "still writing" in str(error) else 6)
+            finally:
+                os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+    start([Request(0, None, "What?"), Request(1, None, "What?")])
+
+
+def test_processes_that_accelerate_does_not_see_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    PartialState._shared_state.update(_cpu=True, backend=None, device="cpu", distributed_type="NO", num_processes=1)
+    with pytest.raises(InputError, match="2 processes were launched, but accelerate sees 1"):
+        answering.process_state()
+
+
+# --- What is there already ---
+
+
+def test_a_finished_output_is_left_alone_and_nothing_is_loaded(start, requests, capsys):
+    output = start()
+    before, written = output.read_bytes(), output.stat().st_mtime_ns
+    capsys.readouterr()
+    options = {"batch_size": 2, "generate_kwargs": {"max_new_tokens": NEW}, "settings": {"model": "tiny"}}
+    answer(lambda: pytest.fail("loaded"), requests, output, **options)
+    assert output.read_bytes() == before
+    assert output.stat().st_mtime_ns == written
+    assert "out.jsonl is finished: 7 rows; nothing to do." in capsys.readouterr().err
+
+
+def test_new_requests_join_a_finished_output_and_removed_rows_are_answered_again(start, requests, expected):
+    output = start(requests[:5])
+    output.write_bytes(b"".join(output.read_bytes().splitlines(keepends=True)[1:]))
+    assert read(start()) == expected
+
+
+def test_rows_that_are_no_longer_asked_for_are_left_out_with_a_warning(start, requests, expected):
+    run_killed(start, "os.replace", 2, "before")
+    with pytest.warns(UserWarning, match="2 rows were left out"):
+        assert read(start(requests[2:])) == expected[2:]
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"settings": {"model": "other"}}, "model was 'tiny' and is now 'other'"),
+        ({"settings": {"model": "tiny", "split": "val"}}, "split was None and is now 'val'"),
+        ({"generate_kwargs": {"max_new_tokens": 3}}, "'max_new_tokens': 8} and is now {'max_new_tokens': 3}"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused(start, tmp_path, changed, difference, finished):
+    start() if finished else run_killed(start, "os.fsync", 3, "after")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="Choose another output, or remove") as refusal:
+        start(**changed)
+    assert difference in str(refusal.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_versions_and_batches_are_only_warned_about(start, expected, tmp_path, monkeypatch):
+    run_killed(start, "os.fsync", 3, "after")
+    monkeypatch.setattr(answering, "versions", lambda: {"torch": "1.0"})
+    with pytest.warns(UserWarning, match=r"versions was .*batch_size was 2 and is now 4"):
+        assert read(start(batch_size=4)) == expected
+
+
+def test_the_record_holds_what_the_rows_depend_on(start, tmp_path):
+    start()
+    record = json.loads((tmp_path / "out.jsonl.run.json").read_text())
+    assert record["settings"] == {"model": "tiny", "generate_kwargs": {"max_new_tokens": NEW}}
+    assert set(record["details"]["versions"]) == {"pheye", "torch", "transformers"}
+    assert (record["details"]["batch_size"], record["details"]["processes"]) == (2, 1)
+
+
+def test_files_of_unknown_origin_are_not_touched(start, tmp_path):
+    (tmp_path / "out.jsonl").write_text("somebody's work")
+    with pytest.raises(InputError, match=r"has no out.jsonl.run.json"):
+        start()
+    assert (tmp_path / "out.jsonl").read_text() == "somebody's work"
+    (tmp_path / "out.jsonl.run.json").write_text("{}")
+    with pytest.raises(InputError, match="is not a record of settings"):
+        start()
+    with pytest.raises(InputError, match="is a folder"):
+        start(output=tmp_path)
+
+
+# --- Bad input and full disks ---
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([], "nothing to answer"),
+        ([Request("a", None, "What?"), Request("a", None, "What?")], "'a' occurs more than once"),
+        ([Request("a", None, "")], "prompt of 'a' is empty"),
+        ([Request(1.5, None, "What?")], "1.5 is a float"),
+        ([Request(None, None, "What?")], "None is a NoneType"),
+    ],
+)
+def test_bad_requests_stop_before_anything_is_written(start, tmp_path, bad, message):
+    with pytest.raises(InputError, match=message):
+        start(bad)
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"workers": -1}, {"generate_kwargs": {"num_return_sequences": 2}}])
+def test_bad_options_stop_before_anything_is_written(start, tmp_path, bad):
+    with pytest.raises(InputError, match="must be"):
+        start(**bad)
+    assert names(tmp_path) == set()
+
+
+def full_disk(room: int):
+    """A `write` of a file that runs out of space after `room` bytes."""
+
+    def write(file, data):
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = file.write(data[:room])
+        room -= written
+        return written
+
+    return write
+
+
+@pytest.mark.parametrize("room", [0, 1, 100, 400])
+def test_a_full_disk_leaves_whole_rows_and_names_the_remedy(start, expected, tmp_path, monkeypatch, room):
+    enter, write = answering.Part.__enter__, full_disk(room)
+
+    def wrapped(part):
+        enter(part)
+        part.file = TornFile(part.file, write)
+        return part
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answering.Part, "__enter__", wrapped)
+        with pytest.raises(OSError, match=r"part-0 could not be written: No space.* Free some space and run") as error:
+            start()
+    part = (tmp_path / "out.jsonl.part-0").read_bytes()
+    assert part == b"" or part.endswith(b"\n")
+    assert len(part) <= room
+    assert isinstance(error.value.__cause__, OSError)
+    assert read(start()) == expected
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_parts(start, expected, tmp_path, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1 + 4 + 1:  # the record, the batches, the output
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"out.jsonl could not be written.*Free some space"):
+            start()
+    assert names(tmp_path) == {"out.jsonl.run.json", "out.jsonl.part-0"}
+    assert read(start()) == expected
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):
+    def chunks():
+        yield b"new" * 100_000
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(OSError, match="Free some space"):
+        answering.write_atomically(tmp_path / "file", chunks())
+    assert names(tmp_path) == {"file"}
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(answering.importlib, "import_module", missing)
+    with pytest.raises(InputError, match=r'needs accelerate: run pip install "pheye\[eval\]"'):
+        answering.require("accelerate")

@@ -1,0 +1,29 @@
+import numpy as np
+import pytest
+
+from pheye.evaluation.bootstrap import confidence_interval
+
+
+def test_interval_is_that_of_the_normal_approximation():
+    scores = np.random.default_rng(1).normal(0.5, 0.2, 400)
+    error = scores.std() / np.sqrt(scores.size)
+    low, high = confidence_interval(scores, repeats=4000)
+    assert (low, high) == pytest.approx((scores.mean() - 1.96 * error, scores.mean() + 1.96 * error), abs=0.1 * error)
+    inner_low, inner_high = confidence_interval(scores, level=0.5, repeats=4000)
+    assert inner_high - inner_low == pytest.approx(2 * 0.674 * error, rel=0.1)
+
+
+def test_the_same_seed_gives_the_same_interval():
+    scores = np.random.default_rng(1).random(50)
+    assert confidence_interval(scores) == confidence_interval(list(scores))
+    assert confidence_interval(scores) != confidence_interval(scores, seed=1)
+
+
+def test_equal_scores_leave_no_doubt():
+    assert confidence_interval([0.5] * 7) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("scores", [[], [[1.0]]])
+def test_no_scores_are_refused(scores):
+    with pytest.raises(ValueError, match="at least one score"):
+        confidence_interval(scores)
