@@ -1,0 +1,81 @@
+"""The stages of the recipe are the paper's."""
+
+import pytest
+
+from pheye.training.data import Source
+from pheye.training.stages import STAGES, completed, stage_sources
+
+
+def named(*names: str, **fields) -> list[Source]:
+    return [Source(f"/data/{name}.json", name, **fields) for name in names]
+
+
+def test_learning_rates_and_sizes_are_those_of_the_recipe():
+    assert {name: (stage.learning_rate, stage.samples) for name, stage in STAGES.items()} == {
+        "describe": (2e-4, 1_246_000),
+        "instruct": (1e-4, 964_000),
+        "tasks": (5e-5, 676_000),
+    }
+    thousands = {name: record.samples // 1000 for name, record in STAGES["tasks"].sources.items()}
+    assert thousands == {
+        **{"llava": 158, "llavar": 20, "vqav2": 166, "gqa": 144, "ok-vqa": 9, "ocr-vqa": 80, "textvqa": 35},
+        **{"st-vqa": 26, "a-okvqa": 17, "textcaps": 22},
+    }
+    assert abs(sum(thousands.values()) - 676) <= 1  # each is rounded to thousands, as in the paper
+
+
+def test_prompts_are_those_of_the_recipe():
+    sources = STAGES["tasks"].sources
+    one_word = {name for name, record in sources.items() if record.prompt.endswith("single word or phrase")}
+    assert one_word == {"vqav2", "gqa", "ok-vqa", "ocr-vqa", "textvqa", "st-vqa"}
+    assert sources["a-okvqa"].prompt == "Answer with the option's letter from the given choices directly."
+    assert sources["textcaps"].prompt.startswith("Generate a one-sentence caption for the provided image, incorp")
+    assert sources["llava"].prompt == sources["llavar"].prompt == ""
+    assert [name for stage in STAGES.values() for name, record in stage.sources.items() if record.caption] == [
+        "sharegpt4v-pt"
+    ]
+    assert {record.turns for stage in STAGES.values() for record in stage.sources.values()} == {1}
+
+
+def test_records_fill_in_what_the_mixture_leaves_out():
+    stage = STAGES["tasks"]
+    found = stage_sources(stage, named(*stage.sources, image_folder="/images"))
+    assert {source.name: source.samples for source in found} == {
+        name: record.samples for name, record in stage.sources.items()
+    }
+    gqa = next(source for source in found if source.name == "gqa")
+    assert gqa == Source(
+        "/data/gqa.json",
+        "gqa",
+        image_folder="/images",
+        prompt="Answer the question using a single word or phrase",
+        samples=144_000,
+    )
+    [described] = stage_sources(STAGES["describe"], named("sharegpt4v-pt"))
+    assert described.caption and described.samples == 1_246_000
+
+
+def test_what_the_mixture_says_comes_first():
+    record = STAGES["tasks"].sources["vqav2"]
+    own = Source("x.json", "vqav2", prompt="Short.", turns=3, samples=5)
+    assert completed(own, record) == own
+    weighted = completed(Source("x.json", "vqav2", weight=0.5), record)
+    assert (weighted.samples, weighted.weight, weighted.prompt) == (None, 0.5, record.prompt)
+
+
+def test_own_data_under_other_names_stay_as_they_are():
+    own = named("mine", "yours", turns=2)
+    assert stage_sources(STAGES["tasks"], own) == own
+    stage = STAGES["instruct"]
+    both = stage_sources(stage, named(*stage.sources) + own)
+    assert both[-2:] == own and {source.samples for source in both} == {None}
+
+
+def test_a_stage_of_which_data_are_missing_is_refused_with_names_and_sizes():
+    with pytest.raises(
+        ValueError, match=r"'tasks', these are missing: llavar \(20,000 samples\), vqav2 \(166,000"
+    ) as e:
+        stage_sources(STAGES["tasks"], named("llava", "mine"))
+    assert "textcaps (22,000 samples)" in str(e.value) and "llava (" not in str(e.value)
+    with pytest.raises(ValueError, match=r"svit \(964,000 samples together with mimic-it, lrv, svit, lvis-instruct\)"):
+        stage_sources(STAGES["instruct"], named("lrv", "mimic-it", "lvis-instruct"))

@@ -1,0 +1,172 @@
+"""What trains, and its weights by themselves: chosen by pattern, saved, and put onto the base model."""
+
+import copy
+
+import pytest
+import torch
+
+from pheye import PheyeForConditionalGeneration
+from pheye.training.trained import (
+    add_language_model_lora,
+    choose_trained,
+    copy_state,
+    describe_trained,
+    load_trained,
+    save_trained,
+    trained_state,
+)
+
+from tiny import tiny_image, tiny_model, tiny_processor
+
+PARTS = ("global_lora", "local_lora", "view_encoding", "cross_attention_blocks")
+
+
+@pytest.fixture
+def batch():
+    inputs = tiny_processor()(images=tiny_image(), text="What is it? A cat.", return_tensors="pt")
+    return {**inputs, "labels": inputs["input_ids"]}
+
+
+def change(model, seed: int = 5):
+    """Move everything that trains."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trained_state(model).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def test_the_papers_parts_train_by_default_and_in_float32():
+    model = tiny_model().to(torch.bfloat16)
+    names = choose_trained(model)
+    expected = [name for name, _ in model.named_parameters() if name.split(".")[1] in PARTS]
+    assert names == expected and {name.split(".")[1] for name in names} == set(PARTS)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (name in names)
+        assert parameter.dtype == (torch.float32 if name in names else torch.bfloat16), name
+
+
+def test_the_published_sizes_train():
+    """Spec section 7: 295,119,552 without the global LoRA set, which adds 5,913,184."""
+    from pheye import PheyeConfig
+
+    with torch.device("meta"):
+        model = PheyeForConditionalGeneration(PheyeConfig.from_variant("x4-672"))
+    line = describe_trained_after(model)
+    assert sum(p.numel() for p in trained_state(model).values()) == 295_119_552 + 5_913_184
+    assert line.startswith("Trains 301,032,736 parameters (") and "global_lora 5,913,184" in line
+    assert line.endswith("2,049,036,800 are frozen.")
+
+
+def describe_trained_after(model) -> str:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(f".{part}." in name for part in PARTS))
+    return describe_trained(model)
+
+
+def test_patterns_add_and_take_away():
+    model = tiny_model()
+    names = choose_trained(model, train=[r"language_model\.lm_head", "layer_norm1"], freeze=["global_lora"])
+    parts = {name.split(".")[1] for name in names}
+    assert parts == {"vision_tower", "language_model", *PARTS} - {"global_lora"}
+    assert "pheye.language_model.lm_head.weight" in names
+    assert not any(name.startswith("pheye.vision_tower") and "layer_norm1" not in name for name in names)
+    names = choose_trained(model, freeze=["cross_attention_blocks", "_lora", r"\.global_norm"])
+    assert names == [name for name in names if "view_embedding" in name or "local_norm" in name] and len(names) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train": ["vision_twoer"]}, "'vision_twoer' matches no parameter"),
+        ({"freeze": ["(unclosed"]}, "no regular expression"),
+        ({"freeze": ["pheye"]}, "Nothing is left to train"),
+    ],
+)
+def test_patterns_that_cannot_be_meant_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        choose_trained(tiny_model(), **arguments)
+
+
+def test_the_line_says_part_by_part_what_trains():
+    model = tiny_model()
+    choose_trained(model)
+    line = describe_trained(model)
+    for part in PARTS:
+        count = sum(p.numel() for p in getattr(model.pheye, part).parameters())
+        assert f"{part} {count:,}" in line
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in trained_state(model).values())
+    assert f"Trains {trained:,} " in line and f"{total - trained:,} are frozen" in line
+
+
+def test_lora_of_the_language_model_is_put_on_its_linears_only(batch):
+    model = tiny_model()
+    before = model(**batch).logits
+    lora = add_language_model_lora(model)
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert len(adapted) == 4 * 6 and all(name.startswith("pheye.language_model.") for name in adapted)
+    torch.testing.assert_close(model.eval()(**batch).logits, before, atol=1e-5, rtol=0)  # B is zero
+    names = choose_trained(model)
+    assert sum("lora_A.default" in name for name in names) == 24
+    assert {name.split(".")[1] for name in names} == {*PARTS, "language_model"}
+    assert "LoRA of the language model" in describe_trained(model)
+    change(model)
+    trained = model.eval()(**batch).logits
+    lora.merge_and_unload()
+    assert not any(hasattr(module, "lora_A") for module in model.modules())
+    torch.testing.assert_close(model(**batch).logits, trained, atol=1e-4, rtol=1e-4)
+    assert (trained - before).abs().max() > 1e-2
+
+
+def test_a_target_that_matches_nothing_is_refused():
+    with pytest.raises(ValueError, match="no_such_linear"):
+        add_language_model_lora(tiny_model(), target="no_such_linear")
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_saved_and_put_onto_the_base_model_it_gives_the_same_logits(batch, tmp_path, with_lora):
+    base = tiny_model()
+    model = copy.deepcopy(base)
+    lora = add_language_model_lora(model) if with_lora else None
+    names = choose_trained(model)
+    change(model)
+    expected = model.eval()(**batch).logits
+    config = lora.peft_config["default"] if with_lora else None
+    save_trained(trained_state(model), tmp_path, config)
+    assert [path.name for path in tmp_path.iterdir()] == ["trained.safetensors"]
+    loaded = load_trained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits, expected, atol=1e-4 if with_lora else 0, rtol=0)
+    assert not any(hasattr(module, "lora_A") for module in loaded.modules())
+    untouched = set(dict(base.named_parameters())) - set(names)
+    if not with_lora:
+        assert all(torch.equal(loaded.get_parameter(name), base.get_parameter(name)) for name in untouched)
+
+
+def test_weights_of_another_model_are_refused_and_change_nothing(tmp_path):
+    model = tiny_model()
+    choose_trained(model)
+    save_trained(trained_state(model), tmp_path)
+    other = tiny_model(cross_attention_interval=4, seed=3)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"cross_attention_blocks\.1.*missing in this model"):
+        load_trained(other, tmp_path)
+    other = tiny_model(local_lora_rank=8, seed=3)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"local_lora.*shape \(4, .*of shape \(8, "):
+        load_trained(other, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    with pytest.raises(ValueError, match=r"holds no trained\.safetensors"):
+        load_trained(other, tmp_path / "nothing")
+
+
+def test_copying_keeps_the_models_dtypes():
+    source, target = tiny_model(seed=1), tiny_model(seed=2).to(torch.bfloat16)
+    choose_trained(source)
+    copy_state(target, trained_state(source))
+    name = "pheye.cross_attention_blocks.0.to_q.weight"
+    assert target.get_parameter(name).dtype == torch.bfloat16
+    assert torch.equal(target.get_parameter(name), source.get_parameter(name).bfloat16())
+    assert not torch.equal(
+        target.get_parameter("pheye.language_model.lm_head.weight").float(),
+        source.get_parameter("pheye.language_model.lm_head.weight"),
+    )

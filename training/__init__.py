@@ -1,0 +1,1 @@
+"""Training: the paper's recipe, and fine-tuning on own data."""
