@@ -99,12 +99,12 @@ class PheyeProcessor(ProcessorMixin):
         if is_list:
             images = _one_per_text(images)
         if text is not None:
-            texts = list(text) if isinstance(text, (list, tuple)) else [text]
-            _check_texts(texts)
-            text = texts if isinstance(text, tuple) else text
-            if is_list and len(images) != len(texts):
+            # Always a batch, as the library's own image-text processors give it.
+            text = list(text) if isinstance(text, (list, tuple)) else [text]
+            _check_texts(text)
+            if is_list and len(images) != len(text):
                 raise ValueError(
-                    f"There are {len(images)} images and {len(texts)} texts; give one image per text, or one "
+                    f"There are {len(images)} images and {len(text)} texts; give one image per text, or one "
                     "image that is not in a list to ask all the texts about it."
                 )
         if is_list and not images:

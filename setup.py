@@ -20,6 +20,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "ruff==0.17.6",
     "torchao>=0.16",
+    "trl>=1.15",
 ]
 DEMO = ["scikit-image>=0.22"]
 

@@ -1,4 +1,4 @@
-"""Look at a photograph and at a page of text as Pheye does, and answer.
+"""Answer questions about a photograph and a page of text, and draw where Pheye looks for each word.
 
     python examples/demo.py [--model FOLDER_OR_ID] [--output FOLDER]
 
@@ -9,18 +9,12 @@ answers mean nothing.
 import argparse
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 from skimage import data
 from transformers import CLIPVisionConfig, PhiConfig, PreTrainedTokenizerFast
 
-from pheye import (
-    PheyeConfig,
-    PheyeForConditionalGeneration,
-    PheyeImageProcessor,
-    PheyeImageToTextPipeline,
-    PheyeProcessor,
-)
-from pheye.image_processing_pheye import resize, tile_boxes
+from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
+from pheye.evaluation.attention import explain
 
 QUESTIONS = [
     ("photograph", "chelsea.png", "What animal is this? Answer the question using a single word or phrase"),
@@ -56,19 +50,6 @@ def random_parts() -> tuple[PheyeForConditionalGeneration, PheyeProcessor]:
     return PheyeForConditionalGeneration(config).eval(), PheyeProcessor(PheyeImageProcessor(), tokenizer)
 
 
-def draw_views(image: Image.Image, tiles: int, size: int = 224) -> Image.Image:
-    """The global view beside the enlarged picture, its crops outlined and numbered in the order the model reads."""
-    canvas = Image.new("RGB", (size * (tiles + 1) + 10, size * tiles), "white")
-    canvas.paste(resize(image, (size, size), Image.Resampling.BICUBIC), (0, 0))
-    enlarged = resize(image, (size * tiles, size * tiles), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(enlarged)
-    for number, box in enumerate(tile_boxes(tiles, size, size), start=1):
-        draw.rectangle(box, outline="red", width=2)
-        draw.text((box[0] + 6, box[1] + 4), str(number), fill="red", font_size=24)
-    canvas.paste(enlarged, (size + 10, 0))
-    return canvas
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id of a trained Pheye; random weights without it")
@@ -80,15 +61,15 @@ def main():
     else:
         print("These weights are RANDOM: no trained small model ships yet, so the answers below mean nothing.\n")
         model, processor = random_parts()
-    pipe = PheyeImageToTextPipeline(model=model, processor=processor)
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, file, question in QUESTIONS:
         image = Image.open(Path(data.__file__).parent / file).convert("RGB")
-        answer = pipe(image, prompt=question, max_new_tokens=16)[0]["generated_text"]
-        views = arguments.output / f"{name}-views.png"
-        draw_views(image, model.config.tiles_per_side).save(views)
-        print(f"{name} ({image.width} x {image.height}): {question}\n  answer: {answer!r}\n  views: {views}\n")
+        drawing, found = explain(model, processor, image, question, max_new_tokens=16)
+        path = arguments.output / f"{name}-attention.png"
+        drawing.save(path)
+        print(f"{name} ({image.width} x {image.height}): {question}")
+        print(f"  answer: {found['answer']!r}\n  attention: {path}\n")
 
 
 if __name__ == "__main__":

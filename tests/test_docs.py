@@ -32,13 +32,13 @@ def test_python_blocks_run(page, model_folder, tmp_path):
             assert "your-name/my-pheye" in hub.repos
 
 
-def test_demo_answers_and_draws_the_views(tmp_path):
+def test_demo_answers_and_draws_where_it_looks(tmp_path):
     demo = [sys.executable, ROOT / "examples" / "demo.py", "--output", tmp_path]
     result = subprocess.run(demo, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "RANDOM" in result.stdout
     assert result.stdout.count("answer:") == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"photograph-views.png", "page-views.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"photograph-attention.png", "page-attention.png"}
 
 
 def test_makefile_has_every_target_that_the_readme_names():

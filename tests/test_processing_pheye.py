@@ -364,3 +364,14 @@ def test_save_and_reload_give_the_same_processor(tmp_path, own_template):
         assert reloaded.apply_chat_template(conversation) == processor.apply_chat_template(conversation)
         again = reloaded(images=tiny_image(), text=["abc", "a"], return_tensors="pt")
         assert set(again) == set(inputs) and all(torch.equal(again[name], inputs[name]) for name in inputs)
+
+
+def test_the_assistant_mask_of_one_conversation_is_that_of_a_batch_of_one(processor):
+    turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    alone = processor.apply_chat_template(turns, **options)
+    batch = processor.apply_chat_template([turns], **options)
+    assert (
+        alone["assistant_masks"] == batch["assistant_masks"] and sum(alone["assistant_masks"][0]) == len(" A cat.") + 1
+    )
+    assert alone["input_ids"] == batch["input_ids"]

@@ -410,7 +410,8 @@ def test_samples_can_be_inspected_first(base, data, tmp_path, capsys):
     assert train.run(command(base, data, tmp_path / "look", "--inspect", "3")) is None
     printed = capsys.readouterr().out
     assert printed.count("Instruction: What is it?") == 3
-    assert len(list((tmp_path / "look").glob("*.png"))) == 3
+    assert len(list((tmp_path / "look-samples").glob("*.png"))) == 3
+    assert not (tmp_path / "look").exists()
 
 
 # --- The Hub ---

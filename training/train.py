@@ -70,7 +70,10 @@ class Arguments:
     max_length: int | None = field(default=None, metadata={"help": "tokens of a sample; what is longer is cut"})
     max_skipped_share: float = field(default=0.01, metadata={"help": "of samples without a readable picture"})
     trained_only: bool = field(default=False, metadata={"help": "write only what was trained, not a whole model"})
-    inspect: int = field(default=0, metadata={"help": "show so many samples as the model will see them, and stop"})
+    inspect: int = field(
+        default=0,
+        metadata={"help": "show so many samples as the model will see them (pictures in OUT-samples), and stop"},
+    )
 
 
 @dataclass
@@ -274,7 +277,7 @@ def run(argv: list[str] | None = None) -> PheyeTrainer | None:
     else:
         data = Mixture(sources, training.seed)
     if args.inspect:
-        show_samples(data, processor, output, args.inspect)
+        show_samples(data, processor, output.with_name(f"{output.name}-samples"), args.inspect, args.max_length)
         return None
     if is_finished:
         print(f"{output} holds this run, finished. There is nothing to do.")

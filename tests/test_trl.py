@@ -1,0 +1,256 @@
+"""TRL's SFTTrainer trains model and processor as they are, and learns what the assistant says and nothing else."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from peft import LoraConfig, PeftModel
+
+from pheye import PheyeForConditionalGeneration, PheyeProcessor
+from pheye.training.trained import choose_trained
+
+from tiny import END, tiny_image, tiny_model, tiny_processor
+
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+from datasets import Dataset  # noqa: E402
+
+TRAINED = ("global_lora", "local_lora", "view_encoding", "cross_attention_blocks")
+EXAMPLE = Path(__file__).parent.parent / "examples" / "train_with_trl.py"
+
+learns_assistant_only = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"),
+    reason="TRL refuses assistant_only_loss for data with images before transformers 5.18",
+)
+
+
+def conversation(*turns: str, system: str = "") -> list[dict]:
+    """Without the published system message, which is long in bytes."""
+    roles = ["system", *("user", "assistant") * (len(turns) // 2)]
+    return [{"role": role, "content": content} for role, content in zip(roles, (system, *turns), strict=True)]
+
+
+# Each about the picture whose seed is its number, and what is to be learnt of it.
+CONVERSATIONS = [
+    conversation("What is it?", "A cat."),
+    conversation("Who?", "Me, with a hat."),
+    conversation("How many?", "Two.", "Output: sure?", "Yes, two."),
+    conversation("Where?", "Here", system="Be short."),
+]
+LEARNT = [f" A cat.{END}", f" Me, with a hat.{END}", f" Two.{END} Yes, two.{END}", f" Here{END}"]
+
+
+def make_trainer(folder, model, rows: list[dict], max_steps: int = 1, peft_config=None, **options):
+    """One batch holds all rows, so that every step sees all of them; row n has picture n."""
+    defaults = {
+        "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": len(rows),
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+    }
+    return trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(max_steps=max_steps, **{**defaults, **options}),
+        processing_class=tiny_processor(),
+        train_dataset=Dataset.from_list([{"images": [tiny_image(seed)], **row} for seed, row in enumerate(rows)]),
+        peft_config=peft_config,
+    )
+
+
+@pytest.fixture
+def assistant_trainer(tmp_path):
+    def make(model, max_steps: int = 1, **options):
+        rows = [{"messages": messages} for messages in CONVERSATIONS]
+        return make_trainer(tmp_path, model, rows, max_steps, assistant_only_loss=True, **options)
+
+    return make
+
+
+def trainable_model():
+    model = tiny_model(lora_dropout=0.0)
+    choose_trained(model)
+    return model
+
+
+def parameters(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def losses(trainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def train_and_watch(trainer) -> list[dict]:
+    """What the model was called with, step by step."""
+    seen = []
+    handle = trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(dict(kwargs)), with_kwargs=True
+    )
+    trainer.train()
+    handle.remove()
+    return seen
+
+
+def check_batch(batch: dict, numbers: list[int]):
+    """Each row is the template's text of a conversation beside its own picture, labelled by the template's mask."""
+    processor = tiny_processor()
+    pictures = processor(images=[tiny_image(n) for n in range(len(CONVERSATIONS))], return_tensors="pt").pixel_values
+    left = list(numbers)
+    columns = [batch[name] for name in ("input_ids", "labels", "attention_mask", "pixel_values")]
+    for ids, labels, attention, pixels in zip(*columns, strict=True):
+        number = next(n for n in left if torch.equal(pixels, pictures[n]))
+        left.remove(number)
+        template = processor.apply_chat_template(
+            [CONVERSATIONS[number]],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            return_tensors="pt",
+        )
+        text, mask = template["input_ids"][0], template["assistant_masks"][0]
+        is_text = attention.bool()
+        assert torch.equal(ids[is_text], text)
+        assert torch.equal(labels[is_text], text.masked_fill(mask == 0, -100))
+        assert (labels[~is_text] == -100).all()
+        assert processor.tokenizer.decode(labels[labels != -100]) == LEARNT[number]
+    assert not left
+
+
+def text_and_picture(batch: dict) -> dict:
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+
+
+# --- assistant_only_loss=True, with TRL's own collator ---
+
+
+@learns_assistant_only
+def test_the_model_gets_each_picture_and_labels_on_the_assistants_tokens_only(assistant_trainer):
+    (batch,) = train_and_watch(assistant_trainer(trainable_model()))
+    check_batch(batch, [0, 1, 2, 3])
+
+
+@learns_assistant_only
+def test_trls_loss_is_the_models_own_and_depends_on_the_pictures(assistant_trainer):
+    trainer = assistant_trainer(trainable_model())
+    (batch,) = train_and_watch(trainer)
+    inputs = {**text_and_picture(batch), "labels": batch["labels"]}
+    with torch.no_grad():
+        own = trainable_model()(**inputs).loss.item()
+        others = trainable_model()(**{**inputs, "pixel_values": inputs["pixel_values"].flip(0)}).loss.item()
+    assert losses(trainer)[0] == pytest.approx(own, rel=1e-4)
+    assert losses(trainer)[0] != pytest.approx(others, rel=1e-3)
+
+
+@learns_assistant_only
+def test_training_lowers_the_loss_and_changes_what_trains_only(assistant_trainer):
+    model = trainable_model()
+    before = parameters(model)
+    trainer = assistant_trainer(model, max_steps=25)
+    trainer.train()
+    assert losses(trainer)[-1] < 0.2 * losses(trainer)[0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != any(part in name for part in TRAINED), name
+
+
+@learns_assistant_only
+def test_what_was_trained_is_saved_and_loads_to_the_same_logits(assistant_trainer, tmp_path):
+    trainer = assistant_trainer(trainable_model(), max_steps=2)
+    inputs = text_and_picture(train_and_watch(trainer)[0])
+    trainer.save_model(tmp_path / "saved")
+    model = PheyeForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        logits = trainer.model.eval()(**inputs).logits
+        assert torch.equal(model(**inputs).logits, logits)
+        assert not torch.allclose(tiny_model()(**inputs).logits, logits, atol=1e-2)
+    processor = PheyeProcessor.from_pretrained(tmp_path / "saved")
+    assert processor.chat_template == tiny_processor().chat_template
+    assert processor.tokenizer.padding_side == "left"
+
+
+@learns_assistant_only
+def test_gradient_checkpointing_trains_to_the_same_weights(assistant_trainer):
+    plain, saving = trainable_model(), trainable_model()
+    runs = []
+    saving.model.cross_attention_blocks[0].to_q.register_forward_hook(lambda *args: runs.append(1))
+    assistant_trainer(plain, max_steps=2, gradient_checkpointing=False, optim="sgd").train()
+    assistant_trainer(saving, max_steps=2, gradient_checkpointing=True, optim="sgd").train()
+    assert len(runs) == 4  # twice per step
+    for (name, one), other in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6), name
+    before, after = (model.model.local_lora for model in (trainable_model(), saving))
+    for one, other in zip(before.parameters(), after.parameters(), strict=True):
+        assert not torch.allclose(one, other, rtol=1e-3, atol=1e-5)  # steps that the comparison above would see
+
+
+@learns_assistant_only
+def test_peft_config_trains_lora_on_the_language_model_only(assistant_trainer, tmp_path):
+    config = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj|dense|fc1|fc2)")
+    trainer = assistant_trainer(tiny_model(lora_dropout=0.0), max_steps=10, peft_config=config)
+    before = parameters(trainer.model)
+    batch = train_and_watch(trainer)[0]
+    check_batch(batch, [0, 1, 2, 3])
+    assert losses(trainer)[-1] < 0.8 * losses(trainer)[0]
+    changed = {name for name, value in parameters(trainer.model).items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "lora_A" in name or "lora_B" in name}
+    assert all("language_model" in name for name in changed)
+    trainer.save_model(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(tiny_model(lora_dropout=0.0), tmp_path / "adapter").eval()
+    inputs = text_and_picture(batch)
+    with torch.no_grad():
+        assert torch.equal(reloaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
+
+
+def test_trl_finds_the_end_of_an_answer_among_what_is_learnt():
+    """Otherwise SFTTrainer warns that the model may not learn to stop."""
+    from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
+
+    assert has_generation_markers(tiny_processor().chat_template)
+    assert is_chat_template_stop_token_trained(tiny_processor())
+
+
+# --- Other forms of data ---
+
+
+def test_prompts_and_completions_learn_the_completion(tmp_path):
+    rows = [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in CONVERSATIONS[:2]]
+    (batch,) = train_and_watch(make_trainer(tmp_path, trainable_model(), rows))
+    check_batch(batch, [0, 1])
+
+
+def test_without_assistant_only_loss_the_whole_text_is_learnt(tmp_path):
+    """TRL's default for conversations, of which docs/training.md warns."""
+    rows = [{"messages": messages} for messages in CONVERSATIONS]
+    (batch,) = train_and_watch(make_trainer(tmp_path, trainable_model(), rows))
+    assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
+    assert len(batch["pixel_values"]) == len(rows)
+
+
+# --- The example ---
+
+
+@pytest.mark.slow
+@learns_assistant_only
+def test_the_example_trains_saves_reloads_and_answers(model_folder, tmp_path):
+    lines = []
+    for seed, messages in enumerate(CONVERSATIONS):
+        tiny_image(seed).save(tmp_path / f"{seed}.png")
+        lines.append(json.dumps({"images": [f"{seed}.png"], "messages": messages}) + "\n")
+    (tmp_path / "data.jsonl").write_text("".join(lines))
+    command = [sys.executable, EXAMPLE, "--model", model_folder, "--data", tmp_path / "data.jsonl"]
+    command += ["--image-folder", tmp_path, "--output", tmp_path / "out", "--epochs", "30", "--learning-rate", "1e-2"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "What is it?\n  answer: 'A cat.'" in result.stdout
+    assert "Who?\n  answer: 'Me, with a hat.'" in result.stdout
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "modeling_pheye.py", "chat_template.jinja"} <= written
