@@ -85,6 +85,31 @@ def process_state(cpu: bool = False) -> "PartialState":
     return state
 
 
+def open_model(
+    model: str, revision: str | None, dtype: str, device: torch.device | str
+) -> tuple[str | None, Callable[[], tuple]]:
+    """The commit of a model's repository, None for a folder; and a function that loads the model onto `device`, and
+    its processor. The classes are this package's: no code of the repository is run.
+
+    Raises:
+        InputError: if it is another kind of model.
+    """
+    from transformers.utils import cached_file
+
+    file = Path(cached_file(model, "config.json", revision=revision))
+    commit = file.parent.name if file.parent.parent.name == "snapshots" else None
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    if kind != "pheye":
+        raise InputError(f"{model} is a {kind} model; give the folder or Hub id of a Pheye.")
+    where = {"revision": commit or revision}
+
+    def load() -> tuple:
+        loaded = pheye.PheyeForConditionalGeneration.from_pretrained(model, dtype=dtype, **where)
+        return loaded.to(device), pheye.PheyeProcessor.from_pretrained(model, **where)
+
+    return commit, load
+
+
 def answer(
     load: Callable[[], tuple],
     requests: Sequence[Request],

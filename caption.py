@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import pheye
-from pheye.answering import InputError, Request, answer, check_requests, process_state, require
+from pheye.answering import InputError, Request, answer, check_requests, open_model, process_state, require
 
 URL = ("http://", "https://")
 DATASET_OPTIONS = ("split", "image_column", "id_column", "config", "data_files")
@@ -146,21 +145,11 @@ def run(args: argparse.Namespace):
     state = process_state(cpu=args.device == "cpu")
     requests = find_requests(args)
 
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
-    pheye.register()  # so that no code of the model's own needs to be trusted
-    where = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.model, **where)
-    if config.model_type != "pheye":
-        raise InputError(f"{args.model} is a {config.model_type} model; give the folder or Hub id of a Pheye.")
-
-    def load():
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype, **where)
-        return model.to(args.device or state.device), AutoProcessor.from_pretrained(args.model, **where)
-
+    device = args.device or state.device
+    commit, load = open_model(args.model, args.revision, args.dtype, device)
     settings = {
         "model": args.model,
-        "revision": getattr(config, "_commit_hash", None) or args.revision,
+        "revision": commit or args.revision,
         "dtype": args.dtype,
         "prompt": args.prompt,
         **{name: getattr(args, name) for name in ("images", *DATASET_OPTIONS)},
@@ -168,7 +157,7 @@ def run(args: argparse.Namespace):
     decoding = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": False}
     workers = args.workers
     if workers is None:  # on a CPU, the model itself keeps all cores busy
-        workers = 0 if torch.device(args.device or state.device).type == "cpu" else 4
+        workers = 0 if torch.device(device).type == "cpu" else 4
     answer(
         load,
         requests,
@@ -218,7 +207,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--workers", type=at_least(0), help="processes that open images, per device (default: 4; on a CPU none)"
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code of the model's repository")
     dataset = parser.add_argument_group("datasets only")
     dataset.add_argument("--split", help="(default: train)")
     dataset.add_argument("--image_column", help="(default: image)")

@@ -29,11 +29,10 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from ..answering import InputError, require, versions, write_atomically
+from ..answering import InputError, open_model, require, versions, write_atomically
 from ..caption import at_least
 from ..image_processing_pheye import load_image, resize, tile_boxes, to_rgb
 from .detail import TERTILES, read_lines, tertiles
-from .evaluate import open_model
 
 # So that memory does not grow with the answer:
 CHUNK = 16  # tokens in one forward pass
@@ -422,7 +421,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code of the model's repository")
     args = parser.parse_args(argv)
     if (args.data is None) == (args.image is None) or (args.image is None) != (args.prompt is None):
         parser.error("give --image and --prompt, or --data alone")
@@ -442,7 +440,7 @@ def run(args: argparse.Namespace):
             picture = to_rgb(load_image(args.image))
         except ValueError as error:
             raise InputError(str(error)) from error
-    revision, load = open_model(args, args.device)
+    revision, load = open_model(args.model, args.revision, args.dtype, args.device)
     model, processor = load()
     about = {"model": args.model, "revision": revision, "versions": versions()}
     args.output.parent.mkdir(parents=True, exist_ok=True)

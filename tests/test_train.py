@@ -143,6 +143,7 @@ def code(index: int) -> str:
     return "abcdefgh"[index // 8] + "stuvwxyz"[index % 8]
 
 
+@pytest.mark.slow
 def test_a_toy_model_learns_64_pictures_by_heart(base_without_dropout, tmp_path, capsys):
     data, output = write_data(tmp_path, 64, answer=code), tmp_path / "out"
     options = ["--per_device_train_batch_size", "16", "--effective_batch_size", "16", "--learning_rate", "3e-3"]

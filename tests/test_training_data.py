@@ -475,6 +475,19 @@ def test_samples_are_a_function_of_seed_epoch_and_index(folder):
     assert epochs_of(pickle.loads(pickle.dumps(mixed))) == expected
 
 
+def test_turns_are_drawn_anew_by_seed_epoch_and_index_though_the_row_is_the_same(folder):
+    path = write_json(folder, long_rows(1))
+
+    def turns(seed: int, epoch: int) -> tuple[str, ...]:
+        mixed = Mixture([Source(path, samples=40)], seed)
+        mixed.set_epoch(epoch)
+        return tuple(sample["messages"][1]["content"] for sample in mixed)
+
+    drawn = [turns(seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert len(set(drawn)) == len(drawn)
+    assert all(set(one) == set("012345") for one in drawn)
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_see_the_same_samples_in_every_epoch(folder, persistent):
     expected = epochs_of(random_mixture(folder))
@@ -494,7 +507,8 @@ def loader_of(mixed: Mixture, process: int, processes: int):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_sampler_brings_the_epoch_to_the_mixture_and_a_resumed_run_goes_on_with_it(folder, processes):
-    """Without its `set_epoch`, accelerate would not tell the data set where the sampler has an epoch."""
+    """accelerate tells the data set its epoch with one process, and not after a resume or with several; the sampler it
+    always tells."""
     whole = []
     for epoch in range(2):
         batches = []
@@ -511,7 +525,6 @@ def test_the_sampler_brings_the_epoch_to_the_mixture_and_a_resumed_run_goes_on_w
     for process in range(processes):
         mixed = random_mixture(folder)
         loader = skip_first_batches(loader_of(mixed, process, processes), 2)
-        mixed.set_epoch(1)
         loader.set_epoch(1)
         assert list(loader) == whole[1][process][2:]
 

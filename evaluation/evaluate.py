@@ -1,0 +1,315 @@
+"""A benchmark's score by one command.
+
+    python -m pheye.evaluation.evaluate --model FOLDER_OR_ID --task TASK --data FILE_OR_DATASET --output FOLDER
+    accelerate launch --num_processes 8 -m pheye.evaluation.evaluate ...
+
+The folder gets `rows.jsonl`, a line per sample (id, question, references, answer or error, score), and `result.json`,
+the score with its confidence interval and all that it depends on. Where the answers are secret, it gets the file that
+the evaluation server takes instead of a score. After a kill, the same command goes on where the rows end.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from ..answering import (
+    InputError,
+    Request,
+    answer,
+    encode,
+    open_model,
+    process_state,
+    require,
+    versions,
+    write_atomically,
+)
+from ..caption import at_least
+from .bootstrap import confidence_interval
+from .detail import Boxes, answer_areas, by_detail, read_boxes, tertiles
+from .formats import Sample, found_images, read_samples
+from .tasks import TASKS, Task
+
+LEVEL = 0.95  # of the confidence interval
+ROWS, RESULT, SERVER_FILE = "rows.jsonl", "result.json", "server.json"
+
+# --- What is asked ---
+
+
+def find_task(name: str) -> Task:
+    if name not in TASKS:
+        raise InputError(f"There is no task {name!r}; choose --task from {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def fields_of(sample: Sample) -> dict:
+    """What a row repeats of its sample."""
+    fields = {
+        "image": sample.image.name if sample.names else None,
+        "image_id": sample.image_id,
+        "question": sample.question,
+        "options": sample.options,
+        "references": sample.references,
+    }
+    return {name: value for name, value in fields.items() if value not in (None, "", ())}
+
+
+def request_of(sample: Sample, task: Task) -> Request:
+    return Request(sample.id, sample.image, task.prompt_for(sample.question, sample.options), fields_of(sample))
+
+
+def digest_of(samples: list[Sample], task: Task) -> str:
+    """Changes if ids or prompts do, so that rows of other data are never taken for these."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps([sample.id, task.prompt_for(sample.question, sample.options)]).encode())
+    return digest.hexdigest()
+
+
+# --- Scores ---
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
+def score_rows(rows: list[dict], task: Task) -> tuple[list[float], dict[str, float]]:
+    """Score of each row, and the other scores of all; a row with an error has none of it right."""
+    answers = ["" if "error" in row else row["answer"] for row in rows]
+    references = [row["references"] for row in rows]
+    found = task.metric.scores(answers, references)
+    scores = [0.0 if "error" in row else score for row, score in zip(rows, found, strict=True)]
+    return scores, {name: metric(answers, references) for name, metric in task.metric.others.items()}
+
+
+def write_rows(path: Path, rows: list[dict]):
+    """Put `rows` into the place of those with their ids; others lose their score, as it may be of another corpus."""
+    fresh = {row["id"]: row for row in rows}
+    old = ({name: value for name, value in row.items() if name != "score"} for row in read_rows(path))
+    write_atomically(path, [encode(fresh.get(row["id"], row)) for row in old])
+
+
+def scored(rows: list[dict], task: Task, boxes: Boxes | None) -> dict:
+    """Score, interval and other scores, in percent, and the score by the size of the answer's box; rows get theirs."""
+    scores, others = score_rows(rows, task)
+    for row, score in zip(rows, scores, strict=True):
+        row["score"] = score
+    result = {
+        "score": 100 * sum(scores) / len(scores),
+        "confidence_interval": [100 * bound for bound in confidence_interval(scores, LEVEL)],
+        "other_scores": {name: 100 * score for name, score in others.items()},
+    }
+    return result if boxes is None else {**result, "by_detail": by_detail(rows, boxes)}
+
+
+def server_entries(rows: list[dict], task: Task) -> list[dict]:
+    """What the benchmark's evaluation server takes; a row with an error has an empty answer."""
+    id_key, answer_key = task.server_keys
+    return [{id_key: row["id"], answer_key: row.get("answer", "")} for row in rows]
+
+
+def as_json(value: object) -> bytes:
+    return json.dumps(value, indent=2, default=str).encode() + b"\n"
+
+
+def finish(task: Task, samples: list[Sample], total: int, folder: Path, boxes: Boxes | None, facts: dict) -> dict:
+    """Score the rows, and write what follows from them: returns the content of `result.json`."""
+    by_id = {row["id"]: row for row in read_rows(folder / ROWS)}
+    rows = [{**by_id[sample.id], **fields_of(sample)} for sample in samples]
+    partial = len(samples) < total
+    result = {
+        "task": task.name,
+        "metric": task.metric.name,
+        "score": None,
+        "confidence_interval": None,
+        "samples": len(rows),
+        "samples_of_split": total,
+        "errors": sum("error" in row for row in rows),
+        "partial": partial,
+    }
+    if samples[0].references is not None:
+        found = scored(rows, task, boxes)
+        write_rows(folder / ROWS, rows)
+        result |= {f"partial_{name}": value for name, value in found.items()} if partial else found
+    elif not partial:
+        write_atomically(folder / SERVER_FILE, [as_json(server_entries(rows, task))])
+        result["server_file"] = SERVER_FILE
+    result |= {"published": {"split": task.published_split, "scores": task.published}, **facts}
+    write_atomically(folder / RESULT, [as_json(result)])
+    return result
+
+
+def report(result: dict, task: Task, folder: Path) -> str:
+    """What the result says, in words."""
+    counts = f"{result['samples']} samples, {result['errors']} of them errors"
+    head = f"{task.name} {result['split']}"
+    if result["partial"]:
+        lines = [f"PARTIAL RUN of {head}: {counts}, of {result['samples_of_split']}; no score of the benchmark."]
+        if "partial_score" in result:
+            lines.append(f"{task.metric.name} of these samples: {interval(result, 'partial_')}")
+    elif "server_file" in result:
+        lines = [f"{head}: {counts}; the answers are secret: give {folder / SERVER_FILE} to the evaluation server."]
+    else:
+        lines = [f"{head}: {task.metric.name} {interval(result)}, {counts}"]
+        lines += [f"{name} {score:.1f}" for name, score in result["other_scores"].items()]
+        for group in result.get("by_detail", {}).get("tertiles", ()):
+            lines.append(f"{group['tertile']} answer boxes ({group['samples']}): {100 * group['accuracy']:.1f}")
+    if task.published:
+        listed = ", ".join(f"{model} {score}" for model, score in task.published.items())
+        lines.append(f"published ({task.published_split}): {listed}")
+    return "\n".join(lines)
+
+
+def interval(result: dict, prefix: str = "") -> str:
+    low, high = result[f"{prefix}confidence_interval"]
+    return f"{result[f'{prefix}score']:.1f} ({LEVEL:.0%} interval {low:.1f} to {high:.1f})"
+
+
+# --- The command ---
+
+
+def check_output(folder: Path, limit: int | None):
+    """Raise InputError if results cannot be written there, or a part would take the place of the whole."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder.")
+    result = folder / RESULT
+    if limit is not None and result.exists() and not json.loads(result.read_bytes())["partial"]:
+        raise InputError(f"{folder} holds the result of a whole run: leave --limit out, or choose another output.")
+
+
+def find_boxes(args: argparse.Namespace, task: Task, samples: list[Sample]) -> Boxes | None:
+    """The answers' boxes, if they are asked for, and if there are enough for three groups."""
+    if args.by_detail is None:
+        return None
+    if not task.asks or samples[0].references is None:
+        raise InputError(f"--by_detail needs questions whose answers are public: leave it out for {args.data}.")
+    boxes = read_boxes(args.by_detail)
+    tertiles(answer_areas([{"id": sample.id, **fields_of(sample)} for sample in samples], boxes))
+    return boxes
+
+
+def run(args: argparse.Namespace):
+    """Answer, score and write."""
+    task, folder = find_task(args.task), Path(args.output)
+    check_output(folder, args.limit)
+    for package in task.metric.packages:
+        require(package)
+    state = process_state(cpu=args.device == "cpu")
+    samples, split = read_samples(task, args)
+    chosen = samples[: args.limit]
+    if chosen[0].names:
+        chosen = found_images(chosen, Path(args.images or Path(args.data).parent))
+    boxes = find_boxes(args, task, chosen)
+    device = args.device or state.device
+    revision, load = open_model(args.model, args.revision, args.dtype, device)
+    decoding = {
+        "max_new_tokens": args.max_new_tokens or task.max_new_tokens,
+        "num_beams": args.num_beams or task.num_beams,
+        "do_sample": False,
+    }
+    settings = {
+        "model": args.model,
+        "revision": revision,
+        "dtype": args.dtype,
+        "task": task.name,
+        "split": split,
+        "prompt": task.prompt,
+        "images": args.images,
+        "samples": digest_of(samples, task),
+    }
+    workers = args.workers
+    if workers is None:  # on a CPU, the model itself keeps all cores busy
+        workers = 0 if torch.device(device).type == "cpu" else 4
+    answer(
+        load,
+        [request_of(sample, task) for sample in chosen],
+        folder / ROWS,
+        batch_size=args.batch_size,
+        generate_kwargs=decoding,
+        settings=settings,
+        workers=workers,
+    )
+    if state.is_main_process:
+        facts = {
+            "split": split,
+            **{name: settings[name] for name in ("model", "revision", "dtype", "prompt")},
+            "decoding": decoding,
+            "versions": {**versions(), "python": platform.python_version()},
+            "processes": state.num_processes,
+            "arguments": vars(args),
+        }
+        print(report(finish(task, chosen, len(samples), folder, boxes, facts), task, folder))
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pheye.evaluation.evaluate", description="Score a benchmark.")
+    parser.add_argument("--model", required=True, metavar="FOLDER_OR_ID")
+    parser.add_argument("--task", required=True, help=", ".join(TASKS))
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE_OR_DATASET",
+        help="the benchmark's official file, or a data set: a folder made by save_to_disk, or what load_dataset takes",
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument("--split", help="(default: the file's only one, or the task's)")
+    parser.add_argument(
+        "--limit", type=at_least(1), help="only so many samples, which gives no score of the benchmark"
+    )
+    parser.add_argument("--batch_size", type=at_least(1), default=8, help="samples at once (default: 8)")
+    parser.add_argument("--max_new_tokens", type=at_least(1), help="(default: the task's)")
+    parser.add_argument("--num_beams", type=at_least(1), help="(default: the task's)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", help="such as cpu or cuda (default: each process takes one of its own)")
+    parser.add_argument(
+        "--workers", type=at_least(0), help="processes that open images, per device (default: 4; on a CPU none)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
+    parser.add_argument(
+        "--by_detail",
+        "--by-detail",
+        metavar="BOXES",
+        help="also by the size of the answer's box; for the file see pheye.evaluation.detail",
+    )
+    files = parser.add_argument_group("official files only")
+    files.add_argument("--annotations", metavar="FILE", help="answers to the questions of VQAv2 or OK-VQA")
+    files.add_argument("--images", metavar="FOLDER", help="(default: the folder of the file)")
+    dataset = parser.add_argument_group("data sets only")
+    dataset.add_argument("--image_column", help="(default: image)")
+    dataset.add_argument("--question_column", help="(default: question)")
+    dataset.add_argument("--choices_column", help="options of A-OKVQA (default: choices)")
+    dataset.add_argument(
+        "--answers_column", help="(default: answers; for captions captions, for A-OKVQA correct_choice_idx)"
+    )
+    dataset.add_argument("--id_column", help="texts or integers, each once (default: the number of the row)")
+    dataset.add_argument("--config", help="configuration of the data set, where it has several")
+    dataset.add_argument("--data_files", help="files or pattern, where --data is a loader such as parquet")
+    args = parser.parse_args(argv)
+    if args.device and ":" in args.device and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error(f"--device {args.device} would put all processes on one device; leave it out")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    args = parse_arguments(argv)
+    try:
+        run(args)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: {error}\nGive the same command with a smaller --batch_size to go on.", file=sys.stderr)
+        return 1
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
