@@ -230,8 +230,8 @@ class PheyeImageProcessor(PilBackend):
     may be a path, a URL, base64 text, encoded bytes, a PIL image, an array or a tensor; see `to_rgb` for modes.
     Several images are worked on side by side, on as many threads as torch may use.
 
-    With `reduce_jpegs` (given when the processor is made or loaded), JPEG files far larger than the views are decoded
-    at reduced scale: several times faster, at a small change of the pixels (docs/usage.md).
+    With `reduce_jpegs` (an attribute, no argument of the call), JPEG files far larger than the views are decoded at
+    reduced scale: several times faster, at a small change of the pixels (docs/usage.md).
     """
 
     valid_kwargs = PheyeImageProcessorKwargs

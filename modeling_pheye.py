@@ -283,15 +283,21 @@ class PheyeCrossAttentionBlock(GradientCheckpointingLayer):
         return attended.reshape(rows, length, -1), weights
 
 
-@dataclass
 class ImageContext:
     """What one call gives to its blocks. It travels as a keyword through the language model's layers, so that nothing
-    about a call is left on a module and threads may share a model."""
+    about a call is left on a module and threads may share a model. No dataclass: FSDP copies those on the way, and
+    what blocks note would be lost."""
 
-    image_hidden_states: torch.Tensor | None
-    image_caches: list[PheyeImageCache] | None
-    cross_attentions: list[torch.Tensor] | None
-    blocks_run: int = 0
+    def __init__(
+        self,
+        image_hidden_states: torch.Tensor | None = None,
+        image_caches: list[PheyeImageCache] | None = None,
+        cross_attentions: list[torch.Tensor] | None = None,
+    ):
+        self.image_hidden_states = image_hidden_states
+        self.image_caches = image_caches
+        self.cross_attentions = cross_attentions
+        self.blocks_run = 0
 
 
 # --- The model ---
@@ -333,6 +339,15 @@ class PheyePreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
         if enable:
             self.base_model._set_block_free_checkpoints()
+
+    # Gradient checkpointing asks for these. In the vision tower they would keep the activations of frozen layers for
+    # a gradient that nobody needs; where LoRA trains there, the patch embedding's begins the graph.
+
+    def enable_input_require_grads(self):
+        self.base_model.language_model.enable_input_require_grads()
+
+    def disable_input_require_grads(self):
+        self.base_model.language_model.disable_input_require_grads()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -539,7 +554,7 @@ class PheyeModel(PheyePreTrainedModel):
         )
         if context is not None:
             self._check_blocks_ran(context)
-        return outputs, context or ImageContext(None, None, None)
+        return outputs, context or ImageContext()
 
     def image_caches(self, cache: Cache) -> list[PheyeImageCache]:
         """The part of a cache that holds the image, one layer per block."""

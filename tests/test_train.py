@@ -259,8 +259,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(base, data, tmp_pat
     script, output = tmp_path / "killed.py", tmp_path / "out"
     script.write_text(KILLED)
     arguments = command(base, data, output, *STEPS)
-    # In the second batch of step 3; then, after going on, when step 5's weights are written but not its optimizer.
-    for where, count, whole in (("training_step", 6, 2), ("_save_optimizer_and_scheduler", 3, 4)):
+    # In the second batch of step 3; then, after going on, when step 7's weights are written but not its optimizer.
+    for where, count, whole in (("training_step", 6, 2), ("_save_optimizer_and_scheduler", 5, 6)):
         run_alone([str(script), where, str(count), *arguments], expect=-9)
         assert last_checkpoint(output).name == f"checkpoint-{whole}"
         assert not (output / "model.safetensors").exists()
@@ -337,7 +337,7 @@ def test_pictures_that_cannot_be_read_are_skipped_counted_and_listed(base, tmp_p
     trainer = train.run(command(base, data, output, *options))  # batches of one: nothing is left of a broken one
     assert trainer.state.global_step == 8 and trainer.skipped == 4
     printed = capsys.readouterr().out
-    assert "2 samples were skipped" in printed and "row 3:" in printed and "row 5:" in printed
+    assert "2 samples were skipped" in printed and "row 3 of data:" in printed and "row 5 of data:" in printed
     assert all(tensor.isfinite().all() for tensor in weights(output).values())
 
 

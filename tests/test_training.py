@@ -74,6 +74,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(batch, reentrant, atten
         assert torch.allclose(checkpointed[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_vision_tower_whose_lora_is_frozen_runs_without_a_graph(batch, checkpointing):
+    model = freeze_pretrained(tiny_model())
+    for lora in (model.model.global_lora, model.model.local_lora):
+        lora.requires_grad_(False)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    assert model.model.language_model.get_input_embeddings()(batch["input_ids"]).requires_grad == checkpointing
+    states = model.model.vision_tower(batch["pixel_values"].flatten(0, 1)).last_hidden_state
+    assert not states.requires_grad
+    assert model.get_image_features(batch["pixel_values"]).last_hidden_state.requires_grad  # of the norms
+
+
 def test_training_makes_no_cache_unless_asked(batch):
     model = freeze_pretrained(tiny_model())
     assert model(**batch).past_key_values is None

@@ -255,10 +255,11 @@ def print_skipped(output: Path, main_process: bool):
     """List the samples whose picture could not be read, once each."""
     path = output / SKIPPED_FILE
     if main_process and path.is_file():
-        rows = {row["id"]: row["error"] for row in map(json.loads, path.read_text().splitlines())}
+        found = map(json.loads, path.read_text().splitlines())
+        rows = {(row["source"], row["id"]): row["error"] for row in found}
         print(f"{len(rows)} samples were skipped, because their picture could not be read (all are in {path}):")
-        for name, error in list(rows.items())[:10]:
-            print(f"  {name}: {error}")
+        for (source, name), error in list(rows.items())[:10]:
+            print(f"  {name} of {source}: {error}")
 
 
 def run(argv: list[str] | None = None) -> PheyeTrainer | None:

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from .data import Mixture, MixtureSampler
 from .trained import TRAINED_FILE, copy_state, nonfinite, read_trained, save_trained, trained_state
 
 UNFINISHED = "unfinished"  # folder in which files are written before they are moved to their place
@@ -44,6 +45,11 @@ class PheyeTrainer(Trainer):
         self.add_callback(StopAtBadLoss(self))
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress(self))
+
+    def _get_train_sampler(self, train_dataset=None):
+        # accelerate tells either the sampler or the data set which epoch it is; this sampler tells the mixture.
+        data = self.train_dataset if train_dataset is None else train_dataset
+        return MixtureSampler(data) if isinstance(data, Mixture) else super()._get_train_sampler(data)
 
     # --- Steps ---
 
