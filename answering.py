@@ -5,6 +5,7 @@ output; when all have finished, the parts become the output, in the order of the
 line is whole, so the same call after a kill goes on where the rows end, with any number of processes.
 """
 
+import argparse
 import contextlib
 import errno
 import importlib
@@ -53,6 +54,21 @@ class Request:
     image: object
     prompt: str
     fields: dict = field(default_factory=dict)
+
+
+def exit_status(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run a command; errors that the user can mend become a line on standard error and the status 1."""
+    try:
+        run(args)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: {error}\nGive the same command with a smaller --batch_size to go on.", file=sys.stderr)
+        return 1
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
 
 
 def require(package: str):
@@ -144,13 +160,7 @@ def answer(
     state = process_state()
     run = Run(Path(output))
     settings = {**settings, "generate_kwargs": generate_kwargs}
-    details = {"versions": versions(), "batch_size": batch_size, "processes": state.num_processes}
-    run.check(settings)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        run.begin(settings, details)
-    state.wait_for_everyone()
-    run.wait_until_begun()
+    run.start(state, settings, {"versions": versions(), "batch_size": batch_size, "processes": state.num_processes})
     rows, ends = run.read()
     pending = [index for index, request in enumerate(requests) if request.id not in rows]
     # Prompts of like length need little padding; the longest come first, so that memory runs out early if at all.
@@ -385,6 +395,15 @@ class Run:
         if not self.output.parent.is_dir():
             return []
         return sorted(path for path in self.output.parent.iterdir() if pattern.fullmatch(path.name))
+
+    def start(self, state: "PartialState", settings: dict, details: dict):
+        """Take the files for this run in all processes, once it is sure that they belong to no other."""
+        self.check(settings)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            self.begin(settings, details)
+        state.wait_for_everyone()
+        self.wait_until_begun()
 
     def check(self, settings: dict):
         """Raise InputError if rows are there that other settings made."""

@@ -17,7 +17,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pheye.answering import InputError, Request, answer, check_requests, open_model, process_state, require
+from pheye.answering import (
+    InputError,
+    Request,
+    answer,
+    check_requests,
+    exit_status,
+    open_model,
+    process_state,
+    require,
+)
 
 URL = ("http://", "https://")
 DATASET_OPTIONS = ("split", "image_column", "id_column", "config", "data_files")
@@ -223,18 +232,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args = parse_arguments(argv)
-    try:
-        run(args)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"error: {error}\nGive the same command with a smaller --batch_size to go on.", file=sys.stderr)
-        return 1
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return 0
+    return exit_status(run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

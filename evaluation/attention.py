@@ -29,7 +29,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from ..answering import InputError, open_model, require, versions, write_atomically
+from ..answering import InputError, exit_status, open_model, require, versions, write_atomically
 from ..caption import at_least
 from ..image_processing_pheye import load_image, resize, tile_boxes, to_rgb
 from .detail import TERTILES, read_lines, tertiles
@@ -462,13 +462,7 @@ def run(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args = parse_arguments(argv)
-    try:
-        run(args)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

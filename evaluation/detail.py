@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from ..answering import InputError, require, write_atomically
+from ..answering import InputError, exit_status, require, write_atomically
 
 TERTILES = ("small", "medium", "large")
 ROWS = "rows.jsonl"  # in the folder of an evaluation
@@ -455,13 +455,7 @@ def run(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args = parse_arguments(argv)
-    try:
-        run(args)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(run, parse_arguments(argv))
 
 
 if __name__ == "__main__":
