@@ -77,8 +77,8 @@ def _sizes(linears: list[nn.Linear]) -> set[int]:
 class Rounds:
     """Seconds of each part, over rounds in which all parts take turns."""
 
-    def __init__(self, model: PheyeForConditionalGeneration, tokens: int):
-        self.model, self.device, self.tokens = model, model.device, tokens
+    def __init__(self, model: PheyeForConditionalGeneration, tokens: int, static: bool = False):
+        self.model, self.device, self.tokens, self.static = model, model.device, tokens, static
         self.seconds = defaultdict(list)
         generator = torch.Generator().manual_seed(0)
         config = model.config
@@ -96,6 +96,8 @@ class Rounds:
     def answer(self, name: str, design, rows: int = 1, **inputs) -> torch.Tensor:
         """Generate for `rows` prompts and return the new ids; times encode (given pixels), prefill, step and whole."""
         options = {"max_new_tokens": self.tokens, "min_new_tokens": self.tokens, "do_sample": False}
+        if self.static and isinstance(design, Ours):
+            options["cache_implementation"] = "static"  # with which `generate` compiles the steps on a GPU
         with Stamps(design.encoded, design.step, device=self.device) as stamps:
             ids = design.generate(input_ids=self.ids[:rows], **options, **inputs)
             intervals = stamps.intervals
@@ -133,7 +135,7 @@ def measure(model: PheyeForConditionalGeneration, args: argparse.Namespace, star
     result = {"memory": peak_memory(model, start_memory)}
     ours = Ours(model)
     others = {"published": Published(model), "LLaVA-style": LlavaStyle(model)} if args.compare else {}
-    rounds = Rounds(model, args.tokens)
+    rounds = Rounds(model, args.tokens, args.static)
     images = rounds.features.repeat(args.batch, 1, 1)
     processor, picture = PheyeImageProcessor(tiles_per_side=model.config.tiles_per_side), photo()
     for _ in range(args.repeats):
@@ -265,6 +267,8 @@ def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=8, help="of an answer")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--attention", default="sdpa", help="such as eager, flex_attention or flash_attention_2")
+    parser.add_argument("--static", action="store_true", help="static cache, compiled on a GPU")
     parser.add_argument("--only-steps", action="store_true", help="leave out preprocessing and encoding")
     parser.add_argument("--compare", action="store_true", help="measure the published way and a LLaVA-style model too")
     parser.add_argument("--questions", action="store_true", help="measure 8 questions on one image too")
@@ -283,6 +287,7 @@ def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
         result = {"answer_costs": rows}
     else:
         model = random_model(config, getattr(torch, args.dtype), args.device)
+        model.set_attn_implementation(args.attention)
         result = measure(model, args, start_memory)
         print_tables(result)
     print(json.dumps({"benchmark": "generation", **vars(args), "machine": machine(args.device), **result}))

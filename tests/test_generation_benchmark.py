@@ -121,6 +121,21 @@ def test_steps_can_be_measured_alone(capsys):
     assert not any("encode" in part for part in last["seconds"])
 
 
+def test_attention_and_cache_can_be_chosen(capsys, monkeypatch):
+    caches = set()
+    prepare = PheyeForConditionalGeneration._prepare_cache_for_generation
+
+    def note(self, generation_config, *args, **kwargs):
+        caches.add((generation_config.cache_implementation, self.config._attn_implementation))
+        return prepare(self, generation_config, *args, **kwargs)
+
+    monkeypatch.setattr(PheyeForConditionalGeneration, "_prepare_cache_for_generation", note)
+    options = ["--repeats", "1", "--dtype", "float32", "--only-steps", "--static", "--attention", "eager"]
+    generation.main(options, tiny_config())
+    assert ("static", "eager") in caches
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["attention"] == "eager"
+
+
 def test_plot_is_drawn(tmp_path, capsys):
     path = tmp_path / "costs.png"
     generation.main(["--repeats", "1", "--dtype", "float32", "--tokens", "3", "--plot", str(path)], tiny_config())
