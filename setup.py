@@ -23,6 +23,22 @@ TEST = [
     "trl>=1.15",
 ]
 DEMO = ["scikit-image>=0.22"]
+LMMS = ["lmms-eval>=0.7"]  # in an environment of its own: docs/evaluation.md
+NANO = [
+    *DEMO,
+    "font-amatic-sc",
+    "font-caladea",
+    "font-fredoka-one",
+    "font-hanken-grotesk",
+    "font-intuitive",
+    "font-lato",
+    "font-manrope",
+    "font-roboto",
+    "font-source-sans-pro",
+    "font-source-serif-pro",
+    "matplotlib>=3.8",
+    "pyspellchecker>=0.8",
+]
 
 
 class BuildModules(build_py):
@@ -42,7 +58,7 @@ setup(
     python_requires=">=3.11",
     cmdclass={"build_py": BuildModules},
     package_dir={"pheye": "."},
-    packages=["pheye", "pheye.benchmarks", "pheye.evaluation", "pheye.training"],
+    packages=["pheye", "pheye.benchmarks", "pheye.evaluation", "pheye.training", "pheye.training.nano"],
     install_requires=[
         "huggingface_hub>=1.5",
         "peft>=0.18",
@@ -55,6 +71,9 @@ setup(
         "train": TRAIN,
         "eval": EVAL,
         "demo": DEMO,
-        "test": sorted({*TEST, *TRAIN, *EVAL, *DEMO}),
+        "lmms": LMMS,
+        "nano": NANO,
+        "test": sorted({*TEST, *TRAIN, *EVAL, *NANO}),
     },
+    entry_points={"lmms_eval.models": ["pheye = pheye.evaluation.lmms:manifest"]},
 )
