@@ -87,8 +87,20 @@ def join_views(global_view: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
     return torch.cat([global_view, crops], dim=1).flatten(0, 1)  # (B * V, ...)
 
 
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Set a share `p` of the entries of x to zero, and leave it to the caller to scale the rest by 1 / (1 - p).
+
+    torch draws each entry's chance by itself, one after another on a CPU: a sixth of a training step. There four come
+    from one random number, which makes `p` a multiple of 2 ** -16.
+    """
+    if x.device.type != "cpu":
+        return F.dropout(x, p) * (1 - p)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return x.masked_fill(bits[: x.numel()].view(x.shape) < round(p * 2**16) - 2**15, 0)
+
+
 class PheyeLora(nn.Module):
-    """Low-rank update B(A(x)) * alpha / rank of one frozen linear or convolution (section 2.2).
+    """Low-rank update B(A(x)) * alpha / rank of one frozen linear or convolution (section 2.2), in its two factors.
 
     A and B are plain parameters, not modules, so that PEFT's target names and "all-linear" do not take them for
     layers of the vision tower.
@@ -97,7 +109,7 @@ class PheyeLora(nn.Module):
     def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, dropout: float):
         super().__init__()
         self.scaling = alpha / rank
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         if isinstance(base, nn.Conv2d):
             self.convolution = {"stride": base.stride, "padding": base.padding}
             self.A = nn.Parameter(torch.empty(rank, base.in_channels, *base.kernel_size))
@@ -107,17 +119,17 @@ class PheyeLora(nn.Module):
             self.A = nn.Parameter(torch.empty(rank, base.in_features))
             self.B = nn.Parameter(torch.empty(base.out_features, rank))
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Add the update for x to y, in place: y is the frozen module's output, and both are (images, views, ...)."""
-        x, A, B = self.dropout(x), self.A.to(x.dtype), self.B.to(x.dtype)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For the frozen module's input (B, views, ...), A(x) as (B, views, N, rank) and B, scaled, as (rank, D)."""
+        scaling = self.scaling
+        if self.training and self.dropout:
+            x, scaling = dropout(x, self.dropout), scaling / (1 - self.dropout)
+        A = self.A.to(x.dtype)
         if self.convolution is None:
-            low = F.linear(x, A).flatten(1, 2)  # (B, views * N, rank)
-            rows = y.view(len(y), -1, y.shape[-1])  # (B, views * N, D), never a copy: y itself is to change
-            # One product that adds: half precision rounds once, and the large output is not written a second time.
-            rows.baddbmm_(low.to(y.dtype), B.T.to(y.dtype).expand(len(y), -1, -1), alpha=self.scaling)
-            return y
-        update = F.conv2d(F.conv2d(x.flatten(0, 1), A, **self.convolution), B) * self.scaling
-        return y.add_(update.view(y.shape))
+            low = F.linear(x, A).flatten(2, -2)
+        else:
+            low = F.conv2d(x.flatten(0, 1), A, **self.convolution).flatten(2).transpose(1, 2).unflatten(0, x.shape[:2])
+        return low, self.B.flatten(1).T * scaling  # a new tensor, for FSDP takes the parameter away again
 
 
 # --- Cross-attention ---
@@ -446,15 +458,30 @@ class PheyeModel(PheyePreTrainedModel):
     # them since (PEFT's copies of `modules_to_save`) is used.
 
     def _add_lora(self, name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        views = self.config.views_per_image
-        for kind, lora in enumerate((self.global_lora, self.local_lora)):
+        """Add the LoRA updates to the output of a module of the vision tower: (B * V, N, D), of a convolution
+        (B * V, D, height, width); the global set's to global views, the local set's to crops.
+
+        One product adds both, so that half precision rounds once and the large output is written once: it has room for
+        both ranks, and each row's numbers in one of them, zeros in the other.
+        """
+        views, rows = self.config.views_per_image, output
+        if isinstance(module, nn.Conv2d):
+            rows = output.flatten(2).transpose(1, 2)
+        lows, ups = [], []
+        for lora, x in zip((self.global_lora, self.local_lora), split_views(args[0], views), strict=True):
             if name in lora:
-                # Views taken anew: autograd refuses those from before the output was changed.
-                x, y = split_views(args[0], views)[kind], split_views(output, views)[kind]
-                result = lora[name](x, y)
-                if result is not y:  # a device map holds this LoRA elsewhere
-                    y.copy_(result)
-        return output
+                low, up = (factor.to(rows) for factor in lora[name](x))
+            else:
+                low, up = rows.new_zeros(*x.shape[:2], rows.shape[1], 0), rows.new_zeros(0, rows.shape[2])
+            lows.append(low)
+            ups.append(up)
+        (global_low, local_low), (global_up, local_up) = lows, ups
+        low = join_views(F.pad(global_low, (0, len(local_up))), F.pad(local_low, (len(global_up), 0)))
+        up = torch.cat(ups).expand(len(rows), -1, -1)  # (B * V, ranks, D), and `low` is (B * V, N, ranks)
+        if rows is output and not torch.is_grad_enabled():
+            return rows.baddbmm_(low, up)
+        rows = torch.baddbmm(rows, low, up)  # not in place: autograd would copy the gradient of what was changed
+        return (rows.transpose(1, 2) if isinstance(module, nn.Conv2d) else rows).reshape(output.shape)
 
     def _run_block(self, block: int | None, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         context = kwargs.pop("image_context", None)

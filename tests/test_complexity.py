@@ -22,12 +22,12 @@ def test_counts_are_those_of_the_matrix_products():
     attention = 2 * 7 * text * text * 2 + 2 * 7 * image * text * 2  # queries and output; two products with the image
     mlp = 2 * 7 * text * 4 * text * 2
     assert parts["rest of the blocks"] == blocks * (attention + mlp)
-    patches = 5 * 4  # of five views
-    ranks = {"global": (2, 1), "local": (4, 4)}  # rank, views
-    lora = 0
-    for rank, views in ranks.values():
-        linears = 4 * (32 + 32) + 2 * (32 + 48)  # four projections and two linears of the MLP, in and out
-        lora += 2 * rank * views * (2 * 5 * linears + patches // 5 * (3 * 16 * 16 + 32))
+    rows, patches = 5 * 5, 5 * 4  # of five views
+    projections, mlp_in, mlp_out = 4 * [(32, 32)], (32, 48), (48, 32)
+    linears = 2 * [*projections, mlp_in, mlp_out]
+    rank_sum = 1 * 2 + 4 * 4  # over views, for A; B's product has room for both ranks in every row
+    lora = sum(2 * 5 * rank_sum * into + 2 * rows * (2 + 4) * out for into, out in linears)
+    lora += 2 * 4 * rank_sum * 3 * 16 * 16 + 2 * patches * (2 + 4) * 32
     assert parts["LoRA in the vision tower"] == lora
 
 

@@ -65,8 +65,9 @@ def tower_flops(rank: dict[int, int], gradients: bool) -> int:
     patches = TOKENS - 1
     frozen = 2 * VIEWS * TOKENS * sum(a * b for a, b in linears)
     attention = 2 * 2 * VIEWS * TOKENS * TOKENS * WIDTH  # two products
-    lora = sum(2 * TOKENS * r * (a + b) for r in rank.values() for a, b in linears)
-    patch_lora = sum(2 * patches * r * (PIXELS + WIDTH) for r in rank.values())
+    ranks = sum(set(rank.values()))  # B's product has room for both in every row
+    lora = sum(2 * TOKENS * (r * a + ranks * b) for r in rank.values() for a, b in linears)
+    patch_lora = sum(2 * patches * (r * PIXELS + ranks * WIDTH) for r in rank.values())
     if not gradients:
         return 2 * (frozen + attention + lora) + 2 * VIEWS * patches * PIXELS * WIDTH + patch_lora
     # Each product has two gradients, but weights of the frozen parts have none, nor have the pixels.
@@ -143,14 +144,15 @@ def test_frozen_vision_tower_runs_without_a_graph_under_gradient_checkpointing_t
 def tower_activations() -> int:
     """Numbers that the tiny tower's backward pass needs, without dropout, by hand."""
     rows = VIEWS * TOKENS
-    ranks = 2 + 4 * 4  # summed over views, what LoRA's A gives for a token
+    ranks = VIEWS * (2 + 4)  # summed over views, what LoRA's A gives for a token, with room for both sets
     linears = TOKENS * 6 * ranks  # for B of the six linears of a layer
     norms = 2 * (rows * WIDTH + 2 * rows)  # what goes into both norms, with mean and deviation
     attention = 4 * rows * WIDTH + VIEWS * HEADS * TOKENS  # queries, keys, values, result; a sum each
     mlp = 4 * rows * MLP  # before the activation, that times 1.702, its sigmoid; after it, for LoRA's A
     lora_inputs = 2 * rows * WIDTH  # what q, k and v share, and fc1's
     patches = VIEWS * 3 * 32 * 32 + (TOKENS - 1) * ranks  # pixels for A of the patch embedding, and for its B
-    return 2 * (linears + norms + attention + mlp + lora_inputs) + patches
+    factors = (2 + 4) * (2 * (5 * WIDTH + MLP) + WIDTH)  # B of both sets, side by side
+    return 2 * (linears + norms + attention + mlp + lora_inputs) + patches + factors
 
 
 def test_vision_tower_keeps_only_what_gradients_need():
