@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModel,
     Dinov2Config,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from pheye import PheyeForConditionalGeneration, PheyeModel, PheyeProcessor
+from pheye.modeling_pheye import PheyeLora, dropout
 
 from tiny import randomize, tiny_config, tiny_model, tiny_text_config, tiny_vision_config
 
@@ -424,3 +426,47 @@ def test_vision_tower_without_one_token_per_patch_is_refused():
     model.config.vision_config.patch_size = 8
     with pytest.raises(ValueError, match="CLIPVisionModel gives 5 tokens a view where 17 were expected"):
         model(text(), pixels())
+
+
+# --- LoRA's dropout ---
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_sets_its_share_to_zero_and_changes_nothing_else(p):
+    x = torch.rand(1003, 333) + 1  # no multiple of the four entries that share a random number
+    torch.manual_seed(0)
+    y = dropout(x, p)
+    dropped = y == 0
+    assert torch.equal(y[~dropped], x[~dropped])
+    deviation = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(dropped.float().mean() - p) < 5 * deviation
+    chances = dropped.flatten()
+    for place in range(4):
+        assert abs(chances[place::4].float().mean() - p) < 5 * 2 * deviation
+        beside = (chances[place:-4:4] & chances[place + 1 : -3 : 4]).float().mean()  # neighbours are independent
+        assert abs(beside - p * p) < 5 * 2 * (p * p * (1 - p * p) / x.numel()) ** 0.5
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, p), y)
+    assert not torch.equal(dropout(x, p), y)
+
+
+def test_gradient_of_dropout_is_zero_where_it_dropped():
+    x = torch.randn(40, 50, requires_grad=True)
+    y = dropout(x, 0.3)
+    y.sum().backward()
+    assert torch.equal(x.grad, (y != 0).float())
+
+
+def test_update_in_training_is_on_average_that_of_evaluation():
+    torch.manual_seed(0)
+    lora = PheyeLora(nn.Linear(8, 6), rank=2, alpha=6.0, dropout=0.25)
+    nn.init.normal_(lora.A), nn.init.normal_(lora.B)
+    x = torch.randn(8).expand(1, 1, 200_000, 8)
+    with torch.no_grad():
+        low, up = lora.train()(x)
+        trained = (low @ up)[0, 0]
+        low, up = lora.eval()(x[:, :, :1])
+    expected = lora.B @ lora.A @ x[0, 0, 0] * 3
+    assert torch.allclose((low @ up).flatten(), expected, atol=1e-5)
+    error = trained.std(0) / len(trained) ** 0.5
+    assert error.min() > 0 and ((trained.mean(0) - expected).abs() < 5 * error).all()

@@ -40,7 +40,7 @@ def test_prompts_are_those_of_the_recipe():
 def test_records_fill_in_what_the_mixture_leaves_out():
     stage = STAGES["tasks"]
     found = stage_sources(stage, named(*stage.sources, image_folder="/images"))
-    assert {source.name: source.samples for source in found} == {
+    assert {source.name: source.most for source in found} == {
         name: record.samples for name, record in stage.sources.items()
     }
     gqa = next(source for source in found if source.name == "gqa")
@@ -49,10 +49,10 @@ def test_records_fill_in_what_the_mixture_leaves_out():
         "gqa",
         image_folder="/images",
         prompt="Answer the question using a single word or phrase",
-        samples=144_000,
+        most=144_000,
     )
     [described] = stage_sources(STAGES["describe"], named("sharegpt4v-pt"))
-    assert described.caption and described.samples == 1_246_000
+    assert described.caption and described.most == 1_246_000
 
 
 def test_what_the_mixture_says_comes_first():
@@ -60,7 +60,7 @@ def test_what_the_mixture_says_comes_first():
     own = Source("x.json", "vqav2", prompt="Short.", turns=3, samples=5)
     assert completed(own, record) == own
     weighted = completed(Source("x.json", "vqav2", weight=0.5), record)
-    assert (weighted.samples, weighted.weight, weighted.prompt) == (None, 0.5, record.prompt)
+    assert (weighted.most, weighted.weight, weighted.prompt) == (None, 0.5, record.prompt)
 
 
 def test_own_data_under_other_names_stay_as_they_are():
@@ -68,7 +68,7 @@ def test_own_data_under_other_names_stay_as_they_are():
     assert stage_sources(STAGES["tasks"], own) == own
     stage = STAGES["instruct"]
     both = stage_sources(stage, named(*stage.sources) + own)
-    assert both[-2:] == own and {source.samples for source in both} == {None}
+    assert both[-2:] == own and {source.most for source in both} == {None}
 
 
 def test_a_stage_of_which_data_are_missing_is_refused_with_names_and_sizes():

@@ -438,6 +438,12 @@ def long_rows(count: int) -> list[dict]:
     ]
 
 
+def test_an_epoch_draws_at_most_what_a_source_says_and_repeats_nothing_to_make_it_up(folder):
+    path = write_json(folder, long_rows(9), "long.json")
+    sources = [Source(path, "few", most=4), Source(path, "all", most=20), Source(path, "weighted", weight=3, most=20)]
+    assert Mixture(sources, 0).counts == {"few": 4, "all": 9, "weighted": 20}
+
+
 def random_mixture(folder) -> Mixture:
     path = write_json(folder, long_rows(9), "long.json")
     captions = image_table(

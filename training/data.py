@@ -10,6 +10,7 @@ a run that goes on after a kill sees what it would have seen.
 import codecs
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -58,7 +59,8 @@ class Source:
     file, a Hub id. `image_folder` is where relative image paths begin; for JSON, by default, the file's own folder.
     `prompt` is appended to every question; with `caption`, one of ten instructions at random takes the question's
     place. `turns` is the number of turns of a sample shown at a time, drawn at random; None for all. An epoch draws
-    `samples`, or `weight` times the size, or every row once; of streams, these are shares of the mixture.
+    `samples`, or `weight` times the size, or every row once, but of these no more than `most`; of streams, the first
+    that is given is a share of the mixture.
     """
 
     path: str
@@ -74,6 +76,7 @@ class Source:
     caption: bool = False
     turns: int | None = 1
     samples: int | None = None
+    most: int | None = None
     weight: float | None = None
 
     def __post_init__(self):
@@ -83,7 +86,7 @@ class Source:
             object.__setattr__(self, "name", "-".join(part for part in parts if part))
         if self.samples is not None and self.weight is not None:
             raise ValueError(f"{self.name} has samples={self.samples} and weight={self.weight}; give one of them.")
-        for field, least in (("turns", 1), ("samples", 1)):
+        for field, least in (("turns", 1), ("samples", 1), ("most", 1)):
             value = getattr(self, field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{self.name} has {field}={value!r}; it must be an integer of at least {least}.")
@@ -539,7 +542,8 @@ class Mixture(torch.utils.data.Dataset):
         self.sources, self.seed = sources, seed
         self.rows = [open_rows(source) for source in sources]
         self.counts = {
-            source.name: source.samples or max(1, round((source.weight or 1) * len(rows)))
+            source.name: source.samples
+            or min(source.most or math.inf, max(1, round((source.weight or 1) * len(rows))))
             for source, rows in zip(sources, self.rows, strict=True)
         }
         self.ends = np.cumsum(list(self.counts.values())).tolist()
@@ -667,10 +671,11 @@ class Stream(torch.utils.data.IterableDataset):
 
 def stream_shares(sources: list[Source]) -> list[float]:
     """The share of each source, by its samples or its weight."""
-    by_samples = [source.samples is not None for source in sources]
+    counts = [source.samples or source.most for source in sources]
+    by_samples = [count is not None for count in counts]
     if any(by_samples) and not all(by_samples):
         raise ValueError("The size of a stream is unknown: give all streamed sources `samples`, or none of them.")
-    parts = [source.samples or source.weight or 1 for source in sources]
+    parts = [count or source.weight or 1 for count, source in zip(counts, sources, strict=True)]
     return [part / sum(parts) for part in parts]
 
 

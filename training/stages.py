@@ -16,8 +16,8 @@ CAPTION_WITH_TEXT = (
 
 @dataclass(frozen=True)
 class StageSource:
-    """A data set of the paper: its samples per epoch (None where only the stage's sum is published), and how they are
-    shown; for the fields see `Source`."""
+    """A data set of the paper: its samples per epoch (None where only the stage's sum is published), for which a file
+    that is smaller is not repeated, and how they are shown; for the fields see `Source`."""
 
     samples: int | None = None
     prompt: str = ""
@@ -102,5 +102,5 @@ def completed(source: Source, record: StageSource | None) -> Source:
         if getattr(source, field) == getattr(defaults, field)
     }
     if source.samples is None and source.weight is None:
-        fields["samples"] = record.samples
+        fields["most"] = record.samples
     return replace(source, **fields)

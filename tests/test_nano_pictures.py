@@ -1,0 +1,98 @@
+"""Words, fonts and pictures of Pheye-nano: what is held out stays out, and everything is where it is said to be."""
+
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pheye.training.nano import fonts, pictures, words
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_words_for_testing_never_occur_in_training(held_out):
+    rng = random.Random(0)
+    for _ in range(300):
+        for word in words.sign_text(rng, held_out).split():
+            assert len(word) < 3 or words.is_held_out(word) == held_out
+        assert 3 <= len(words.word(rng, held_out, 3, 7)) <= 7
+    drawn = {words.made_up_word(rng, held_out) for _ in range(300)}
+    assert all(word.isupper() and word.isalpha() for word in drawn)
+    assert len(words.real_words(held_out)) > 2000
+
+
+def test_a_seventh_of_all_words_is_held_out():
+    shares = [len(words.real_words(held_out)) for held_out in (True, False)]
+    assert shares[0] / sum(shares) == pytest.approx(1 / words.HELD_OUT_EVERY, rel=0.1)
+
+
+def test_packages_alone_bring_enough_families_and_none_is_in_both_parts(monkeypatch):
+    monkeypatch.setattr(fonts, "system_fonts", tuple)
+    fonts.families.cache_clear()
+    training, testing = fonts.families(False), fonts.families(True)
+    fonts.families.cache_clear()
+    assert len(training) >= 12 and len(testing) >= 4
+    assert not set(training) & set(testing)
+    assert {file for files in training.values() for file in files}.isdisjoint(
+        file for files in testing.values() for file in files
+    )
+
+
+def any_font() -> str:
+    return next(iter(fonts.families(True).values()))[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_letters_lie_in_their_boxes(seed):
+    mask, boxes, height = pictures.letter_mask(random.Random(seed), "HOUND BED", any_font(), 40)
+    assert abs(height - 40) <= 2
+    ink = np.asarray(mask) > 128
+    outside = ink.copy()
+    for character, box in zip("HOUND BED", boxes, strict=True):
+        assert (box is None) == (character == " ")
+        if box:
+            left, top, right, bottom = (round(edge) for edge in box)
+            assert ink[top:bottom, left:right].any()
+            outside[top - 2 : bottom + 2, left - 1 : right + 1] = False
+    assert outside.sum() < 0.01 * ink.sum()
+
+
+def test_homography_maps_the_corners_and_the_warp_follows_it():
+    source = pictures.corner_points((0, 0, 60, 40))
+    target = [(5.0, 3.0), (70.0, 9.0), (64.0, 50.0), (2.0, 44.0)]
+    matrix = pictures.homography(source, target)
+    assert np.allclose(pictures.mapped(matrix, source), target)
+    dot = Image.new("L", (60, 40))
+    dot.paste(255, (19, 9, 22, 12))  # around (20.5, 10.5)
+    inverse = np.linalg.inv(matrix)
+    data = tuple((inverse / inverse[2, 2]).flatten()[:8])
+    warped = np.asarray(dot.transform((80, 60), Image.Transform.PERSPECTIVE, data, Image.Resampling.BILINEAR), float)
+    y, x = np.mgrid[:60, :80] + 0.5
+    centre = (warped * x).sum() / warped.sum(), (warped * y).sum() / warped.sum()
+    assert centre == pytest.approx(pictures.mapped(matrix, [(20.5, 10.5)])[0], abs=0.3)
+
+
+def test_a_picture_is_a_function_of_its_seed_and_within_its_ranges():
+    for seed in range(6):
+        one, same = (
+            pictures.scene(random.Random(seed), True, sizes=(300, 700), cap_heights=(0.025, 0.06)) for _ in range(2)
+        )
+        assert one.image.tobytes() == same.image.tobytes() and one.letters == same.letters
+        width, height = one.image.size
+        assert min(width, height) >= 300 and max(width, height) <= 700 and 0.49 <= width / height <= 2.05
+        assert 0.02 < one.cap_height < 0.07  # rounded to whole pixels
+        assert len(one.signs) == 1
+        assert "".join(letter.character for letter in one.letters) == one.signs[0].replace(" ", "")
+        for letter in one.letters:
+            assert all(-2 <= x <= width + 2 and -2 <= y <= height + 2 for x, y in letter.corners)
+
+
+def test_shapes_have_their_colour_where_they_are_said_to_be():
+    rng = random.Random(1)
+    for _ in range(4):
+        picture = pictures.Picture(Image.new("RGB", (400, 300), (120, 120, 120)))
+        pictures.add_shapes(rng, picture, 5, [])
+        assert picture.shapes
+        for shape in picture.shapes:
+            pixel = picture.image.getpixel(tuple(round(place) for place in shape.centre))
+            assert max(abs(a - b) for a, b in zip(pixel, pictures.COLOURS[shape.colour], strict=True)) <= 12

@@ -1,0 +1,71 @@
+"""Questions about drawn pictures, and the data sets made of them."""
+
+import json
+import random
+
+import pytest
+
+from pheye.training.data import Mixture, Source
+from pheye.training.nano import questions
+from pheye.training.nano.pictures import Letter, Picture, Shape
+
+
+def shape(kind: str, colour: str, x: float) -> Shape:
+    return Shape(kind, colour, [(x, 0.0)])
+
+
+def picture(*signs: str) -> Picture:
+    """An orange star between two circles; signs from bottom to top."""
+    letters = [Letter(text[0], [(0.0, 100.0 - line)] * 4, line, 0) for line, text in enumerate(signs)]
+    shapes = [shape("circle", "red", 9.0), shape("circle", "blue", 1.0), shape("star", "orange", 5.0)]
+    return Picture(None, shapes, list(signs), letters)
+
+
+def test_captions_name_shapes_from_left_to_right_and_signs_from_top_to_bottom():
+    assert questions.caption(picture("HELLO")) == (
+        "A blue circle, an orange star, a red circle and a sign that says HELLO."
+    )
+    assert questions.caption(picture("ONE", "TWO")).endswith("a red circle and signs that say TWO and ONE.")
+    assert questions.caption(Picture(None, [], ["HI"], picture("HI").letters)) == "A sign that says HI."
+
+
+def test_questions_about_shapes():
+    shapes = picture().shapes
+    assert questions.count_question("circle", shapes) == ("How many circles are there?", "two")
+    assert questions.count_question("square", shapes) == ("How many squares are there?", "zero")
+    assert questions.presence_question("star", shapes) == ("Is there a star?", "yes")
+    assert questions.presence_question("triangle", shapes) == ("Is there a triangle?", "no")
+    assert questions.colour_question("star", shapes) == ("What colour is the star?", "orange")
+    assert questions.colour_question("circle", shapes) is None  # which of them?
+    for seed in range(20):
+        turns = questions.shape_questions(random.Random(seed), picture())
+        assert len(set(turns)) == len(turns) == questions.SHAPE_QUESTIONS
+
+
+def test_the_question_about_signs():
+    assert questions.sign_question(picture("HELLO YOU")) == (questions.SIGN, "HELLO YOU")
+    assert questions.sign_question(picture("ONE", "TWO")) == (questions.SIGNS, "TWO, ONE")
+
+
+@pytest.mark.parametrize("stage", ["describe", "instruct", "tasks"])
+def test_a_data_set_is_written_once_and_read_by_the_training_command(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(questions, "CHUNK", 2)
+    path = questions.write_data(tmp_path, stage, 3, workers=1)
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("images/*/*.jpg")}
+    assert len(written) == 3
+    assert questions.write_data(tmp_path, stage, 3, workers=1) == path
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("images/*/*.jpg")} == written
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"{stage}-{index}" for index in range(3)]
+    mixed = Mixture([Source(str(path), turns=None)], 0)
+    assert len(mixed) == 3
+    for sample in (mixed[index] for index in range(3)):
+        assert sample["image"].endswith(".jpg") and sample["messages"][-1]["role"] == "assistant"
+
+
+def test_captions_stand_alone():
+    for stage in ("describe", "instruct", "tasks"):
+        for seed in range(4):
+            _, turns = questions.sample(stage, random.Random(seed))
+            asked = [question for question, _ in turns]
+            assert questions.CAPTION not in asked or len(asked) == 1

@@ -1,0 +1,115 @@
+"""Pre-training of both frozen parts of Pheye-nano, shortened: what comes out loads, and a run goes on as it was."""
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
+
+from pheye import PheyeImageProcessor, PheyeProcessor
+from pheye.training.nano import language, questions, vision
+from pheye.training.nano.labels import GRID, HEADS
+
+from tiny import tiny_text_config
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Few pictures and texts to a batch, and small models."""
+    monkeypatch.setattr(vision, "PAGES", 2)
+    monkeypatch.setattr(vision, "SCENES", 1)
+    monkeypatch.setattr(vision, "CROPS", 1)
+    monkeypatch.setattr(vision, "WARMUP", 2)
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, patch_size=14
+    )
+    monkeypatch.setattr(vision, "vision_config", lambda: config)
+    monkeypatch.setattr(language, "language_config", lambda size: tiny_text_config(vocab_size=size))
+    monkeypatch.setattr(language, "BATCH", 2)
+
+
+def parameters(folder, kind) -> dict[str, torch.Tensor]:
+    return dict(kind.from_pretrained(folder).named_parameters())
+
+
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(part, small, tmp_path, monkeypatch):
+    module, kind = {"vision": (vision, CLIPVisionModel), "language": (language, AutoModelForCausalLM)}[part]
+    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+    options = {"workers": 0} if part == "vision" else {}
+    module.train(tmp_path / "whole", 4, **options)
+    save = module.save_checkpoint
+
+    def save_and_stop(output, model, optimizers, step):
+        save(output, model, optimizers, step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            module.train(tmp_path / "stopped", 4, **options)
+    assert not (tmp_path / "stopped" / part).exists()
+    module.train(tmp_path / "stopped", 4, **options)
+    whole, stopped = (parameters(tmp_path / run / part, kind) for run in ("whole", "stopped"))
+    for name, parameter in whole.items():
+        assert torch.equal(parameter, stopped[name]), name
+    assert json.loads((tmp_path / "stopped" / "log.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+def test_the_reader_learns_a_batch_by_heart(small):
+    torch.manual_seed(0)
+    reader = vision.Reader(vision.vision_config())
+    pixels, maps, counts, is_page = vision.Batches(0, 1)[0]
+    assert maps.shape == (4, len(HEADS), GRID, GRID) and is_page.tolist() == [True, True, False, False]
+    optimizers = vision.optimizers_of(reader)
+    held = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in held} == {id(parameter) for parameter in reader.parameters()}
+    assert len(held) == len(set(map(id, held)))
+    losses = []
+    for _ in range(30):
+        loss = vision.loss_of(reader, vision.normalized(pixels), maps, counts)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_recolouring_leaves_scenes_alone_and_pages_readable():
+    pixels = torch.randint(0, 256, (8, 4, 4, 3), dtype=torch.uint8)
+    is_page = torch.arange(8) < 6
+    given = vision.recoloured(pixels, is_page, torch.Generator().manual_seed(0))
+    assert torch.equal(given[6:], pixels[6:])
+    for before, after in zip(pixels[:6], given[:6], strict=True):
+        variants = [before.roll(shift, -1) for shift in range(3)]
+        assert any(torch.equal(after, image) or torch.equal(after, 255 - image) for image in variants)
+    assert not torch.equal(given[:6], pixels[:6])
+
+
+def test_signs_are_written_letter_by_letter_and_everything_else_in_longer_tokens():
+    tokenizer = language.train_tokenizer(texts=300)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("FRESH BREAD")["input_ids"]) == [*"FRESH", "Ġ", *"BREAD"]
+    text = "A blue circle and a sign that says ÄÖ 7."
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    processor = PheyeProcessor(PheyeImageProcessor(), tokenizer)
+    prompt = processor.apply_chat_template([{"role": "user", "content": questions.SIGN}], add_generation_prompt=True)
+    assert len(tokenizer(prompt)["input_ids"]) < len(prompt) / 3
+
+
+def test_texts_give_half_of_the_answers_away(small):
+    told = 0
+    for seed in range(100):
+        first, answer = language.conversation(random.Random(seed))[:2]
+        letters = answer["content"].removesuffix(".").split()[-1]
+        told += letters.isupper() and " ".join(letters) in first["content"]
+    assert 10 < told < 60
+    assert language.spelled("A sign that says TWO WORDS.") == "A sign that says T W O W O R D S ."
+
+
+def test_language_parts_load_by_their_auto_classes(small, tmp_path):
+    language.train(tmp_path, 1)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "language")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "language")
+    assert len(tokenizer) <= model.config.vocab_size and tokenizer.eos_token_id == model.config.eos_token_id

@@ -1,0 +1,37 @@
+"""What both parts of stage 0 share: a checkpoint that is whole or absent, and a log of JSON lines."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+
+
+def save_checkpoint(output: Path, model: nn.Module, optimizers: list[Optimizer], step: int):
+    """Write what `load_checkpoint` needs to go on after `step` steps."""
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    temporary = output / f"{CHECKPOINT}.new"
+    torch.save({"model": model.state_dict(), "optimizers": states, "step": step}, temporary)
+    os.replace(temporary, output / CHECKPOINT)
+
+
+def load_checkpoint(output: Path, model: nn.Module, optimizers: list[Optimizer]) -> int:
+    """Load the last checkpoint in `output`, if there is one; the number of steps done."""
+    if not (output / CHECKPOINT).exists():
+        return 0
+    state = torch.load(output / CHECKPOINT, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
+def log(output: Path, entry: dict):
+    """Print `entry` and append it to the log; a run that goes on repeats the entries since its checkpoint."""
+    with (output / LOG).open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    print(entry, flush=True)

@@ -1,0 +1,152 @@
+"""Stage 0 for the words: a byte-level BPE tokenizer and a small language model, trained on the texts it needs.
+
+    python -m pheye.training.nano.language --output FOLDER [--steps 1500]
+
+The texts are Pheye's prompts with answers about pictures that nobody drew. Half of them give the answer away in the
+instruction, spelled with spaces, so that the model learns to write letter by letter what it is told; the others it can
+only guess, within the answers that there are. The tokenizer is trained on texts without capitals, so that signs, which
+have nothing else, are written letter by letter.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+
+from pheye.image_processing_pheye import PheyeImageProcessor
+from pheye.processing_pheye import PheyeProcessor
+from pheye.training.collator import IGNORED, encode
+from pheye.training.data import CAPTION_INSTRUCTIONS
+
+from . import pictures, questions, words
+from .checkpoints import load_checkpoint, log, save_checkpoint
+from .pictures import Picture, Shape
+
+VOCABULARY = 512
+END = "<|endoftext|>"
+BATCH, LEARNING_RATE, WARMUP = 32, 1e-3, 100
+SAVE_EVERY = 250
+TOLD = 0.5  # share of the texts that give the answer away
+LOG_EVERY = 50
+
+
+def imagined(rng: random.Random) -> Picture:
+    """What a picture has in it, without the picture."""
+    picture = Picture(image=None)
+    for _ in range(rng.randint(0, 5)):
+        place = (rng.random(), rng.random())
+        picture.shapes.append(Shape(rng.choice(pictures.KINDS), rng.choice(list(pictures.COLOURS)), [place]))
+    for line in range(1 if rng.random() < 0.7 else rng.randint(2, 4)):
+        text = words.sign_text(rng, held_out=False)
+        picture.signs.append(text)
+        picture.letters.append(pictures.Letter(text[0], [(0.0, float(line))] * 4, line, 0))
+    return picture
+
+
+def conversation(rng: random.Random) -> list[dict[str, str]]:
+    """Messages about an imagined picture."""
+    picture = imagined(rng)
+    if rng.random() < 0.4:
+        instruction = rng.choice((questions.CAPTION, *CAPTION_INSTRUCTIONS))
+        turns = [(instruction, questions.caption(picture))]
+    else:
+        turns = [questions.sign_question(picture), *questions.shape_questions(rng, picture)]
+        rng.shuffle(turns)
+    if rng.random() < TOLD:
+        told = questions.caption(picture) if rng.random() < 0.5 else ". ".join(picture.signs)
+        turns[0] = (f"{spelled(told)} {turns[0][0]}", turns[0][1])
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def spelled(text: str) -> str:
+    """Runs of capitals with spaces between their letters."""
+    return " ".join(" ".join(word) if word.strip(".,").isupper() and len(word) > 1 else word for word in text.split())
+
+
+def train_tokenizer(seed: int = 0, texts: int = 5000) -> PreTrainedTokenizerFast:
+    rng = random.Random(f"tokenizer {seed}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
+    template = PheyeProcessor(PheyeImageProcessor(), tokenizer).apply_chat_template
+    backend.train_from_iterator((template(conversation(rng)).lower() for _ in range(texts)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
+
+
+def language_config(vocabulary: int) -> PhiConfig:
+    return PhiConfig(
+        vocab_size=vocabulary,
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+def batch_of(processor: PheyeProcessor, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels (BATCH, T) of a step's texts, padded on the right; only answers are learnt."""
+    rng = random.Random(f"texts {seed} {step}")
+    rows = [encode(processor, conversation(rng)) for _ in range(BATCH)]
+    length = max(len(ids) for ids, _ in rows)
+    padding = processor.tokenizer.pad_token_id
+    ids = [ids + [padding] * (length - len(ids)) for ids, _ in rows]
+    labels = [labels + [IGNORED] * (length - len(labels)) for _, labels in rows]
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def train(output: Path, steps: int, seed: int = 0):
+    """Train for `steps` steps, go on from the last checkpoint if there is one, and save model and tokenizer."""
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(seed)
+    processor = PheyeProcessor(PheyeImageProcessor(), tokenizer)
+    model = PhiForCausalLM(language_config(len(tokenizer))).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02)
+    losses = []
+    for step in range(load_checkpoint(output, model, [optimizer]), steps):
+        share = min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * share
+        ids, labels = batch_of(processor, seed, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+            log(output, {"step": step + 1, "loss": round(sum(losses) / len(losses), 4)})
+            losses = []
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            save_checkpoint(output, model, [optimizer], step + 1)
+    model.eval().save_pretrained(output / "language")
+    tokenizer.save_pretrained(output / "language")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train(arguments.output, arguments.steps, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
