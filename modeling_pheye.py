@@ -87,16 +87,16 @@ def join_views(global_view: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
     return torch.cat([global_view, crops], dim=1).flatten(0, 1)  # (B * V, ...)
 
 
-def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Set a share `p` of the entries of x to zero, and leave it to the caller to scale the rest by 1 / (1 - p).
+def dropout(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
+    """x with a share `p` of its entries set to zero, and the factor by which the rest is still to be scaled.
 
     torch draws each entry's chance by itself, one after another on a CPU: a sixth of a training step. There four come
     from one random number, which makes `p` a multiple of 2 ** -16.
     """
     if x.device.type != "cpu":
-        return F.dropout(x, p) * (1 - p)
+        return F.dropout(x, p), 1.0
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return x.masked_fill(bits[: x.numel()].view(x.shape) < round(p * 2**16) - 2**15, 0)
+    return x.masked_fill(bits[: x.numel()].view(x.shape) < round(p * 2**16) - 2**15, 0), 1 / (1 - p)
 
 
 class PheyeLora(nn.Module):
@@ -123,7 +123,8 @@ class PheyeLora(nn.Module):
         """For the frozen module's input (B, views, ...), A(x) as (B, views, N, rank) and B, scaled, as (rank, D)."""
         scaling = self.scaling
         if self.training and self.dropout:
-            x, scaling = dropout(x, self.dropout), scaling / (1 - self.dropout)
+            x, rest = dropout(x, self.dropout)
+            scaling *= rest
         A = self.A.to(x.dtype)
         if self.convolution is None:
             low = F.linear(x, A).flatten(2, -2)

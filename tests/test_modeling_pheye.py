@@ -435,7 +435,8 @@ def test_vision_tower_without_one_token_per_patch_is_refused():
 def test_dropout_sets_its_share_to_zero_and_changes_nothing_else(p):
     x = torch.rand(1003, 333) + 1  # no multiple of the four entries that share a random number
     torch.manual_seed(0)
-    y = dropout(x, p)
+    y, scale = dropout(x, p)
+    assert scale == 1 / (1 - p)
     dropped = y == 0
     assert torch.equal(y[~dropped], x[~dropped])
     deviation = (p * (1 - p) / x.numel()) ** 0.5
@@ -446,13 +447,13 @@ def test_dropout_sets_its_share_to_zero_and_changes_nothing_else(p):
         beside = (chances[place:-4:4] & chances[place + 1 : -3 : 4]).float().mean()  # neighbours are independent
         assert abs(beside - p * p) < 5 * 2 * (p * p * (1 - p * p) / x.numel()) ** 0.5
     torch.manual_seed(0)
-    assert torch.equal(dropout(x, p), y)
-    assert not torch.equal(dropout(x, p), y)
+    assert torch.equal(dropout(x, p)[0], y)
+    assert not torch.equal(dropout(x, p)[0], y)
 
 
 def test_gradient_of_dropout_is_zero_where_it_dropped():
     x = torch.randn(40, 50, requires_grad=True)
-    y = dropout(x, 0.3)
+    y, _ = dropout(x, 0.3)
     y.sum().backward()
     assert torch.equal(x.grad, (y != 0).float())
 

@@ -2,12 +2,15 @@
 
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-from pheye import PheyeImageProcessor, PheyeProcessor
+from pheye import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
 from pheye.training.nano import language, questions, vision
 from pheye.training.nano.labels import GRID, HEADS
 
@@ -108,8 +111,15 @@ def test_texts_give_half_of_the_answers_away(small):
     assert language.spelled("A sign that says TWO WORDS.") == "A sign that says T W O W O R D S ."
 
 
-def test_language_parts_load_by_their_auto_classes(small, tmp_path):
-    language.train(tmp_path, 1)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "language")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "language")
-    assert len(tokenizer) <= model.config.vocab_size and tokenizer.eos_token_id == model.config.eos_token_id
+def test_both_parts_become_a_pheye_by_the_documented_command(small, tmp_path):
+    vision.train(tmp_path / "vision", 1, workers=0)
+    language.train(tmp_path / "language", 1)
+    parts = ["--vision", tmp_path / "vision" / "vision", "--language-model", tmp_path / "language" / "language"]
+    example = Path(__file__).parent.parent / "examples" / "new_model.py"
+    subprocess.run([sys.executable, example, *parts, "--output", tmp_path / "base", "--interval", "2"], check=True)
+    model = PheyeForConditionalGeneration.from_pretrained(tmp_path / "base")
+    processor = PheyeProcessor.from_pretrained(tmp_path / "base")
+    assert model.config.views_per_image == 10 and model.config.cross_attention_layers == (1, 3)
+    assert tuple(processor.image_processor.image_mean) == tuple(vision.OPENAI_CLIP_MEAN)
+    assert processor.tokenizer.eos_token_id == model.config.text_config.eos_token_id
+    assert len(processor.tokenizer) <= model.config.vocab_size

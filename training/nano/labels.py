@@ -23,7 +23,7 @@ LEAST_VISIBLE = 0.35  # share of a letter inside the view from which on it is as
 OVERSAMPLING = 4  # of the drawing that tells which patch centres a shape covers
 MOST_SHAPES = 5  # counted
 
-# The labels, and how many classes each has. All but the last two are maps over patches.
+# The maps over patches, and how many classes each has.
 HEADS = {
     "left_point": CLASSES, "letter": CLASSES, "right_point": CLASSES, "before": CLASSES, "after": CLASSES,
     "place": PLACES, "remaining": PLACES, "shape": 1 + len(KINDS) * len(COLOURS),

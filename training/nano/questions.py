@@ -108,15 +108,15 @@ def sample(stage: str, rng: random.Random) -> tuple[Picture, list[Turn]]:
     return picture, turns
 
 
-def write_chunk(first: int, last: int, stage: str, seed: int, output: Path):
-    """Pictures `first` to `last` and the rows about them; none if they are there."""
+def write_chunk(first: int, count: int, stage: str, seed: int, output: Path):
+    """Up to CHUNK of `count` pictures, from `first` on, and the rows about them; none if they are there."""
     rows_file = output / "chunks" / f"{first:07d}.jsonl"
     if rows_file.exists():
         return
     folder = output / "images" / f"{first:07d}"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for index in range(first, last):
+    for index in range(first, min(first + CHUNK, count)):
         rng = random.Random(f"{stage} {seed} {index}")
         picture, turns = sample(stage, rng)
         encoded = io.BytesIO()
@@ -135,17 +135,12 @@ def write_data(output: Path, stage: str, count: int, seed: int = 0, workers: int
     """The file of a data set of `count` pictures, drawn by `workers` processes."""
     starts = range(0, count, CHUNK)
     output.mkdir(parents=True, exist_ok=True)
-    chunk = partial(write_span, stage=stage, seed=seed, output=output)
-    spans = [(first, min(first + CHUNK, count)) for first in starts]
+    chunk = partial(write_chunk, count=count, stage=stage, seed=seed, output=output)
     with multiprocessing.Pool(workers) as pool:
-        list(tqdm(pool.imap_unordered(chunk, spans), total=len(spans), desc=f"drawing for {stage}", disable=None))
+        list(tqdm(pool.imap_unordered(chunk, starts), total=len(starts), desc=f"drawing for {stage}", disable=None))
     files = [output / "chunks" / f"{first:07d}.jsonl" for first in starts]
     write_atomically(output / "data.jsonl", (file.read_bytes() for file in files))
     return output / "data.jsonl"
-
-
-def write_span(span: tuple[int, int], **options):
-    write_chunk(*span, **options)
 
 
 def main():

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from pheye.image_processing_pheye import tile_boxes, tile_image
 from pheye.modeling_pheye import transformer_layers
@@ -219,6 +220,7 @@ def train(output: Path, steps: int, seed: int = 0, workers: int = 1):
             if step % SAVE_EVERY == 0 or step == steps:
                 save_checkpoint(output, reader, optimizers, step)
     reader.vision.eval().save_pretrained(output / "vision")
+    CLIPImageProcessorPil().save_pretrained(output / "vision")  # mean and std, for whoever builds on it
 
 
 def main():
