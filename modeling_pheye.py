@@ -465,6 +465,8 @@ class PheyeModel(PheyePreTrainedModel):
         One product adds both, so that half precision rounds once and the large output is written once: it has room for
         both ranks, and each row's numbers in one of them, zeros in the other.
         """
+        if name not in self.global_lora and name not in self.local_lora:
+            return output
         views, rows = self.config.views_per_image, output
         if isinstance(module, nn.Conv2d):
             rows = output.flatten(2).transpose(1, 2)

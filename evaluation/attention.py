@@ -20,7 +20,7 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -348,7 +348,7 @@ def is_share(value) -> bool:
     return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= 1
 
 
-def global_shares(model, processor, samples: Sequence[dict], max_new_tokens: int) -> dict:
+def global_shares(model, processor, samples: Iterable[dict], max_new_tokens: int) -> dict:
     """Mean share of the global view per block and tertile; every sample counts the same, whatever its length.
 
     Samples whose image cannot be read, or whose answer has no words, are listed and left out.

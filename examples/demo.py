@@ -1,75 +1,65 @@
-"""Answer questions about a photograph and a page of text, and draw where Pheye looks for each word.
+"""Let Pheye-nano read signs that are drawn as it runs, and look at a photograph; and draw where it looks.
 
-    python examples/demo.py [--model FOLDER_OR_ID] [--output FOLDER]
+    python examples/demo.py [--model FOLDER_OR_ID] [--output FOLDER] [--signs 5] [--seed 0]
 
-Without `--model` the weights are random, since no trained small model ships yet: everything runs as it would, and the
-answers mean nothing.
+The words on the signs, real and made-up, their fonts and photographs never occurred in its training. `--model` asks
+another model the same.
 """
 
 import argparse
+import random
 from pathlib import Path
 
 from PIL import Image
 from skimage import data
-from transformers import CLIPVisionConfig, PhiConfig, PreTrainedTokenizerFast
 
-from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
+from pheye import PheyeForConditionalGeneration, PheyeImageToTextPipeline, PheyeProcessor
 from pheye.evaluation.attention import explain
+from pheye.training.nano import pictures, words
+from pheye.training.nano.questions import CAPTION, SIGN
 
-QUESTIONS = [
-    ("photograph", "chelsea.png", "What animal is this? Answer the question using a single word or phrase"),
-    ("page", "page.png", "What is the heading of this page? Answer the question using a single word or phrase"),
-]
+NANO = Path(__file__).parent.parent / "checkpoints" / "pheye-nano"
+CAP_HEIGHTS = 0.03, 0.06  # of the letters, over the picture's height
+TOKENS = 40
 
 
-def random_parts() -> tuple[PheyeForConditionalGeneration, PheyeProcessor]:
-    """A small Pheye with random weights, and a processor whose tokenizer has one token per byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    end = "<|endoftext|>"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: index for index, token in enumerate([end, *alphabet])}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end)
-    config = PheyeConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, patch_size=28
-        ),
-        text_config=PhiConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=0,
-        ),
-        cross_attention_interval=2,
-    )
-    return PheyeForConditionalGeneration(config).eval(), PheyeProcessor(PheyeImageProcessor(), tokenizer)
+def drawn_signs(count: int, seed: int) -> list[pictures.Picture]:
+    rng = random.Random(seed)
+    return [
+        pictures.scene(rng, True, sizes=(400, 900), cap_heights=CAP_HEIGHTS, text=words.word(rng, True, 3, 7))
+        for _ in range(count)
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id of a trained Pheye; random weights without it")
+    parser.add_argument("--model", default=NANO, help="folder or Hub id of a trained Pheye; by default Pheye-nano")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where the pictures go")
+    parser.add_argument("--signs", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    if arguments.model:
-        model = PheyeForConditionalGeneration.from_pretrained(arguments.model).eval()
-        processor = PheyeProcessor.from_pretrained(arguments.model)
-    else:
-        print("These weights are RANDOM: no trained small model ships yet, so the answers below mean nothing.\n")
-        model, processor = random_parts()
-
+    model = PheyeForConditionalGeneration.from_pretrained(arguments.model, dtype="float32")
+    processor = PheyeProcessor.from_pretrained(arguments.model)
+    pipe = PheyeImageToTextPipeline(model=model, processor=processor)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, file, question in QUESTIONS:
-        image = Image.open(Path(data.__file__).parent / file).convert("RGB")
-        drawing, found = explain(model, processor, image, question, max_new_tokens=16)
+
+    signs = drawn_signs(arguments.signs, arguments.seed)
+    print(SIGN)
+    answers = pipe([sign.image for sign in signs], prompt=SIGN, max_new_tokens=TOKENS)
+    for number, (sign, [answer]) in enumerate(zip(signs, answers, strict=True), start=1):
+        path = arguments.output / f"sign-{number}.png"
+        sign.image.save(path)
+        print(f"  {sign.signs[0]:8} read as {answer['generated_text']!r:12} {path}")
+    right = sum(answer["generated_text"] == sign.signs[0] for sign, [answer] in zip(signs, answers, strict=True))
+    print(f"  {right} of {len(signs)} right\n")
+
+    photograph = Image.open(Path(data.__file__).parent / "coffee.png").convert("RGB")
+    for name, image, question in (("sign", signs[0].image, CAPTION), ("photograph", photograph, "Is there a circle?")):
+        drawing, found = explain(model, processor, image, question, max_new_tokens=TOKENS)
         path = arguments.output / f"{name}-attention.png"
         drawing.save(path)
         print(f"{name} ({image.width} x {image.height}): {question}")
-        print(f"  answer: {found['answer']!r}\n  attention: {path}\n")
+        print(f"  answer: {found['answer']!r}\n  crops and attention: {path}\n")
 
 
 if __name__ == "__main__":

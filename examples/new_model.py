@@ -1,7 +1,7 @@
 """A new, untrained Pheye from a pretrained vision transformer and a pretrained language model, saved ready to train.
 
     python examples/new_model.py --vision FOLDER_OR_ID --language-model FOLDER_OR_ID --output FOLDER
-                                 [--tiles-per-side 3] [--interval 4]
+                                 [--tiles-per-side 3] [--interval 4] [--no-lora]
 
 What trains is what the paper trains: the cross-attention blocks, both LoRA sets and the encoding of the views.
 """
@@ -23,6 +23,7 @@ def main():
     parser.add_argument("--output", required=True)
     parser.add_argument("--tiles-per-side", type=int, default=3)
     parser.add_argument("--interval", type=int, default=4)
+    parser.add_argument("--no-lora", action="store_true", help="leave the vision transformer as it is")
     arguments = parser.parse_args()
 
     model = PheyeForConditionalGeneration.from_pretrained_parts(
@@ -30,6 +31,7 @@ def main():
         arguments.language_model,
         tiles_per_side=arguments.tiles_per_side,
         cross_attention_interval=arguments.interval,
+        **({"global_lora_rank": 0, "local_lora_rank": 0} if arguments.no_lora else {}),
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("vision_tower" not in name and "language_model" not in name)

@@ -44,7 +44,7 @@ def any_font() -> str:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_letters_lie_in_their_boxes(seed):
-    mask, boxes, height = pictures.letter_mask(random.Random(seed), "HOUND BED", any_font(), 40)
+    mask, boxes, height = pictures.letter_mask(random.Random(seed), "HOUND BED", any_font(), 40, pictures.MARGINS)
     assert abs(height - 40) <= 2
     ink = np.asarray(mask) > 128
     outside = ink.copy()

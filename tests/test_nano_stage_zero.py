@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 from pheye import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
 from pheye.training.nano import language, questions, vision
 from pheye.training.nano.labels import GRID, HEADS
+from pheye.training.nano.muon import Muon, optimizers_for
 
-from tiny import tiny_text_config
+from tiny import tiny_model, tiny_text_config
 
 
 @pytest.fixture
@@ -32,6 +34,11 @@ def small(monkeypatch):
     monkeypatch.setattr(language, "BATCH", 2)
 
 
+def drawn_here(indices, seed, held_out, workers, ahead):
+    """Without other processes, which would not know of the small batches."""
+    return [tuple(map(torch.from_numpy, vision.batch(index, seed, held_out))) for index in indices[:4]]
+
+
 def parameters(folder, kind) -> dict[str, torch.Tensor]:
     return dict(kind.from_pretrained(folder).named_parameters())
 
@@ -40,8 +47,8 @@ def parameters(folder, kind) -> dict[str, torch.Tensor]:
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(part, small, tmp_path, monkeypatch):
     module, kind = {"vision": (vision, CLIPVisionModel), "language": (language, AutoModelForCausalLM)}[part]
     monkeypatch.setattr(module, "SAVE_EVERY", 2)
-    options = {"workers": 0} if part == "vision" else {}
-    module.train(tmp_path / "whole", 4, **options)
+    monkeypatch.setattr(vision, "drawn", drawn_here)
+    module.train(tmp_path / "whole", 4)
     save = module.save_checkpoint
 
     def save_and_stop(output, model, optimizers, step):
@@ -51,9 +58,9 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(part, small, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            module.train(tmp_path / "stopped", 4, **options)
+            module.train(tmp_path / "stopped", 4)
     assert not (tmp_path / "stopped" / part).exists()
-    module.train(tmp_path / "stopped", 4, **options)
+    module.train(tmp_path / "stopped", 4)
     whole, stopped = (parameters(tmp_path / run / part, kind) for run in ("whole", "stopped"))
     for name, parameter in whole.items():
         assert torch.equal(parameter, stopped[name]), name
@@ -63,9 +70,9 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(part, small, tmp_path
 def test_the_reader_learns_a_batch_by_heart(small):
     torch.manual_seed(0)
     reader = vision.Reader(vision.vision_config())
-    pixels, maps, counts, is_page = vision.Batches(0, 1)[0]
+    pixels, maps, counts, is_page = map(torch.from_numpy, vision.batch(0))
     assert maps.shape == (4, len(HEADS), GRID, GRID) and is_page.tolist() == [True, True, False, False]
-    optimizers = vision.optimizers_of(reader)
+    optimizers = optimizers_for(reader, reader.vision, 3e-3, 1.5e-3)
     held = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
     assert {id(parameter) for parameter in held} == {id(parameter) for parameter in reader.parameters()}
     assert len(held) == len(set(map(id, held)))
@@ -78,6 +85,42 @@ def test_the_reader_learns_a_batch_by_heart(small):
             optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_batches_drawn_by_other_processes_are_the_same_and_in_order(ahead, monkeypatch):
+    monkeypatch.setattr(vision, "CHUNK", 2)
+    found = list(vision.drawn(range(3, 6), 1, True, workers=2, ahead=ahead))
+    assert len(found) == 3
+    for index, arrays in zip(range(3, 6), found, strict=True):
+        for array, expected in zip(arrays, vision.batch(index, 1, True), strict=True):
+            assert np.array_equal(array.numpy(), expected)
+
+
+def test_training_goes_on_from_the_tower_of_a_pheye(small, tmp_path):
+    model = tiny_model(vision_config=vision.vision_config())
+    model.save_pretrained(tmp_path / "pheye")
+    vision.train(tmp_path / "more", 0, start=tmp_path / "pheye")
+    found = parameters(tmp_path / "more" / "vision", CLIPVisionModel)
+    expected = dict(model.pheye.vision_tower.named_parameters())
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_muon_steps_like_that_of_torch_which_rounds():
+    torch.manual_seed(0)
+    shapes = [(8, 8), (8, 8), (24, 8), (8, 24)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    optimizers = [Muon(ours, **options), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)]
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        moved, error = (other - 1).norm(), (one - other).norm()
+        assert moved > 0.1 and error < 0.02 * moved
 
 
 def test_recolouring_leaves_scenes_alone_and_pages_readable():
@@ -111,8 +154,9 @@ def test_texts_give_half_of_the_answers_away(small):
     assert language.spelled("A sign that says TWO WORDS.") == "A sign that says T W O W O R D S ."
 
 
-def test_both_parts_become_a_pheye_by_the_documented_command(small, tmp_path):
-    vision.train(tmp_path / "vision", 1, workers=0)
+def test_both_parts_become_a_pheye_by_the_documented_command(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(vision, "drawn", drawn_here)
+    vision.train(tmp_path / "vision", 1)
     language.train(tmp_path / "language", 1)
     parts = ["--vision", tmp_path / "vision" / "vision", "--language-model", tmp_path / "language" / "language"]
     example = Path(__file__).parent.parent / "examples" / "new_model.py"

@@ -1,6 +1,6 @@
 """Stage 0 for the words: a byte-level BPE tokenizer and a small language model, trained on the texts it needs.
 
-    python -m pheye.training.nano.language --output FOLDER [--steps 1500]
+    python -m pheye.training.nano.language --output FOLDER [--steps 800]
 
 The texts are Pheye's prompts with answers about pictures that nobody drew. Half of them give the answer away in the
 instruction, spelled with spaces, so that the model learns to write letter by letter what it is told; the others it can
@@ -22,12 +22,13 @@ from pheye.training.collator import IGNORED, encode
 from pheye.training.data import CAPTION_INSTRUCTIONS
 
 from . import pictures, questions, words
-from .checkpoints import load_checkpoint, log, save_checkpoint
+from .checkpoints import autocast, load_checkpoint, log, save_checkpoint
+from .muon import optimizers_for, set_learning_rates
 from .pictures import Picture, Shape
 
 VOCABULARY = 512
 END = "<|endoftext|>"
-BATCH, LEARNING_RATE, WARMUP = 32, 1e-3, 100
+BATCH, WARMUP = 16, 50
 SAVE_EVERY = 250
 TOLD = 0.5  # share of the texts that give the answer away
 LOG_EVERY = 50
@@ -92,6 +93,7 @@ def language_config(vocabulary: int) -> PhiConfig:
         intermediate_size=768,
         num_hidden_layers=6,
         num_attention_heads=3,
+        hidden_act="gelu_pytorch_tanh",  # Phi's own, in one kernel
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=0,
@@ -117,24 +119,24 @@ def train(output: Path, steps: int, seed: int = 0):
     tokenizer = train_tokenizer(seed)
     processor = PheyeProcessor(PheyeImageProcessor(), tokenizer)
     model = PhiForCausalLM(language_config(len(tokenizer))).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizers = optimizers_for(model, model, 3e-3, 1.5e-3)
     losses = []
-    for step in range(load_checkpoint(output, model, [optimizer]), steps):
-        share = min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * share
+    for step in range(load_checkpoint(output, model, optimizers), steps):
+        set_learning_rates(optimizers, min(1.0, (step + 1) / WARMUP) * (1 - step / steps))
         ids, labels = batch_of(processor, seed, step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             log(output, {"step": step + 1, "loss": round(sum(losses) / len(losses), 4)})
             losses = []
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            save_checkpoint(output, model, [optimizer], step + 1)
+            save_checkpoint(output, model, optimizers, step + 1)
     model.eval().save_pretrained(output / "language")
     tokenizer.save_pretrained(output / "language")
 
@@ -142,7 +144,7 @@ def train(output: Path, steps: int, seed: int = 0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     train(arguments.output, arguments.steps, arguments.seed)

@@ -33,6 +33,8 @@ PHOTOGRAPHS = (
 HELD_OUT_PHOTOGRAPHS = ("camera.png", "coffee.png", "rocket.jpg")
 LEAST_CONTRAST = 90  # of 255, between letters and what lies behind them
 CIRCLE_CORNERS = 48
+MARGINS = 0.3, 0.8  # around the text of a sign, in heights of a capital
+TIGHT_MARGINS = 0.1, 0.4  # on a page
 
 Point = tuple[float, float]
 
@@ -80,6 +82,14 @@ def photograph(name: str) -> Image.Image:
 
 def random_colour(rng: random.Random) -> tuple[int, int, int]:
     return rng.randrange(256), rng.randrange(256), rng.randrange(256)
+
+
+def bright_colour(rng: random.Random) -> tuple[int, int, int]:
+    return jittered(rng, (rng.randrange(180, 240),) * 3, 15)
+
+
+def dark_colour(rng: random.Random) -> tuple[int, int, int]:
+    return jittered(rng, (rng.randrange(15, 65),) * 3, 15)
 
 
 def jittered(rng: random.Random, colour: tuple[int, int, int], by: int = 18) -> tuple[int, int, int]:
@@ -219,12 +229,15 @@ def mapped(matrix: np.ndarray, points: list[Point]) -> list[Point]:
     return [tuple(place) for place in places[:, :2] / places[:, 2:]]
 
 
-def letter_mask(rng: random.Random, text: str, file: str, cap_height: float):
-    """`text` as a mask (L) with a margin, the boxes of its letters (None for a space), and the height of a capital."""
+def letter_mask(rng: random.Random, text: str, file: str, cap_height: float, margins: tuple[float, float]):
+    """`text` as a mask (L), the boxes of its letters (None for a space), and the height of a capital.
+
+    `margins`: least and most that is left free around the text, in heights of a capital.
+    """
     size = max(6, round(cap_height / fonts.cap_ratio(file)))
     font = fonts.open_font(file, size)
     spacing = rng.choice((0.0, 0.0, 0.05, 0.15)) * size
-    margin = max(2, round(cap_height * rng.uniform(0.3, 0.8)))
+    margin = max(2, round(cap_height * rng.uniform(*margins)))
     lefts = [margin + font.getlength(text[:number]) + spacing * number for number in range(len(text))]
     width = math.ceil(lefts[-1] + font.getlength(text[-1])) + margin
     _, top, _, bottom = font.getbbox("H")
@@ -265,38 +278,55 @@ def tilted(rng: random.Random, width: int, height: int) -> list[Point]:
     return [(x - left, y - top) for x, y in points]
 
 
+def room(rng: random.Random, image: Image.Image, size: tuple[int, int], taken: list, gap: float):
+    """A corner from which `size` lies inside the picture and away from what is `taken`; None if none was found."""
+    if size[0] > image.width or size[1] > image.height:
+        return None
+    for _ in range(20):
+        x, y = rng.randint(0, image.width - size[0]), rng.randint(0, image.height - size[1])
+        if not overlaps((x, y, x + size[0], y + size[1]), taken, gap):
+            return x, y
+    return None
+
+
 def add_sign(
-    rng: random.Random, picture: Picture, text: str, cap_height: float, held_out: bool, taken: list, box=None
+    rng: random.Random,
+    picture: Picture,
+    text: str,
+    cap_height: float,
+    held_out: bool,
+    taken: list,
+    corner: tuple[int, int] | None = None,
+    paper: tuple[int, int, int] | None = None,
 ) -> bool:
-    """Draw a sign with capitals of `cap_height` pixels where there is room, inside `box` if given; whether it fit."""
+    """Draw a sign with capitals of `cap_height` pixels where there is room; whether there was.
+
+    With `corner` its upper left corner comes to lie there, whatever is there already and even if it does not fit; with
+    `paper` it has no board, and dark letters.
+    """
     image = picture.image
     families = fonts.families(held_out)
     file = rng.choice(families[rng.choice(list(families))])
-    mask, boxes, height = letter_mask(rng, text, file, cap_height)
+    mask, boxes, height = letter_mask(rng, text, file, cap_height, MARGINS if corner is None else TIGHT_MARGINS)
     target = tilted(rng, *mask.size)
     matrix = homography(corner_points((0, 0, *mask.size)), target)
     width_there = math.ceil(max(x for x, _ in target)) + 1
     height_there = math.ceil(max(y for _, y in target)) + 1
-    left, top, right, bottom = map(int, box or (0, 0, image.width, image.height))
-    if width_there > right - left or height_there > bottom - top:
+    place = room(rng, image, (width_there, height_there), taken, 0.25 * cap_height) if corner is None else corner
+    if place is None:
         return False
-    for _ in range(20):
-        x, y = rng.randint(left, right - width_there), rng.randint(top, bottom - height_there)
-        place = (x, y, x + width_there, y + height_there)
-        if not overlaps(place, taken, 0.25 * cap_height):
-            break
-    else:
-        return False
+    x, y = place
+    place = (x, y, x + width_there, y + height_there)
     inverse = np.linalg.inv(matrix)
     warp = {"size": (width_there, height_there), "method": Image.Transform.PERSPECTIVE}
     warp["data"] = tuple((inverse / inverse[2, 2]).flatten()[:8])
-    behind = mean_colour(image, place)
-    if rng.random() < 0.7:  # on a board
+    behind = paper or mean_colour(image, place)
+    if paper is None and rng.random() < 0.7:  # on a board
         board = random_colour(rng)
         plate = Image.new("L", mask.size, 255)
         image.paste(board, (x, y), plate.transform(resample=Image.Resampling.BILINEAR, **warp))
         behind = board
-    ink = contrasting(rng, behind)
+    ink = contrasting(rng, behind) if paper is None else dark_colour(rng)
     image.paste(ink, (x, y), mask.transform(resample=Image.Resampling.BICUBIC, **warp))
     taken.append(place)
     line, word = len(picture.signs), 0
@@ -362,19 +392,30 @@ def scene(
     return finished(rng, picture, 672)
 
 
-def page(rng: random.Random, held_out: bool = False, width: int = 224, height: int = 224) -> Picture:
-    """Lines of text in many sizes, one below the other: many letters to learn from in one view."""
-    picture = Picture(background(rng, width, height, held_out))
-    top = rng.uniform(0, 8)
-    cap = math.exp(rng.uniform(math.log(7), math.log(34))) * height / 224
-    while top + 3 * cap < height:
-        line_cap = cap * rng.uniform(0.8, 1.2)
-        left, bottom = -rng.uniform(0, 3 * line_cap), top + 2.6 * line_cap + 4
-        while left < width - 2 * line_cap:
+def page(
+    rng: random.Random,
+    held_out: bool = False,
+    width: int = 224,
+    height: int = 224,
+    cap_heights: tuple[float, float] = (8, 44),
+    is_plain: bool = False,
+) -> Picture:
+    """Signs side by side and one below the other: many letters to learn from in one view.
+
+    `cap_heights`: least and most of the capitals' height, in pixels of a view; `is_plain`: dark on one bright colour.
+    """
+    picture, taken = Picture(background(rng, width, height, held_out)), []
+    paper = bright_colour(rng) if is_plain else None
+    if is_plain:
+        picture.image.paste(paper, (0, 0, width, height))
+    cap = math.exp(rng.uniform(*map(math.log, cap_heights))) * height / 224
+    top = round(-rng.uniform(0, cap))
+    while top < height - cap:
+        left, bottom = round(-rng.uniform(0, 3 * cap)), top
+        while left < width - cap:
             text = words.sign_text(rng, held_out)
-            right = left + 0.95 * line_cap * (len(text) + 2)
-            if add_sign(rng, picture, text, line_cap, held_out, [], (left, top, right, bottom)):
-                right = max(x for x, _ in picture.letters[-1].corners)
-            left = right + rng.uniform(0.7, 2) * line_cap
-        top = bottom - 0.3 * line_cap
+            add_sign(rng, picture, text, cap * rng.uniform(0.8, 1.1), held_out, taken, (left, top), paper)
+            left = taken[-1][2] + round(rng.uniform(0, 0.8) * cap)
+            bottom = max(bottom, taken[-1][3])
+        top = bottom + round(rng.uniform(-0.1, 0.3) * cap)
     return finished(rng, picture, 224)

@@ -1,9 +1,10 @@
 """Questions about drawn pictures with their answers, as data sets in LLaVA's format for the training command.
 
     python -m pheye.training.nano.questions --output FOLDER --stage describe|instruct|tasks --count 20000
+        [--tiles-per-side 3]
 
-writes FOLDER/data.jsonl and the pictures. A data set is a function of its stage and seed; the same command again goes
-on where the last one stopped.
+writes FOLDER/data.jsonl and the pictures. A data set is a function of its stage, seed and number of tiles; the same
+command again goes on where the last one stopped.
 """
 
 import argparse
@@ -28,6 +29,8 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 SHAPE_QUESTIONS = 3  # per picture
 CAPTION_SHARE = 0.25  # of the pictures of the last stage
 CHUNK = 200  # pictures that are written together
+CAP_HEIGHTS = 0.055, 0.2  # of letters, over the height of a crop
+SIDES = 100, 420  # pixels of the picture that a crop shows, along each side, before it is brought to a view
 
 Turn = tuple[str, str]
 
@@ -91,16 +94,23 @@ def sign_question(picture: Picture) -> Turn:
 # --- Data sets ---
 
 
-def sample(stage: str, rng: random.Random) -> tuple[Picture, list[Turn]]:
+def sample(stage: str, rng: random.Random, tiles_per_side: int = 3) -> tuple[Picture, list[Turn]]:
     """A picture for a stage with its turns: captions, several questions about several signs, or the tasks themselves.
 
-    A caption stands alone, for it would give away the answers to the questions that follow.
+    A caption stands alone, for it would give away the answers to the questions that follow. With fewer tiles pictures
+    are smaller and letters larger, so that crops look the same.
     """
+    scene = partial(
+        pictures.scene,
+        rng,
+        sizes=tuple(side * tiles_per_side for side in SIDES),
+        cap_heights=tuple(share / tiles_per_side for share in CAP_HEIGHTS),
+    )
     if stage == "describe":
-        picture = pictures.scene(rng, sizes=(300, 1200), signs=rng.randint(1, 5))
+        picture = scene(signs=rng.randint(1, 5))
         return picture, [(CAPTION, caption(picture))]
     several = stage == "instruct" and rng.random() < 0.5
-    picture = pictures.scene(rng, sizes=(300, 1200), signs=rng.randint(2, 4) if several else 1)
+    picture = scene(signs=rng.randint(2, 4) if several else 1)
     if rng.random() < CAPTION_SHARE:
         return picture, [(CAPTION, caption(picture))]
     turns = [sign_question(picture), *shape_questions(rng, picture)]
@@ -108,7 +118,7 @@ def sample(stage: str, rng: random.Random) -> tuple[Picture, list[Turn]]:
     return picture, turns
 
 
-def write_chunk(first: int, count: int, stage: str, seed: int, output: Path):
+def write_chunk(first: int, count: int, stage: str, seed: int, tiles_per_side: int, output: Path):
     """Up to CHUNK of `count` pictures, from `first` on, and the rows about them; none if they are there."""
     rows_file = output / "chunks" / f"{first:07d}.jsonl"
     if rows_file.exists():
@@ -118,7 +128,7 @@ def write_chunk(first: int, count: int, stage: str, seed: int, output: Path):
     rows = []
     for index in range(first, min(first + CHUNK, count)):
         rng = random.Random(f"{stage} {seed} {index}")
-        picture, turns = sample(stage, rng)
+        picture, turns = sample(stage, rng, tiles_per_side)
         encoded = io.BytesIO()
         picture.image.save(encoded, "JPEG", quality=rng.randint(70, 95))
         path = folder / f"{index:07d}.jpg"
@@ -131,11 +141,11 @@ def write_chunk(first: int, count: int, stage: str, seed: int, output: Path):
     write_atomically(rows_file, [f"{json.dumps(row)}\n".encode() for row in rows])
 
 
-def write_data(output: Path, stage: str, count: int, seed: int = 0, workers: int = 2) -> Path:
+def write_data(output: Path, stage: str, count: int, seed: int = 0, workers: int = 2, tiles_per_side: int = 3) -> Path:
     """The file of a data set of `count` pictures, drawn by `workers` processes."""
     starts = range(0, count, CHUNK)
     output.mkdir(parents=True, exist_ok=True)
-    chunk = partial(write_chunk, count=count, stage=stage, seed=seed, output=output)
+    chunk = partial(write_chunk, count=count, stage=stage, seed=seed, tiles_per_side=tiles_per_side, output=output)
     with multiprocessing.Pool(workers) as pool:
         list(tqdm(pool.imap_unordered(chunk, starts), total=len(starts), desc=f"drawing for {stage}", disable=None))
     files = [output / "chunks" / f"{first:07d}.jsonl" for first in starts]
@@ -150,8 +160,9 @@ def main():
     parser.add_argument("--count", type=int, required=True, help="pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes that draw")
+    parser.add_argument("--tiles-per-side", type=int, default=3, help="crops that the model will make along each side")
     arguments = parser.parse_args()
-    path = write_data(arguments.output, arguments.stage, arguments.count, arguments.seed, arguments.workers)
+    path = write_data(**vars(arguments))
     print(f"{path}: {arguments.count:,} pictures")
 
 

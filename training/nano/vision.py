@@ -7,41 +7,51 @@ that Pheye uses, those before the post-LayerNorm; that layer is thrown away afte
 """
 
 import argparse
+import functools
+import math
+import multiprocessing
+import os
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from pheye import PheyeForConditionalGeneration
+from pheye.evaluation.attention import default_device
 from pheye.image_processing_pheye import tile_boxes, tile_image
-from pheye.modeling_pheye import transformer_layers
 
 from . import pictures
-from .checkpoints import load_checkpoint, log, save_checkpoint
+from .checkpoints import autocast, load_checkpoint, log, save_checkpoint
 from .labels import HEADS, IGNORED, MOST_SHAPES, ViewLabels, view_labels
+from .muon import optimizers_for, set_learning_rates
 
 VIEW = 224
 TILES = 3
-PAGES, SCENES, CROPS = 24, 2, 3  # of a batch; of each scene the global view and the crops with most letters
-ECHOES = 2  # times that a batch is used, its colours changed: drawing costs as much as a third of the training
+PAGES, SCENES, CROPS = 12, 1, 3  # of a batch; of each scene the global view and the crops with most letters
+ECHOES = 2  # times that a batch is used, its colours changed: drawing costs as much as half of the training
+CHUNK = 25  # batches that are drawn together
+EASY, HARD = 400, 1000  # batches up to which pages are easy, and from which on they are as hard as they will be
+CAP_HEIGHTS, EASY_CAP_HEIGHT = (9, 44), 24  # of pages, in pixels of a view: least and most, and least at first
 NOTHING_WEIGHT = 0.15  # of patches without a letter or shape, which are most
 WARMUP, DECAY = 200, 0.3  # steps; share of the steps in which the learning rate falls to 0
-SAVE_EVERY, LOG_EVERY, TEST_EVERY = 250, 50, 500
+SAVE_EVERY, LOG_EVERY, TEST_EVERY = 250, 50, 250
+TEST_BATCHES = 10
 
 
 def vision_config() -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        hidden_size=192,
-        intermediate_size=768,
+        hidden_size=128,
+        intermediate_size=512,
         num_hidden_layers=6,
-        num_attention_heads=3,
+        num_attention_heads=2,
         patch_size=14,
         image_size=VIEW,
         hidden_act="gelu",
@@ -66,10 +76,15 @@ class Reader(nn.Module):
 # --- Data ---
 
 
-def page_view(rng: random.Random, held_out: bool) -> tuple[np.ndarray, ViewLabels]:
-    """A page at another size and aspect ratio, stretched to a view as crops of pictures are."""
-    ratio, side = 2 ** rng.uniform(-1, 1), VIEW * 2 ** rng.uniform(-0.5, 0.8)
-    page = pictures.page(rng, held_out, round(side * ratio**0.5), round(side / ratio**0.5))
+def page_view(rng: random.Random, held_out: bool, ease: float) -> tuple[np.ndarray, ViewLabels]:
+    """A page at another size and aspect ratio, stretched to a view as crops of pictures are.
+
+    `ease`: from 0 to 1; with 1 all letters are large, hardly stretched, and dark on plain bright paper.
+    """
+    stretch = 1 - 0.7 * ease
+    ratio, side = 2 ** rng.uniform(-stretch, stretch), VIEW * 2 ** rng.uniform(-0.5, 0.8)
+    caps = CAP_HEIGHTS[0] + ease * (EASY_CAP_HEIGHT - CAP_HEIGHTS[0]), CAP_HEIGHTS[1]
+    page = pictures.page(rng, held_out, round(side * ratio**0.5), round(side / ratio**0.5), caps, rng.random() < ease)
     pixels = tile_image(page.image, 1, (VIEW, VIEW))[0]
     return pixels, view_labels(page, (0, 0, *page.image.size))
 
@@ -85,42 +100,60 @@ def scene_views(rng: random.Random, held_out: bool, crops: int) -> list[tuple[np
     return [found[0], *most[:crops]]
 
 
-class Batches(Dataset):
-    """Batch `index` is a function of seed and index: pixels (B, H, W, 3), maps, counts, and which rows are pages."""
-
-    def __init__(self, seed: int, count: int, held_out: bool = False):
-        self.seed, self.count, self.held_out = seed, count, held_out
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        rng = random.Random(f"{self.seed} {self.held_out} {index}")
-        views = [page_view(rng, self.held_out) for _ in range(PAGES)]
-        for _ in range(SCENES):
-            views += scene_views(rng, self.held_out, CROPS)
-        pixels = torch.from_numpy(np.stack([view for view, _ in views]))
-        maps = torch.from_numpy(np.stack([labels.maps for _, labels in views]))
-        counts = torch.from_numpy(np.stack([labels.counts for _, labels in views]))
-        return pixels, maps, counts, torch.arange(len(views)) < PAGES
+def ease_of(index: int, held_out: bool = False) -> float:
+    """From 1, with which letters are found out some ten times faster, to 0."""
+    return 0.0 if held_out else min(1.0, max(0.0, (HARD - index) / (HARD - EASY)))
 
 
-def recoloured(pixels: torch.Tensor, is_page: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Pages with channels rolled and half of them inverted: other pictures with the same letters. Scenes keep theirs,
-    for their shapes are asked for their colours."""
+def batch(index: int, seed: int = 0, held_out: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Batch number `index`: pixels (B, H, W, 3), maps, counts, and which rows are pages; all but those are uint8."""
+    rng = random.Random(f"{seed} {held_out} {index}")
+    ease = ease_of(index, held_out)
+    views = [page_view(rng, held_out, ease) for _ in range(PAGES)]
+    for _ in range(SCENES):
+        views += scene_views(rng, held_out, CROPS)
+    pixels = np.stack([view for view, _ in views])
+    maps = np.stack([labels.maps for _, labels in views])
+    counts = np.stack([labels.counts for _, labels in views])
+    return pixels, maps, counts, np.arange(len(views)) < PAGES
+
+
+def drawn(indices: range, seed: int, held_out: bool, workers: int, ahead: bool) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Batches, drawn CHUNK at a time by `workers` processes, and if `ahead` while the last chunk is being used.
+
+    Where the processor trains, drawing beside it would slow it down by more than the time that it takes by itself.
+    """
+    draw = functools.partial(batch, seed=seed, held_out=held_out)
+    chunks = [indices[first : first + CHUNK] for first in range(0, len(indices), CHUNK)]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pending = None
+        for number, chunk in enumerate(chunks):
+            pending = pending or pool.map_async(draw, chunk, chunksize=1)
+            batches = pending.get()
+            is_next_begun = ahead and number + 1 < len(chunks)
+            pending = pool.map_async(draw, chunks[number + 1], chunksize=1) if is_next_begun else None
+            for arrays in batches:
+                yield tuple(map(torch.from_numpy, arrays))
+
+
+def recoloured(
+    pixels: torch.Tensor, is_page: torch.Tensor, generator: torch.Generator, inverted: float = 0.5
+) -> torch.Tensor:
+    """Pages with channels rolled and a share of them inverted: other pictures with the same letters. Scenes keep
+    theirs, for their shapes are asked for their colours."""
     pixels = pixels.clone()
     for row in torch.nonzero(is_page).flatten().tolist():
         shift, invert = torch.randint(0, 6, (1,), generator=generator).item() % 3, torch.rand(1, generator=generator)
         pixels[row] = pixels[row].roll(shift, -1)
-        if invert < 0.5:
+        if invert < inverted:
             pixels[row] = 255 - pixels[row]
     return pixels
 
 
 def normalized(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 (B, H, W, 3) to what the vision tower takes, (B, 3, H, W)."""
-    pixels = (pixels.float() / 255 - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)
-    return pixels.permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(values, device=pixels.device) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 # --- Training ---
@@ -128,7 +161,7 @@ def normalized(pixels: torch.Tensor) -> torch.Tensor:
 
 def loss_of(reader: Reader, pixels: torch.Tensor, maps: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of all heads, empty patches weighted down; neighbours and places count where there is a letter."""
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with autocast(pixels.device.type):
         patch_logits, count_logits = reader(pixels)
     total = 0.2 * F.cross_entropy(count_logits.float().flatten(0, 1), counts.flatten().long())
     has_letter = (maps[:, 1] != 0) & (maps[:, 1] != IGNORED)
@@ -149,8 +182,9 @@ def loss_of(reader: Reader, pixels: torch.Tensor, maps: torch.Tensor, counts: to
 def accuracies(reader: Reader, batches: list) -> dict[str, float]:
     """Share of patch centres with a letter or shape, in pictures of held-out words and fonts, that are told right."""
     right, seen = dict.fromkeys(HEADS, 0), dict.fromkeys(HEADS, 0)
-    for pixels, maps, _counts, _ in batches:
-        with torch.autocast(pixels.device.type, torch.bfloat16):
+    device = next(reader.parameters()).device
+    for pixels, maps in ((pixels.to(device), maps.to(device)) for pixels, maps, *_ in batches):
+        with autocast(pixels.device.type):
             patch_logits, _ = reader(normalized(pixels))
         for index, logits in enumerate(patch_logits.split(list(HEADS.values()), -1)):
             name = list(HEADS)[index]
@@ -161,45 +195,36 @@ def accuracies(reader: Reader, batches: list) -> dict[str, float]:
     return {name: right[name] / max(1, seen[name]) for name in HEADS}
 
 
-def optimizers_of(reader: Reader) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for everything else."""
-    layers = transformer_layers(reader.vision, reader.vision.config.num_hidden_layers, "vision tower")
-    matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
-    held = {id(p) for p in matrices}
-    others = [p for p in reader.parameters() if id(p) not in held]
-    return [
-        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.02),
-    ]
-
-
 def learning_rate_share(step: int, steps: int) -> float:
     """Warm-up, a plateau, and a straight fall to 0 at the end."""
     return min((step + 1) / WARMUP, 1.0, max(0.0, (steps - step) / (DECAY * steps)))
 
 
-def train(output: Path, steps: int, seed: int = 0, workers: int = 1):
-    """Train for `steps` steps, go on from the last checkpoint if there is one, and save the frozen tower."""
+def train(output: Path, steps: int, seed: int = 0, workers: int = 1, start: Path | None = None, device: str = "cpu"):
+    """Train for `steps` steps, go on from the last checkpoint if there is one, and save the frozen tower.
+
+    `start`: a Pheye, to begin with its tower instead of from nothing.
+    """
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     reader = Reader(vision_config())
-    optimizers = optimizers_of(reader)
-    base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    start = load_checkpoint(output, reader, optimizers)
-    tests = [Batches(seed, 6, held_out=True)[index] for index in range(6)]
-    data = Batches(seed, (steps + ECHOES - 1) // ECHOES)
-    order = range(start // ECHOES, len(data))
-    loader = DataLoader(
-        data, batch_size=None, sampler=order, num_workers=workers, prefetch_factor=8 if workers else None
-    )
-    step, began, losses = start, time.time(), []
-    for pixels, maps, counts, is_page in loader:
+    if start is not None:
+        trained = PheyeForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+        reader.vision.load_state_dict(trained.pheye.vision_tower.state_dict())
+    reader.to(device)
+    optimizers = optimizers_for(reader, reader.vision, 3e-3, 1.5e-3)
+    step = load_checkpoint(output, reader, optimizers)
+    tests = list(drawn(range(TEST_BATCHES), seed, True, workers, False)) if step < steps else []
+    order = range(step // ECHOES, math.ceil(steps / ECHOES))
+    began, losses = time.time(), []
+    for arrays in drawn(order, seed, False, workers, ahead=device != "cpu"):
+        pixels, maps, counts, is_page = (array.to(device) for array in arrays)
         for _ in range(ECHOES):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            for optimizer, rates in zip(optimizers, base_rates, strict=True):
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * learning_rate_share(step, steps)
-            loss = loss_of(reader, normalized(recoloured(pixels, is_page, generator)), maps, counts)
+            set_learning_rates(optimizers, learning_rate_share(step, steps))
+            inverted = 0.5 * (1 - ease_of(step // ECHOES))  # dark letters come first
+            views = normalized(recoloured(pixels, is_page, generator, inverted))
+            loss = loss_of(reader, views, maps, counts)
             loss.backward()
             nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
             for optimizer in optimizers:
@@ -208,11 +233,8 @@ def train(output: Path, steps: int, seed: int = 0, workers: int = 1):
             losses.append(loss.item())
             step += 1
             if step % LOG_EVERY == 0 or step == steps:
-                entry = {
-                    "step": step,
-                    "loss": round(sum(losses) / len(losses), 4),
-                    "seconds": round(time.time() - began),
-                }
+                entry = {"step": step, "loss": round(sum(losses) / len(losses), 4)}
+                entry["seconds"] = round(time.time() - began)
                 if step % TEST_EVERY == 0 or step == steps:
                     entry |= {name: round(value, 4) for name, value in accuracies(reader, tests).items()}
                 log(output, entry)
@@ -228,9 +250,11 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
+    parser.add_argument("--start", type=Path, help="folder of a Pheye whose tower to begin with")
+    parser.add_argument("--device", default=default_device())
     arguments = parser.parse_args()
-    train(arguments.output, arguments.steps, arguments.seed, arguments.workers)
+    train(**vars(arguments))
 
 
 if __name__ == "__main__":

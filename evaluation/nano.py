@@ -1,0 +1,310 @@
+"""How well Pheye-nano reads and counts, on drawn pictures with words, fonts and photographs that it never saw.
+
+    python -m pheye.evaluation.nano --model FOLDER_OR_ID --output FOLDER [--count 1000] [--reduced 448 224]
+
+writes into FOLDER the answers, nano.json, the tables nano.md and their plot nano.png: exact reading of the sign, share
+of wrong characters, questions about shapes; the same by tertile of letter height, with the picture first reduced to
+fewer pixels (the paper's Tables 1 and 2), and the attention on the global view by tertile (its Figure 4). The same
+command goes on after a kill. Any Pheye trained on these pictures can be measured.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from ..answering import Request, answer, exit_status, open_model, require, versions, write_atomically
+from ..benchmarks.measuring import machine
+from ..caption import at_least
+from ..image_processing_pheye import resize
+from .anls import edit_distance
+from .attention import default_device, global_shares
+from .bootstrap import confidence_interval
+from .detail import TERTILES
+
+SEED = 2501
+LETTERS = 3, 7  # of the word on the sign, fewest and most
+CAP_HEIGHTS = 0.025, 0.06  # of its capitals over the picture's height
+SIGN, SHAPES = "sign", "shapes"  # kinds of question
+LOOKED_AT = 300  # pictures whose attention is measured
+
+
+@dataclass
+class Sample:
+    """A held-out picture, drawn anew whenever it is needed, with its two questions and answers."""
+
+    index: int
+    word: str
+    cap_height: float
+    shape_question: tuple[str, str]
+
+    def image(self, reduced: int | None = None) -> Image.Image:
+        """The picture; with `reduced`, stretched to a square of so many pixels a side, as the views are."""
+        image = draw(self.index).image
+        return resize(image, (reduced, reduced), Image.Resampling.BICUBIC) if reduced else image
+
+
+def draw(index: int):
+    """Held-out picture number `index`: a sign with one word, real or made-up, and up to five shapes."""
+    from pheye.training.nano import pictures, words
+
+    rng = random.Random(f"held out {SEED} {index}")
+    text = words.word(rng, True, *LETTERS)
+    return pictures.scene(rng, True, cap_heights=CAP_HEIGHTS, text=text)
+
+
+def held_out_samples(count: int) -> list[Sample]:
+    """The first `count` held-out pictures."""
+    from pheye.training.nano import questions
+
+    samples = []
+    for index in range(count):
+        picture = draw(index)
+        asked = questions.shape_questions(random.Random(f"shapes {SEED} {index}"), picture, 1)
+        samples.append(Sample(index, picture.signs[0], picture.cap_height, asked[0]))
+    return samples
+
+
+def requests_of(samples: Sequence[Sample], reduced: int | None) -> list[Request]:
+    """Both questions about each picture; about a reduced one only that for the sign."""
+    from pheye.training.nano.questions import SIGN as QUESTION
+
+    groups = tertiles_of(samples)
+    requests = []
+    for sample, group in zip(samples, groups, strict=True):
+        image = partial(sample.image, reduced)
+        asked = [(SIGN, QUESTION, sample.word)]
+        if not reduced:
+            asked.append((SHAPES, *sample.shape_question))
+        for kind, question, reference in asked:
+            fields = {"kind": kind, "question": question, "reference": reference, "tertile": group}
+            fields["cap_height"] = round(sample.cap_height, 5)
+            requests.append(Request(f"{sample.index}-{kind}", image, question, fields))
+    return requests
+
+
+def tertiles_of(samples: Sequence[Sample]) -> list[str]:
+    """Small, medium or large: each sample's letters among those of all."""
+    order = sorted(range(len(samples)), key=lambda place: samples[place].cap_height)
+    ranks = {place: rank for rank, place in enumerate(order)}
+    return [TERTILES[ranks[place] * len(TERTILES) // len(samples)] for place in range(len(samples))]
+
+
+# --- Scores ---
+
+
+def is_exact(row: dict) -> bool:
+    return row.get("answer", "").strip() == row["reference"]
+
+
+def character_error(rows: Sequence[dict]) -> float:
+    """Edits that turn the answers into the words, over the number of the words' letters."""
+    edits = sum(edit_distance(row.get("answer", "").strip(), row["reference"]) for row in rows)
+    return edits / sum(len(row["reference"]) for row in rows)
+
+
+def summary(rows: Sequence[dict]) -> dict:
+    """Share of exact answers with its 95 % interval, and the share of wrong characters."""
+    exact = [float(is_exact(row)) for row in rows]
+    low, high = confidence_interval(exact)
+    return {
+        "questions": len(rows),
+        "exact": round(sum(exact) / len(exact), 4),
+        "interval": [round(low, 4), round(high, 4)],
+        "character_error": round(character_error(rows), 4),
+    }
+
+
+def scores(rows: Sequence[dict]) -> dict:
+    """Summaries by kind of question and, for signs, by tertile of the letters' height."""
+    signs = [row for row in rows if row["kind"] == SIGN]
+    shapes = [row for row in rows if row["kind"] == SHAPES]
+    found = {SIGN: summary(signs)}
+    found["by_tertile"] = {name: summary([row for row in signs if row["tertile"] == name]) for name in TERTILES}
+    if shapes:
+        found[SHAPES] = summary(shapes)
+        starts = {"How many": "how many", "Is there": "is there", "What colour": "what colour"}
+        for start, name in starts.items():
+            chosen = [row for row in shapes if row["question"].startswith(start)]
+            if chosen:
+                found[name] = summary(chosen)
+    return found
+
+
+# --- Tables and plot ---
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def scores_table(found: dict) -> list[str]:
+    """Markdown: what is asked, how often the answer is right, characters wrong."""
+    lines = ["| question | asked | exactly right (95 % interval) | characters wrong |", "| --- | --- | --- | --- |"]
+    titles = {SIGN: "what is written on the sign", SHAPES: "shapes, all questions"}
+    for name in (SIGN, SHAPES, "how many", "is there", "what colour"):
+        if name in found:
+            one = found[name]
+            low, high = map(percent, one["interval"])
+            wrong = f"{percent(one['character_error'])} %" if name == SIGN else ""
+            lines.append(
+                f"| {titles.get(name, name)} | {one['questions']} | {percent(one['exact'])} % ({low} to {high}) "
+                f"| {wrong} |"
+            )
+    return lines
+
+
+def resolution_table(by_input: dict[str, dict]) -> list[str]:
+    """Markdown: exact reading by tertile of letter height, a row for each input."""
+    lines = ["| input | all | small letters | medium | large |", "| --- | --- | --- | --- | --- |"]
+    for name, found in by_input.items():
+        cells = [percent(found[SIGN]["exact"]), *(percent(found["by_tertile"][group]["exact"]) for group in TERTILES)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def attention_table(attention: dict) -> list[str]:
+    """Markdown: mean share of attention on the global view, a column for each block."""
+    layers = attention["layers"]
+    lines = [f"| letters | {' | '.join(f'layer {layer}' for layer in layers)} |", "| --- " * (len(layers) + 1) + "|"]
+    for group in attention["tertiles"]:
+        lines.append(f"| {group['tertile']} | {' | '.join(percent(share) for share in group['global_share'])} |")
+    return lines
+
+
+def plot(result: dict, path: Path):
+    """Exact reading by tertile and input; attention on the global view by block and tertile."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    reading, looking = figure.subplots(1, 2)
+    for name, found in result["inputs"].items():
+        shares = [100 * found["by_tertile"][group]["exact"] for group in TERTILES]
+        reading.plot(TERTILES, shares, marker="o", label=name)
+    reading.set(xlabel="height of letters", ylabel="words read exactly in %", ylim=(0, 100))
+    reading.legend(title="input")
+    for group in result["attention"]["tertiles"]:
+        shares = [100 * share for share in group["global_share"]]
+        looking.plot(result["attention"]["layers"], shares, marker="o", label=group["tertile"])
+    looking.set_xticks(result["attention"]["layers"])
+    looking.set(xlabel="layer of the language model behind the block", ylabel="attention on the global view in %")
+    looking.legend(title="height of letters")
+    figure.savefig(path, dpi=120)
+
+
+REPORT = """# Pheye-nano on held-out pictures
+
+`python -m pheye.evaluation.nano --model {model} --output FOLDER --count {count}`; {machine}.
+
+Signs with one word, real or made-up, of {letters[0]} to {letters[1]} letters; capitals of {lowest} to {highest} % of
+the picture's height. Words, fonts and photographs that training never showed. Intervals are over the pictures
+(bootstrap), not over trainings.
+
+{scores}
+
+## Resolution
+
+Words read exactly, in %, by tertile of letter height: the picture in full, or first reduced to fewer pixels.
+
+{resolution}
+
+## Attention on the global view
+
+Mean share, in %, per block while the answer is written; the first {looked_at} pictures.
+
+{attention}
+
+![Reading by resolution, and attention](nano.png)
+"""
+
+
+def report(result: dict) -> str:
+    return REPORT.format(
+        model=result["model"],
+        count=result["pictures"],
+        machine=result["machine"],
+        letters=LETTERS,
+        lowest=percent(CAP_HEIGHTS[0]),
+        highest=percent(CAP_HEIGHTS[1]),
+        scores="\n".join(scores_table(result["inputs"]["full"])),
+        resolution="\n".join(resolution_table(result["inputs"])),
+        looked_at=min(LOOKED_AT, result["pictures"]),
+        attention="\n".join(attention_table(result["attention"])),
+    )
+
+
+# --- The command ---
+
+
+def looked_at(samples: Sequence[Sample]) -> Iterator[dict]:
+    """Pictures for the attention, drawn one at a time."""
+    from pheye.training.nano.questions import SIGN as QUESTION
+
+    for sample, group in zip(samples, tertiles_of(samples), strict=True):
+        yield {"_line": sample.index, "image": sample.image(), "prompt": QUESTION, "tertile": group}
+
+
+def run(args: argparse.Namespace):
+    require("matplotlib")
+    samples = held_out_samples(args.count)
+    revision, load = open_model(args.model, args.revision, "auto", args.device)
+    inputs = {}
+    for reduced in (None, *args.reduced):
+        name = f"reduced to {reduced}" if reduced else "full"
+        settings = {"model": args.model, "revision": revision, "seed": SEED, "count": args.count, "reduced": reduced}
+        rows = answer(
+            load,
+            requests_of(samples, reduced),
+            args.output / f"answers-{reduced or 'full'}.jsonl",
+            batch_size=args.batch_size,
+            generate_kwargs={"max_new_tokens": 16, "do_sample": False},
+            settings=settings,
+        )
+        inputs[name] = scores([json.loads(line) for line in rows.read_text().splitlines()])
+    model, processor = load()
+    attention = global_shares(model, processor, looked_at(samples[:LOOKED_AT]), 16)
+    result = {
+        "model": args.model,
+        "revision": revision,
+        "pictures": args.count,
+        "machine": machine(args.device),
+        "versions": versions(),
+        "inputs": inputs,
+        "attention": attention,
+    }
+    plot(result, args.output / "nano.png")
+    write_atomically(args.output / "nano.json", [json.dumps(result, indent=1).encode() + b"\n"])
+    write_atomically(args.output / "nano.md", [report(result).encode()])
+    print("\n".join(scores_table(inputs["full"])))
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pheye.evaluation.nano",
+        description="Score a Pheye on drawn pictures that training never showed.",
+    )
+    parser.add_argument("--model", required=True, metavar="FOLDER_OR_ID")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
+    parser.add_argument("--count", type=at_least(3), default=1000, help="pictures (default: %(default)s)")
+    parser.add_argument(
+        "--reduced", type=at_least(1), nargs="*", default=[448, 224], help="sides, in pixels (default: 448 224)"
+    )
+    parser.add_argument("--batch_size", type=at_least(1), default=8, help="(default: %(default)s)")
+    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return exit_status(run, parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

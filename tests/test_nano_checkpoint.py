@@ -1,0 +1,99 @@
+"""The Pheye that ships: small, with one copy of the code, loaded and pushed like any other; and it reads."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import pipeline
+
+import pheye
+from pheye import PheyeForConditionalGeneration
+from pheye.training.nano import pictures, words
+from pheye.training.nano.questions import SIGN
+
+from hub_server import FakeHub
+from tiny import tiny_image
+
+ROOT = Path(__file__).parent.parent
+NANO = ROOT / "checkpoints" / "pheye-nano"
+CODE = sorted(file.name for file in ROOT.glob("*_pheye.py"))
+
+LOAD = """
+import json, sys
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+folder = sys.argv[1]
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+pipe = pipeline("image-to-text", model=folder, trust_remote_code=True)
+[answer] = pipe("image.png", prompt="Is there a circle?", max_new_tokens=5)
+print("REPORT" + json.dumps([type(model).__name__, type(processor).__name__, answer, "pheye" in sys.modules]))
+"""
+
+PUSH = """
+import sys
+from huggingface_hub import HfApi
+
+HfApi().create_repo("me/nano")
+HfApi().upload_folder(repo_id="me/nano", folder_path=sys.argv[1])
+"""
+
+
+def run(script: str, folder: Path, environment: dict[str, str] | None = None) -> str:
+    tiny_image().save(folder / "image.png")
+    command = [sys.executable, "-c", script, NANO]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **(environment or {})}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_it_is_small():
+    model = PheyeForConditionalGeneration.from_pretrained(NANO)
+    assert model.num_parameters() <= 12_000_000
+    assert sum(file.stat().st_size for file in NANO.iterdir()) <= 25_000_000
+    assert model.config.tiles_per_side == 3 and model.config.cross_attention_interval == 2
+    assert model.pheye.global_lora and model.pheye.local_lora
+
+
+def test_its_code_is_that_of_the_repository():
+    assert sorted(file.name for file in NANO.glob("*.py")) == CODE
+    for name in CODE:
+        assert (NANO / name).readlink() == Path("../..") / name
+
+
+def test_its_folder_loads_by_its_own_code_in_a_fresh_process(tmp_path):
+    model, processor, [answer], is_pheye_imported = json.loads(run(LOAD, tmp_path).rpartition("REPORT")[2])
+    assert (model, processor) == ("PheyeForConditionalGeneration", "PheyeProcessor") and not is_pheye_imported
+    assert answer["generated_text"] in ("yes", "no")
+
+
+def test_pushing_it_uploads_files_not_links(tmp_path):
+    with FakeHub() as hub:
+        run(PUSH, tmp_path, hub.environment(tmp_path / "cache"))
+        repo = hub.repos["me/nano"]
+        files = repo.commits[repo.branches["main"]].files
+        for name in CODE:
+            assert hub.contents[files[name]] == (ROOT / name).read_bytes(), name
+
+
+def read(pipe, texts: list[str], seed: int) -> list[str]:
+    rng = random.Random(seed)
+    signs = [pictures.scene(rng, True, sizes=(400, 1000), cap_heights=(0.03, 0.06), text=text) for text in texts]
+    return [answer["generated_text"] for [answer] in pipe([sign.image for sign in signs], prompt=SIGN)]
+
+
+@pytest.mark.slow
+def test_it_reads_new_signs():
+    pheye.register()
+    pipe = pipeline("image-to-text", model=str(NANO), pipeline_class=pheye.PheyeImageToTextPipeline, dtype="float32")
+    rng = random.Random("new signs")
+    texts = [words.word(rng, True, 3, 7) for _ in range(10)]
+    answers = read(pipe, texts, seed=10)
+    assert sum(answer == text for answer, text in zip(answers, texts, strict=True)) >= 9, (answers, texts)

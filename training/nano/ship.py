@@ -1,0 +1,82 @@
+"""Put a trained Pheye-nano into the repository.
+
+    python -m pheye.training.nano.ship --runs nano/vision nano/language nano/stage1 nano/stage2 nano/stage3 \
+        --output checkpoints/pheye-nano
+
+The model is that of the last run, in bfloat16. Beside it go `log.jsonl`, every logged step of all runs, and their
+losses as a picture, training.png. The code files in it are links to the repository's own, so that there is one copy.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+import pheye
+from pheye import PheyeForConditionalGeneration, PheyeProcessor
+from pheye.answering import write_atomically
+from pheye.training.trainer import last_checkpoint
+
+from .checkpoints import LOG
+
+
+def read_log(run: Path) -> list[dict]:
+    """What a run logged, step by step; of steps that it took twice, after a kill, the second time.
+
+    Raises:
+        ValueError: if `run` is no folder of a run.
+    """
+    if (run / LOG).is_file():
+        rows = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
+    elif (checkpoint := last_checkpoint(run)) is not None:
+        rows = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    else:
+        raise ValueError(f"{run} holds neither {LOG} nor a checkpoint; give the folders of runs.")
+    by_step = {row["step"]: {"run": run.name, **row} for row in rows if "loss" in row}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def plot(logs: list[list[dict]], path: Path):
+    """The loss of each run over its steps, side by side."""
+    figure = Figure(figsize=(3 * len(logs), 3), layout="constrained")
+    for axes, rows in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs, strict=True):
+        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows])
+        axes.set(title=rows[0]["run"], xlabel="step")
+        axes.set_ylim(bottom=0)
+    figure.suptitle("loss")
+    figure.savefig(path, dpi=100)
+
+
+def link_code(folder: Path, root: Path):
+    """Replace the code files in `folder` by relative links to those in `root`."""
+    for file in folder.glob("*_pheye.py"):
+        file.unlink()
+        file.symlink_to(os.path.relpath(root / file.name, folder))
+
+
+def ship(runs: list[Path], output: Path):
+    """Write everything but the model card, which is written by hand."""
+    logs = [read_log(run) for run in runs]
+    model = PheyeForConditionalGeneration.from_pretrained(runs[-1], dtype=torch.bfloat16)
+    model.save_pretrained(output)
+    PheyeProcessor.from_pretrained(runs[-1]).save_pretrained(output)
+    link_code(output, Path(pheye.__file__).parent)
+    write_atomically(output / LOG, (f"{json.dumps(row)}\n".encode() for rows in logs for row in rows))
+    plot(logs, output / "training.png")
+    size = (output / "model.safetensors").stat().st_size
+    print(f"{output}: {model.num_parameters():,} parameters, {size / 1e6:.1f} MB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders, in order")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    ship(arguments.runs, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
