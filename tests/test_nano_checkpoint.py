@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from transformers import pipeline
 
 import pheye
@@ -83,17 +84,50 @@ def test_pushing_it_uploads_files_not_links(tmp_path):
             assert hub.contents[files[name]] == (ROOT / name).read_bytes(), name
 
 
-def read(pipe, texts: list[str], seed: int) -> list[str]:
+def signs(texts: list[str], seed: int) -> list[Image.Image]:
+    """Pictures with fonts and photographs that training never showed, one for each text."""
     rng = random.Random(seed)
-    signs = [pictures.scene(rng, True, sizes=(400, 1000), cap_heights=(0.03, 0.06), text=text) for text in texts]
-    return [answer["generated_text"] for [answer] in pipe([sign.image for sign in signs], prompt=SIGN)]
+    options = {"sizes": (400, 1000), "cap_heights": (0.03, 0.06)}
+    return [pictures.scene(rng, True, text=text, **options).image for text in texts]
+
+
+def read(folder: Path, images: list[Image.Image]) -> list[str]:
+    pheye.register()
+    kind = pheye.PheyeImageToTextPipeline
+    pipe = pipeline("image-to-text", model=str(folder), pipeline_class=kind, dtype="float32")
+    return [answer["generated_text"] for [answer] in pipe(images, prompt=SIGN, max_new_tokens=12)]
+
+
+def new_words(count: int) -> list[str]:
+    rng = random.Random("new words")
+    return [words.word(rng, True, 3, 7) for _ in range(count)]
 
 
 @pytest.mark.slow
 def test_it_reads_new_signs():
-    pheye.register()
-    pipe = pipeline("image-to-text", model=str(NANO), pipeline_class=pheye.PheyeImageToTextPipeline, dtype="float32")
-    rng = random.Random("new signs")
-    texts = [words.word(rng, True, 3, 7) for _ in range(10)]
-    answers = read(pipe, texts, seed=10)
+    texts = new_words(10)
+    answers = read(NANO, signs(texts, seed=10))
     assert sum(answer == text for answer, text in zip(answers, texts, strict=True)) >= 9, (answers, texts)
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_a_list_of_words_makes_it_read_them_better(tmp_path):
+    listed = new_words(8)
+    rows = []
+    for number, image in enumerate(signs(listed * 20, seed=1)):
+        image.save(tmp_path / f"{number}.jpg")
+        turns = [{"from": "human", "value": SIGN}, {"from": "gpt", "value": listed[number % 8]}]
+        rows.append({"id": number, "image": f"{number}.jpg", "conversations": turns})
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = "--bf16 False --learning_rate 1e-3 --per_device_train_batch_size 16 --effective_batch_size 16"
+    command = ["-m", "pheye.training.train", "--model", NANO, "--data", tmp_path / "data.jsonl"]
+    subprocess.run(
+        [sys.executable, *command, "--output", tmp_path / "tuned", "--num_train_epochs", "2", *options.split()],
+        check=True,
+    )
+    images = signs(listed * 3, seed=2)
+    before, after = (
+        sum(answer == text for answer, text in zip(read(folder, images), listed * 3, strict=True))
+        for folder in (NANO, tmp_path / "tuned")
+    )
+    assert after > before or after == len(images), (before, after)

@@ -1,6 +1,6 @@
 """Stage 0 for the words: a byte-level BPE tokenizer and a small language model, trained on the texts it needs.
 
-    python -m pheye.training.nano.language --output FOLDER [--steps 800]
+    python -m pheye.training.nano.language --output FOLDER [--steps 500]
 
 The texts are Pheye's prompts with answers about pictures that nobody drew. Half of them give the answer away in the
 instruction, spelled with spaces, so that the model learns to write letter by letter what it is told; the others it can
@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
+from pheye.evaluation.attention import default_device
 from pheye.image_processing_pheye import PheyeImageProcessor
 from pheye.processing_pheye import PheyeProcessor
 from pheye.training.collator import IGNORED, encode
@@ -112,19 +113,19 @@ def batch_of(processor: PheyeProcessor, seed: int, step: int) -> tuple[torch.Ten
     return torch.tensor(ids), torch.tensor(labels)
 
 
-def train(output: Path, steps: int, seed: int = 0):
+def train(output: Path, steps: int, seed: int = 0, device: str = "cpu"):
     """Train for `steps` steps, go on from the last checkpoint if there is one, and save model and tokenizer."""
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(seed)
     processor = PheyeProcessor(PheyeImageProcessor(), tokenizer)
-    model = PhiForCausalLM(language_config(len(tokenizer))).train()
+    model = PhiForCausalLM(language_config(len(tokenizer))).train().to(device)
     optimizers = optimizers_for(model, model, 3e-3, 1.5e-3)
     losses = []
     for step in range(load_checkpoint(output, model, optimizers), steps):
         set_learning_rates(optimizers, min(1.0, (step + 1) / WARMUP) * (1 - step / steps))
-        ids, labels = batch_of(processor, seed, step)
-        with autocast("cpu"):
+        ids, labels = (tensor.to(device) for tensor in batch_of(processor, seed, step))
+        with autocast(device):
             loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -144,10 +145,10 @@ def train(output: Path, steps: int, seed: int = 0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    train(arguments.output, arguments.steps, arguments.seed)
+    parser.add_argument("--device", default=default_device())
+    train(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ PAGES, SCENES, CROPS = 12, 1, 3  # of a batch; of each scene the global view and
 ECHOES = 2  # times that a batch is used, its colours changed: drawing costs as much as half of the training
 CHUNK = 25  # batches that are drawn together
 EASY, HARD = 400, 1000  # batches up to which pages are easy, and from which on they are as hard as they will be
-CAP_HEIGHTS, EASY_CAP_HEIGHT = (9, 44), 24  # of pages, in pixels of a view: least and most, and least at first
+CAP_HEIGHTS, EASY_CAP_HEIGHT = (13, 44), 24  # of pages, in pixels of a view: least and most, and least at first
 NOTHING_WEIGHT = 0.15  # of patches without a letter or shape, which are most
 WARMUP, DECAY = 200, 0.3  # steps; share of the steps in which the learning rate falls to 0
 SAVE_EVERY, LOG_EVERY, TEST_EVERY = 250, 50, 250
@@ -253,8 +253,7 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
     parser.add_argument("--start", type=Path, help="folder of a Pheye whose tower to begin with")
     parser.add_argument("--device", default=default_device())
-    arguments = parser.parse_args()
-    train(**vars(arguments))
+    train(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""The ways of training Pheye-nano that are compared, on tiny parts: they differ as they say, and all of them run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPVisionModel, PhiForCausalLM
+
+from pheye.evaluation.nano import SIGN
+from pheye.training.nano import experiments, questions
+from pheye.training.nano.experiments import WAYS, build, main
+
+from tiny import tiny_text_config, tiny_tokenizer, tiny_vision_config
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("parts")
+    CLIPVisionModel(tiny_vision_config(image_size=224, patch_size=56)).save_pretrained(folder / "vision")
+    PhiForCausalLM(tiny_text_config(max_position_embeddings=2048)).save_pretrained(folder / "language")
+    tiny_tokenizer().save_pretrained(folder / "language")
+    return {"vision": folder / "vision", "language": folder / "language"}
+
+
+def test_each_way_differs_as_it_says(parts):
+    models = {name: build(way, **parts, seed=0)[0] for name, way in WAYS.items()}
+    assert models["full"].config.cross_attention_layers == (1, 3) and models["full"].config.views_per_image == 10
+    assert models["k1"].config.views_per_image == 2 and models["every4th"].config.cross_attention_layers == (3,)
+    assert models["one_lora"].pheye.global_lora is models["one_lora"].pheye.local_lora
+    assert models["full"].pheye.global_lora is not models["full"].pheye.local_lora
+    assert not any("lora" in name for name, _ in models["no_lora"].named_parameters())
+    for name, model in models.items():
+        trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained and not any("vision_tower" in key for key in trained)
+        assert any("language_model" in key for key in trained) == (name == "prefix")
+
+
+def test_the_same_seed_gives_the_same_start(parts):
+    first, again, other = (build(WAYS["full"], **parts, seed=seed)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_prefix_model_says_what_its_forward_pass_predicts(parts):
+    model, processor = build(WAYS["prefix"], **parts, seed=0)
+    model.eval()
+    inputs = processor(images=torch.rand(3, 60, 50), text="What?", return_tensors="pt")
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        length = inputs["input_ids"].shape[1]
+        assert torch.equal(ids[:, :length], inputs["input_ids"])
+        logits = model(**inputs, labels=inputs["input_ids"]).logits
+        assert logits.shape[1] == 10 * 17 + length
+        assert logits[0, -1].argmax() == ids[0, length]
+        other = model(**{**inputs, "pixel_values": inputs["pixel_values"] + 1}, labels=inputs["input_ids"]).logits
+        assert not torch.allclose(logits[0, -1], other[0, -1])
+
+
+def test_all_ways_are_trained_and_asked_once(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "BATCH", 2)
+    data = questions.write_data(tmp_path / "data", "tasks", 2, workers=1)
+    command = ["--vision", parts["vision"], "--language", parts["language"], "--data", data, "--workers", "0"]
+    command = [str(word) for word in (*command, "--output", tmp_path / "out")]
+    command += ["--steps", "1", "--seeds", "1", "--count", "3"]
+    main(command)
+    results = {name: tmp_path / "out" / f"{name}-0" / "result.json" for name in WAYS}
+    written = {}
+    for name, path in results.items():
+        result = json.loads(path.read_text())
+        assert result["scores"][SIGN]["questions"] == 3 and result["seconds_per_step"] > 0
+        written[name] = path.stat().st_mtime_ns
+    report = (tmp_path / "out" / "experiments.md").read_text()
+    assert all(way.title in report for way in WAYS.values())
+    main(command)
+    assert {name: path.stat().st_mtime_ns for name, path in results.items()} == written
+    with pytest.raises(ValueError, match="has 2 samples; 2 steps take 4"):
+        main([*command[:-5], "2", *command[-4:], "--ways", "full", "--output", str(tmp_path / "more")])

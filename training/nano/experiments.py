@@ -1,0 +1,234 @@
+"""The paper's claims at a size anyone can run: the same frozen parts, trained on the last stage in several ways.
+
+    python -m pheye.training.nano.experiments --vision nano/vision/vision --language nano/language/language \
+        --data nano/tasks/data.jsonl --output FOLDER [--steps 500] [--seeds 2] [--count 500]
+
+Each way starts from new blocks, takes as many steps with every seed and answers the same held-out questions. FOLDER
+gets a result per run and, from all of them, experiments.md. A run that has a result is not done again.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    PreTrainedModel,
+    get_cosine_schedule_with_warmup,
+)
+
+from pheye import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
+from pheye.answering import answer, versions, write_atomically
+from pheye.benchmarks.measuring import machine
+from pheye.evaluation.attention import default_device
+from pheye.evaluation.nano import SHAPES, SIGN, Sample, held_out_samples, percent, requests_of, scores
+from pheye.training.collator import IGNORED, PheyeCollator
+from pheye.training.data import Mixture, Source
+from pheye.training.trained import choose_trained
+
+BATCH, RATE, WARMUP = 32, 1e-3, 30
+TOKENS = 16  # of an answer
+COSTS = "seconds_per_step", "seconds_per_question"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to join the two frozen parts; `config` has what differs from Pheye-nano's own."""
+
+    title: str
+    config: dict = field(default_factory=dict)
+    shares_lora: bool = False
+    is_prefix: bool = False
+
+
+WAYS = {
+    "full": Way("Pheye-nano: k = 3, blocks before every 2nd layer, two LoRA sets"),
+    "k1": Way("k = 1", {"tiles_per_side": 1}),
+    "every4th": Way("blocks before every 4th layer", {"cross_attention_interval": 4}),
+    "one_lora": Way("one LoRA set for all views", shares_lora=True),
+    "no_lora": Way("no LoRA", {"global_lora_rank": 0, "local_lora_rank": 0}),
+    "prefix": Way("LLaVA-style prefix; its language model trains, too", is_prefix=True),
+}
+
+
+class Prefix(nn.Module):
+    """A LLaVA-style model: all tokens of all views stand before the text, brought to its width by two linears.
+
+    As in LLaVA's recipe the language model trains with them, and the vision tower is frozen.
+    """
+
+    def __init__(self, vision_tower: CLIPVisionModel, language_model: PreTrainedModel):
+        super().__init__()
+        self.vision_tower, self.language_model = vision_tower.requires_grad_(False), language_model
+        width, text_width = vision_tower.config.hidden_size, language_model.config.hidden_size
+        self.projector = nn.Sequential(nn.Linear(width, text_width), nn.GELU(), nn.Linear(text_width, text_width))
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.device
+
+    def joined(self, input_ids, attention_mask, pixel_values) -> dict[str, torch.Tensor]:
+        """Embeddings (B, V * N + T, D) and their mask."""
+        states = self.vision_tower(pixel_values.flatten(0, 1)).last_hidden_state  # (B * V, N, D)
+        prefix = self.projector(states.unflatten(0, (len(input_ids), -1)).flatten(1, 2))
+        embeddings = torch.cat([prefix, self.language_model.get_input_embeddings()(input_ids)], 1)
+        mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], 1)
+        return {"inputs_embeds": embeddings, "attention_mask": mask}
+
+    def forward(self, input_ids, attention_mask, pixel_values, labels):
+        inputs = self.joined(input_ids, attention_mask, pixel_values)
+        ignored = labels.new_full((len(labels), inputs["inputs_embeds"].shape[1] - labels.shape[1]), IGNORED)
+        return self.language_model(**inputs, labels=torch.cat([ignored, labels], 1))
+
+    def generate(self, input_ids, attention_mask, pixel_values, **kwargs) -> torch.Tensor:
+        ids = self.language_model.generate(**self.joined(input_ids, attention_mask, pixel_values), **kwargs)
+        return torch.cat([input_ids, ids], 1)
+
+
+def build(way: Way, vision: Path, language: Path, seed: int) -> tuple[nn.Module, PheyeProcessor]:
+    """A new model with its trained parts chosen, and its processor."""
+    torch.manual_seed(seed)
+    config = {"tiles_per_side": 3, "cross_attention_interval": 2, **way.config}
+    processor = PheyeProcessor(
+        PheyeImageProcessor(tiles_per_side=config["tiles_per_side"]), AutoTokenizer.from_pretrained(language)
+    )
+    if way.is_prefix:
+        parts = CLIPVisionModel.from_pretrained(vision), AutoModelForCausalLM.from_pretrained(language)
+        return Prefix(*parts), processor
+    model = PheyeForConditionalGeneration.from_pretrained_parts(vision, language, **config)
+    if way.shares_lora:
+        model.pheye.global_lora = model.pheye.local_lora
+    choose_trained(model)
+    return model, processor
+
+
+def train(model: nn.Module, loader: DataLoader, steps: int, device: str) -> float:
+    """Train for `steps` steps on what requires gradients; the median seconds of a step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.98))
+    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, steps)
+    model.train()
+    batches, seconds = iter(loader), []
+    for _ in tqdm(range(steps), unit=" steps"):
+        batch = next(batches)
+        names = ("input_ids", "attention_mask", "pixel_values", "labels")
+        batch = {name: batch[name].to(device) for name in names}
+        begin = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            loss = model(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - begin if loss.isfinite() else float("nan"))  # waits for the device
+    return statistics.median(seconds)
+
+
+def run(name: str, seed: int, samples: list[Sample], args: argparse.Namespace) -> dict:
+    """Train and ask one way with one seed; its result, also in a file, from which it is read the next time."""
+    folder = args.output / f"{name}-{seed}"
+    if (folder / "result.json").is_file():
+        return json.loads((folder / "result.json").read_text())
+    model, processor = build(WAYS[name], args.vision, args.language, seed)
+    model.to(args.device)
+    data = Mixture([Source(str(args.data), turns=None)], seed)
+    if len(data) < BATCH * args.steps:
+        raise ValueError(f"{args.data} has {len(data)} samples; {args.steps} steps take {BATCH * args.steps}.")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    collator = PheyeCollator(processor)
+    loader = DataLoader(data, BATCH, sampler=order, collate_fn=collator, num_workers=args.workers)
+    seconds = train(model, loader, args.steps, args.device)
+    model.eval()
+    folder.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    rows = answer(
+        lambda: (model, processor),
+        requests_of(samples, None),
+        folder / "answers.jsonl",
+        batch_size=8,
+        generate_kwargs={"max_new_tokens": TOKENS, "do_sample": False},
+        settings={"way": name, "seed": seed, "steps": args.steps, "time": time.time()},
+    )
+    found = scores([json.loads(line) for line in rows.read_text().splitlines()])
+    result = {
+        "way": name,
+        "seed": seed,
+        "steps": args.steps,
+        "seconds_per_step": round(seconds, 3),
+        "seconds_per_question": round((time.perf_counter() - begin) / (2 * len(samples)), 3),
+        "scores": found,
+    }
+    write_atomically(folder / "result.json", [json.dumps(result, indent=1).encode() + b"\n"])
+    return result
+
+
+REPORT = """# Pheye-nano in several ways
+
+`python -m pheye.training.nano.experiments`, {steps} steps of {batch} samples of the last stage, from new blocks;
+{seeds} seeds (mean, and each), {count} held-out pictures with two questions each; {machine}; {versions}.
+
+| way | signs read exactly, % | characters wrong, % | shapes, % | s per step | s per question |
+| --- | --- | --- | --- | --- | --- |
+{rows}
+"""
+
+
+def cell(values: list[float]) -> str:
+    return f"{percent(statistics.mean(values))} ({', '.join(map(percent, values))})"
+
+
+def report(results: list[dict], args: argparse.Namespace) -> str:
+    lines = []
+    for name, way in WAYS.items():
+        runs = [result for result in results if result["way"] == name]
+        if runs:
+            signs = [one["scores"][SIGN] for one in runs]
+            cells = [
+                way.title,
+                cell([one["exact"] for one in signs]),
+                cell([one["character_error"] for one in signs]),
+                cell([one["scores"][SHAPES]["exact"] for one in runs]),
+                *(f"{statistics.mean(one[cost] for one in runs):.2f}" for cost in COSTS),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return REPORT.format(
+        steps=args.steps,
+        batch=BATCH,
+        seeds=args.seeds,
+        count=args.count,
+        machine=machine(args.device),
+        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+        rows="\n".join(lines),
+    )
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vision", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--language", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--count", type=int, default=500, help="held-out pictures")
+    parser.add_argument("--workers", type=int, default=2, help="processes that open pictures")
+    parser.add_argument("--device", default=default_device())
+    args = parser.parse_args(argv)
+    samples = held_out_samples(args.count)
+    results = [run(name, seed, samples, args) for seed in range(args.seeds) for name in args.ways]
+    write_atomically(args.output / "experiments.md", [report(results, args).encode()])
+
+
+if __name__ == "__main__":
+    main()
