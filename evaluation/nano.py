@@ -265,6 +265,7 @@ def run(args: argparse.Namespace):
             batch_size=args.batch_size,
             generate_kwargs={"max_new_tokens": 16, "do_sample": False},
             settings=settings,
+            workers=args.workers,
         )
         inputs[name] = scores([json.loads(line) for line in rows.read_text().splitlines()])
     model, processor = load()
@@ -296,6 +297,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--reduced", type=at_least(1), nargs="*", default=[448, 224], help="sides, in pixels (default: 448 224)"
     )
     parser.add_argument("--batch_size", type=at_least(1), default=8, help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that draw (default: %(default)s)")
     parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
     return parser.parse_args(argv)

@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--signs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    model = PheyeForConditionalGeneration.from_pretrained(arguments.model, dtype="float32")
+    model = PheyeForConditionalGeneration.from_pretrained(arguments.model)
     processor = PheyeProcessor.from_pretrained(arguments.model)
     pipe = PheyeImageToTextPipeline(model=model, processor=processor)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,7 @@ def signs(texts: list[str], seed: int) -> list[Image.Image]:
 def read(folder: Path, images: list[Image.Image]) -> list[str]:
     pheye.register()
     kind = pheye.PheyeImageToTextPipeline
-    pipe = pipeline("image-to-text", model=str(folder), pipeline_class=kind, dtype="float32")
+    pipe = pipeline("image-to-text", model=str(folder), pipeline_class=kind)
     return [answer["generated_text"] for [answer] in pipe(images, prompt=SIGN, max_new_tokens=12)]
 
 

@@ -71,7 +71,7 @@ def test_the_command_writes_tables_and_plot_and_goes_on_where_it_stopped(tmp_pat
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "model")
     command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
-    command += ["--count", "3", "--reduced", "64", "--batch_size", "2"]
+    command += ["--count", "3", "--reduced", "64", "--batch_size", "2", "--workers", "0"]
     assert nano.main(command) == 0
     result = json.loads((tmp_path / "out" / "nano.json").read_text())
     assert result["inputs"].keys() == {"full", "reduced to 64"} and result["pictures"] == 3

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import pheye
 from pheye import PheyeForConditionalGeneration
@@ -37,9 +38,10 @@ def test_the_folder_has_weights_logs_and_links_to_the_code(tmp_path, monkeypatch
         assert file.is_symlink() and not file.readlink().is_absolute()
         assert file.resolve() == Path(pheye.__file__).parent.resolve() / file.name
     shipped = PheyeForConditionalGeneration.from_pretrained(output)
-    assert shipped.dtype == torch.bfloat16
+    stored = load_file(output / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.bfloat16} and shipped.dtype == torch.float32
     for name, weight in shipped.state_dict().items():
-        assert torch.equal(weight, model.state_dict()[name].bfloat16()), name
+        assert torch.equal(weight, model.state_dict()[name].bfloat16().float()), name
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [(row["run"], row["step"], row["loss"]) for row in rows] == [
         ("vision", 1, 3.0), ("vision", 2, 2.0), ("stage", 1, 1.0),

@@ -20,7 +20,8 @@ UNFIT = re.compile(
     r"Thin|Hairline|ExtraLight|Light$|Symbol|Math|Script|Initial|^cm(ex|mi|sy)|^STIX(Non|Siz)|LastResort|Fallback"
     r"|^(Z003|D050000L|texgyrechorus|LinBiolinum_K|LinLibertine_I|OCRBX|LobsterTwo|lobster|DejaVu.*Display)"
     r"|^font_awesome|FontAwesome|Variable|\["
-    r"|^(Blankenburg|Caliban|Domestic|Ecolier|Isabella|Junkyard|PenguinAttack|StayPuft|Wargames)"
+    r"|^(Blankenburg|Caliban|Cupola|Domestic|Ecolier|El_Abogado|Isabella|It_wasn|Junkyard|OCRB[EF]|Oldania)"
+    r"|^(PenguinAttack|StayPuft|Wargames|f500|femkeklaver)"
 )
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 MEASURED_AT = 100  # pixels

@@ -3,8 +3,9 @@
     python -m pheye.training.nano.ship --runs nano/vision nano/language nano/stage1 nano/stage2 nano/stage3 \
         --output checkpoints/pheye-nano
 
-The model is that of the last run, in bfloat16. Beside it go `log.jsonl`, every logged step of all runs, and their
-losses as a picture, training.png. The code files in it are links to the repository's own, so that there is one copy.
+The model is that of the last run, stored in bfloat16 and loaded in float32, in which every processor computes. Beside
+it go `log.jsonl`, every logged step of all runs, and their losses as a picture, training.png. The code files in it are
+links to the repository's own, so that there is one copy.
 """
 
 import argparse
@@ -60,8 +61,8 @@ def link_code(folder: Path, root: Path):
 def ship(runs: list[Path], output: Path):
     """Write everything but the model card, which is written by hand."""
     logs = [read_log(run) for run in runs]
-    model = PheyeForConditionalGeneration.from_pretrained(runs[-1], dtype=torch.bfloat16)
-    model.save_pretrained(output)
+    model = PheyeForConditionalGeneration.from_pretrained(runs[-1], dtype=torch.float32)
+    model.save_pretrained(output, state_dict={name: tensor.bfloat16() for name, tensor in model.state_dict().items()})
     PheyeProcessor.from_pretrained(runs[-1]).save_pretrained(output)
     link_code(output, Path(pheye.__file__).parent)
     write_atomically(output / LOG, (f"{json.dumps(row)}\n".encode() for rows in logs for row in rows))

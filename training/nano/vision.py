@@ -40,7 +40,7 @@ ECHOES = 2  # times that a batch is used, its colours changed: drawing costs as 
 CHUNK = 25  # batches that are drawn together
 EASY, HARD = 400, 1000  # batches up to which pages are easy, and from which on they are as hard as they will be
 CAP_HEIGHTS, EASY_CAP_HEIGHT = (13, 44), 24  # of pages, in pixels of a view: least and most, and least at first
-NOTHING_WEIGHT = 0.15  # of patches without a letter or shape, which are most
+NOTHING_WEIGHT, NO_SHAPE_WEIGHT = 0.15, 0.01  # of patches without a letter and without a shape, which are most
 WARMUP, DECAY = 200, 0.3  # steps; share of the steps in which the learning rate falls to 0
 SAVE_EVERY, LOG_EVERY, TEST_EVERY = 250, 50, 250
 TEST_BATCHES = 10
@@ -170,7 +170,8 @@ def loss_of(reader: Reader, pixels: torch.Tensor, maps: torch.Tensor, counts: to
         target = maps[:, index].flatten().long()
         if name in ("left_point", "letter", "right_point", "shape"):
             losses = F.cross_entropy(logits.flatten(0, 1), target, ignore_index=IGNORED, reduction="none")
-            weights = torch.where(target == 0, NOTHING_WEIGHT, 1.0) * (target != IGNORED)
+            nothing = NO_SHAPE_WEIGHT if name == "shape" else NOTHING_WEIGHT
+            weights = torch.where(target == 0, nothing, 1.0) * (target != IGNORED)
             total = total + (losses * weights).sum() / weights.sum()
         else:
             chosen = has_letter.flatten() & (target != IGNORED)
