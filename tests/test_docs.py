@@ -33,12 +33,13 @@ def test_python_blocks_run(page, model_folder, tmp_path):
 
 
 def test_demo_answers_and_draws_where_it_looks(tmp_path):
-    demo = [sys.executable, ROOT / "examples" / "demo.py", "--output", tmp_path]
+    demo = [sys.executable, ROOT / "examples" / "demo.py", "--output", tmp_path, "--signs", "2"]
     result = subprocess.run(demo, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "RANDOM" in result.stdout
+    assert " of 2 right" in result.stdout and result.stdout.count("read as") == 2
     assert result.stdout.count("answer:") == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"photograph-attention.png", "page-attention.png"}
+    pictures = {"sign-1.png", "sign-2.png", "sign-attention.png", "photograph-attention.png"}
+    assert {path.name for path in tmp_path.iterdir()} == pictures
 
 
 def test_makefile_has_every_target_that_the_readme_names():

@@ -14,8 +14,9 @@ CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 
 def autocast(device: str) -> torch.autocast:
     """bfloat16, where the device computes in it; a processor that only imitates it takes 20 times as long."""
-    found = torch.cpu.get_capabilities() if device == "cpu" else {"amx_bf16": True}
-    return torch.autocast(device, torch.bfloat16, enabled=bool(found.get("avx512_bf16") or found.get("amx_bf16")))
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
+    is_fast = device != "cpu" or found.get("avx512_bf16") or found.get("amx_bf16")
+    return torch.autocast(device, torch.bfloat16, enabled=bool(is_fast))
 
 
 def save_checkpoint(output: Path, model: nn.Module, optimizers: Sequence[Optimizer], step: int):

@@ -1,6 +1,6 @@
 """Let a Pheye that was trained on few crops see more of them, and give it LoRA if it has none.
 
-    python -m pheye.training.nano.more_tiles --model nano/stage1 --output nano/base3 [--tiles-per-side 3]
+    python -m pheye.training.nano.more_tiles --model nano/stage2 --output nano/base3 [--tiles-per-side 3]
 
 Learning to read from one crop, with a vision tower left as it is, costs a tenth of learning it from nine with LoRA,
 and most of what is learnt is the same.
