@@ -351,13 +351,15 @@ def is_share(value) -> bool:
 def global_shares(model, processor, samples: Iterable[dict], max_new_tokens: int) -> dict:
     """Mean share of the global view per block and tertile; every sample counts the same, whatever its length.
 
-    Samples whose image cannot be read, or whose answer has no words, are listed and left out.
+    `image` is a picture or a path. Samples whose image cannot be read, or whose answer has no words, are listed and
+    left out.
     """
     views = model.config.views_per_image
     sums, counts, left_out = {}, {}, []
     for sample in tqdm(samples, unit=" images"):
         try:
-            picture = to_rgb(load_image(sample["image"]))
+            image = sample["image"]
+            picture = to_rgb(image if isinstance(image, Image.Image) else load_image(image))
             found = answer(model, processor, picture, sample["prompt"], max_new_tokens)
             total, tokens = 0, 0
             for _, count, weights in word_attention(found):

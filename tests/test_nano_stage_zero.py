@@ -120,7 +120,7 @@ def test_muon_steps_like_that_of_torch_which_rounds():
             optimizer.step()
     for one, other in zip(ours, theirs, strict=True):
         moved, error = (other - 1).norm(), (one - other).norm()
-        assert moved > 0.1 and error < 0.02 * moved
+        assert moved > 0.05 and error < 0.02 * moved
 
 
 def test_recolouring_leaves_scenes_alone_and_pages_readable():

@@ -12,7 +12,8 @@ from spellchecker import SpellChecker
 HELD_OUT_EVERY = 7
 COMMON = 20_000  # most frequent words of 3 to 9 letters
 UNKIND = (
-    "bitch", "fuck", "shit", "cunt", "nigg", "fag", "slut", "whore", "rape", "cock", "dick", "puss", "penis", "nazi", "porn",
+    "bitch", "fuck", "shit", "cunt", "nigg", "fag", "slut", "whore", "rape", "cock", "dick", "puss", "penis", "nazi",
+    "porn",
 )  # fmt: skip
 ONSETS = (
     "b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z",
