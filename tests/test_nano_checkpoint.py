@@ -72,7 +72,7 @@ def test_its_code_is_that_of_the_repository():
 
 
 def test_its_folder_loads_by_its_own_code_in_a_fresh_process(tmp_path):
-    model, processor, [answer], is_pheye_imported = json.loads(run(LOAD, tmp_path).rpartition("REPORT")[2])
+    model, processor, answer, is_pheye_imported = json.loads(run(LOAD, tmp_path).rpartition("REPORT")[2])
     assert (model, processor) == ("PheyeForConditionalGeneration", "PheyeProcessor") and not is_pheye_imported
     assert answer["generated_text"] in ("yes", "no")
 
