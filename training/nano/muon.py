@@ -1,4 +1,4 @@
-"""Muon in single precision: torch's own works in bfloat16, which takes 40 times as long on processors without it.
+"""Muon in single precision: torch's own works in bfloat16, which takes far longer on processors without it.
 
 Matrices of one shape are orthogonalized together, which is faster again where there are many small ones.
 """

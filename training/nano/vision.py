@@ -101,7 +101,7 @@ def scene_views(rng: random.Random, held_out: bool, crops: int) -> list[tuple[np
 
 
 def ease_of(index: int, held_out: bool = False) -> float:
-    """From 1, with which letters are found out some ten times faster, to 0."""
+    """From 1, with which letters are found out about twice as fast, to 0."""
     return 0.0 if held_out else min(1.0, max(0.0, (HARD - index) / (HARD - EASY)))
 
 
