@@ -67,7 +67,7 @@ def test_questions_about_shapes_are_asked_of_the_whole_picture_only():
     assert isinstance(reduced[0].image, partial) and reduced[0].image().size == (64, 64)
 
 
-def test_the_command_writes_tables_and_plot_and_goes_on_where_it_stopped(tmp_path, capsys):
+def test_the_command_writes_tables_and_plot_and_goes_on_where_it_stopped(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "model")
     command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
