@@ -203,6 +203,10 @@ def check_requests(requests: Sequence[Request]):
         seen.add(request.id)
 
 
+def default_device() -> str:
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
 def versions() -> dict[str, str]:
     import transformers
 

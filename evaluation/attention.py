@@ -29,7 +29,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from ..answering import InputError, exit_status, open_model, require, versions, write_atomically
+from ..answering import InputError, default_device, exit_status, open_model, require, versions, write_atomically
 from ..caption import at_least
 from ..image_processing_pheye import load_image, resize, tile_boxes, to_rgb
 from .detail import TERTILES, read_lines, tertiles
@@ -404,10 +404,6 @@ def plot(result: dict, path: Path):
 
 
 # --- The command ---
-
-
-def default_device() -> str:
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

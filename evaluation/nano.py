@@ -9,27 +9,37 @@ command goes on after a kill. Any Pheye trained on these pictures can be measure
 """
 
 import argparse
+import functools
 import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from ..answering import Request, answer, exit_status, open_model, require, versions, write_atomically
+from ..answering import (
+    Request,
+    answer,
+    default_device,
+    exit_status,
+    open_model,
+    require,
+    versions,
+    write_atomically,
+)
 from ..benchmarks.measuring import machine
 from ..caption import at_least
 from ..image_processing_pheye import resize
 from .anls import edit_distance
-from .attention import default_device, global_shares
+from .attention import global_shares
 from .bootstrap import confidence_interval
 from .detail import TERTILES
 
 SEED = 2501
 LETTERS = 3, 7  # of the word on the sign, fewest and most
+SIZES = 300, 2000  # of its picture in pixels, shortest and longest side
 CAP_HEIGHTS = 0.025, 0.06  # of its capitals over the picture's height
 SIGN, SHAPES = "sign", "shapes"  # kinds of question
 LOOKED_AT = 300  # pictures whose attention is measured
@@ -43,31 +53,37 @@ class Sample:
     word: str
     cap_height: float
     shape_question: tuple[str, str]
+    zoom: int = 1
 
     def image(self, reduced: int | None = None) -> Image.Image:
         """The picture; with `reduced`, stretched to a square of so many pixels a side, as the views are."""
-        image = draw(self.index).image
+        image = draw(self.index, self.zoom).image
         return resize(image, (reduced, reduced), Image.Resampling.BICUBIC) if reduced else image
 
 
-def draw(index: int):
-    """Held-out picture number `index`: a sign with one word, real or made-up, and up to five shapes."""
+@functools.lru_cache(maxsize=1)  # several questions in a row are about one picture
+def draw(index: int, zoom: int = 1):
+    """Held-out picture number `index`: a sign with one word, real or made-up, and up to five shapes.
+
+    With `zoom` it has so many times fewer pixels a side, and so many times higher letters, as in one of the crops.
+    """
     from pheye.training.nano import pictures, words
 
     rng = random.Random(f"held out {SEED} {index}")
     text = words.word(rng, True, *LETTERS)
-    return pictures.scene(rng, True, cap_heights=CAP_HEIGHTS, text=text)
+    sizes, cap_heights = tuple(side // zoom for side in SIZES), tuple(zoom * share for share in CAP_HEIGHTS)
+    return pictures.scene(rng, True, sizes=sizes, cap_heights=cap_heights, text=text)
 
 
-def held_out_samples(count: int) -> list[Sample]:
+def held_out_samples(count: int, zoom: int = 1) -> list[Sample]:
     """The first `count` held-out pictures."""
     from pheye.training.nano import questions
 
     samples = []
     for index in range(count):
-        picture = draw(index)
+        picture = draw(index, zoom)
         asked = questions.shape_questions(random.Random(f"shapes {SEED} {index}"), picture, 1)
-        samples.append(Sample(index, picture.signs[0], picture.cap_height, asked[0]))
+        samples.append(Sample(index, picture.signs[0], picture.cap_height, asked[0], zoom))
     return samples
 
 
@@ -78,7 +94,7 @@ def requests_of(samples: Sequence[Sample], reduced: int | None) -> list[Request]
     groups = tertiles_of(samples)
     requests = []
     for sample, group in zip(samples, groups, strict=True):
-        image = partial(sample.image, reduced)
+        image = functools.partial(sample.image, reduced)
         asked = [(SIGN, QUESTION, sample.word)]
         if not reduced:
             asked.append((SHAPES, *sample.shape_question))

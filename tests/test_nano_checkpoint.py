@@ -106,14 +106,15 @@ def new_words(count: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_its_answers_are_about_the_sign():
-    """The weights that ship are too early for the goal, 9 of 10 signs right; they tell one sign from another."""
+def test_it_reads_new_signs():
+    """The weights that ship are too early for the goal, 9 of 10 signs right: they read 4 of 12, and others nearly."""
     texts = new_words(12)
     answers = read(NANO, signs(texts, seed=10))
     alike = [[SequenceMatcher(None, answer, text).ratio() for text in texts] for answer in answers]
     own = mean(row[place] for place, row in enumerate(alike))
     others = mean(ratio for place, row in enumerate(alike) for other, ratio in enumerate(row) if other != place)
-    assert own > others + 0.15, (answers, texts)
+    assert own > others + 0.4, (answers, texts)
+    assert sum(answer == text for answer, text in zip(answers, texts, strict=True)) >= 3, (answers, texts)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The ways of training Pheye-nano that are compared, on tiny parts: they differ as they say, and all of them run."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from transformers import CLIPVisionModel, PhiForCausalLM
 
 from pheye.evaluation.nano import SIGN
-from pheye.training.nano import experiments, questions
+from pheye.training.nano import questions
 from pheye.training.nano.experiments import WAYS, build, main
 
-from tiny import tiny_text_config, tiny_tokenizer, tiny_vision_config
+from tiny import tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer, tiny_vision_config
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +24,18 @@ def parts(tmp_path_factory) -> dict[str, Path]:
     return {"vision": folder / "vision", "language": folder / "language"}
 
 
+def arguments(start: Path | None = None, vision: Path | None = None, language: Path | None = None) -> Namespace:
+    return Namespace(start=start, vision=vision, language=language, tiles_per_side=3)
+
+
 def test_each_way_differs_as_it_says(parts):
-    models = {name: build(way, **parts, seed=0)[0] for name, way in WAYS.items()}
+    models = {name: build(way, arguments(**parts), seed=0)[0] for name, way in WAYS.items()}
     assert models["full"].config.cross_attention_layers == (1, 3) and models["full"].config.views_per_image == 10
     assert models["k1"].config.views_per_image == 2 and models["every4th"].config.cross_attention_layers == (3,)
     assert models["one_lora"].pheye.global_lora is models["one_lora"].pheye.local_lora
     assert models["full"].pheye.global_lora is not models["full"].pheye.local_lora
-    assert not any("lora" in name for name, _ in models["no_lora"].named_parameters())
+    for name in ("no_lora", "every4th", "prefix"):
+        assert not any("lora" in key for key, _ in models[name].named_parameters())
     for name, model in models.items():
         trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
         assert trained and not any("vision_tower" in key for key in trained)
@@ -37,13 +43,29 @@ def test_each_way_differs_as_it_says(parts):
 
 
 def test_the_same_seed_gives_the_same_start(parts):
-    first, again, other = (build(WAYS["full"], **parts, seed=seed)[0].state_dict() for seed in (0, 0, 1))
+    first, again, other = (build(WAYS["full"], arguments(**parts), seed)[0].state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+def test_ways_of_looking_begin_with_blocks_that_learnt(tmp_path):
+    start = tiny_model(tiles_per_side=1, global_lora_rank=0, local_lora_rank=0)
+    old = start.pheye.cross_attention_blocks.state_dict()
+    start.save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    for name, views, lora in (("full", 10, True), ("k1", 2, True), ("one_lora", 10, True), ("no_lora", 10, False)):
+        model, processor = build(WAYS[name], arguments(start=tmp_path), seed=0)
+        assert model.config.views_per_image == processor.image_processor.tiles_per_side**2 + 1 == views
+        assert any("lora" in key for key, _ in model.named_parameters()) == lora
+        blocks = model.pheye.cross_attention_blocks.state_dict()
+        assert all(torch.equal(blocks[key], learnt) for key, learnt in old.items())
+    for name in ("every4th", "prefix"):
+        with pytest.raises(ValueError, match="leave out --start"):
+            build(WAYS[name], arguments(start=tmp_path), seed=0)
+
+
 def test_the_prefix_model_says_what_its_forward_pass_predicts(parts):
-    model, processor = build(WAYS["prefix"], **parts, seed=0)
+    model, processor = build(WAYS["prefix"], arguments(**parts), 0)
     model.eval()
     inputs = processor(images=torch.rand(3, 60, 50), text="What?", return_tensors="pt")
     with torch.no_grad():
@@ -57,12 +79,11 @@ def test_the_prefix_model_says_what_its_forward_pass_predicts(parts):
         assert not torch.allclose(logits[0, -1], other[0, -1])
 
 
-def test_all_ways_are_trained_and_asked_once(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "BATCH", 2)
+def test_all_ways_are_trained_and_asked_once(parts, tmp_path):
     data = questions.write_data(tmp_path / "data", "tasks", 2, workers=1)
     command = ["--vision", parts["vision"], "--language", parts["language"], "--data", data, "--workers", "0"]
     command = [str(word) for word in (*command, "--output", tmp_path / "out")]
-    command += ["--steps", "1", "--seeds", "1", "--count", "3"]
+    command += ["--batch-size", "2", "--steps", "1", "--seeds", "1", "--count", "3"]
     main(command)
     results = {name: tmp_path / "out" / f"{name}-0" / "result.json" for name in WAYS}
     written = {}

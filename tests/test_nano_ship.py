@@ -31,7 +31,8 @@ def test_the_folder_has_weights_logs_and_links_to_the_code(tmp_path, monkeypatch
     tiny_processor().save_pretrained(stage)
 
     output = tmp_path / "shipped"
-    ship.ship([tmp_path / "vision", stage], output)
+    for _ in range(2):  # a better model later replaces the one that is there
+        ship.ship([tmp_path / "vision", stage], output)
     links = list(output.glob("*.py"))
     assert {file.name for file in links} >= {"modeling_pheye.py", "processing_pheye.py", "configuration_pheye.py"}
     for file in links:

@@ -1,17 +1,23 @@
-"""The paper's claims at a size anyone can run: the same frozen parts, trained on the last stage in several ways.
+"""The paper's claims at a size anyone can run: the same frozen parts, joined and trained in several ways.
 
-    python -m pheye.training.nano.experiments --vision nano/vision/vision --language nano/language/language \
+    python -m pheye.training.nano.experiments --start nano/stage2 --ways full k1 one_lora no_lora \
         --data nano/tasks/data.jsonl --output FOLDER [--steps 500] [--seeds 2] [--count 500]
+    python -m pheye.training.nano.experiments --vision nano/vision/vision --language nano/language/language \
+        --tiles-per-side 1 --ways no_lora every4th prefix --data nano/instruct/data.jsonl --output FOLDER
 
-Each way starts from new blocks, takes as many steps with every seed and answers the same held-out questions. FOLDER
-gets a result per run and, from all of them, experiments.md. A run that has a result is not done again.
+Ways that differ in what the views go through begin with the blocks of `--start`, which learnt in one crop without
+LoRA; ways that differ in the blocks begin with new ones. Each takes as many steps with every seed and answers the same
+held-out questions. FOLDER gets a result per run and, from all of them, experiments.md. A run that has a result is not
+done again.
 """
 
 import argparse
 import json
+import math
 import statistics
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,36 +33,38 @@ from transformers import (
 )
 
 from pheye import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
-from pheye.answering import answer, versions, write_atomically
+from pheye.answering import answer, default_device, versions, write_atomically
 from pheye.benchmarks.measuring import machine
-from pheye.evaluation.attention import default_device
 from pheye.evaluation.nano import SHAPES, SIGN, Sample, held_out_samples, percent, requests_of, scores
 from pheye.training.collator import IGNORED, PheyeCollator
 from pheye.training.data import Mixture, Source
 from pheye.training.trained import choose_trained
 
-BATCH, RATE, WARMUP = 32, 1e-3, 30
+from .more_tiles import more_tiles
+
+WARMUP = 0.1  # share of the steps
 TOKENS = 16  # of an answer
 COSTS = "seconds_per_step", "seconds_per_question"
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to join the two frozen parts; `config` has what differs from Pheye-nano's own."""
+    """One way to join the two frozen parts; the defaults are Pheye-nano's own."""
 
     title: str
-    config: dict = field(default_factory=dict)
-    shares_lora: bool = False
+    tiles_per_side: int | None = None  # by default those of the command
+    interval: int = 2
+    lora_sets: int = 2
     is_prefix: bool = False
 
 
 WAYS = {
-    "full": Way("Pheye-nano: k = 3, blocks before every 2nd layer, two LoRA sets"),
-    "k1": Way("k = 1", {"tiles_per_side": 1}),
-    "every4th": Way("blocks before every 4th layer", {"cross_attention_interval": 4}),
-    "one_lora": Way("one LoRA set for all views", shares_lora=True),
-    "no_lora": Way("no LoRA", {"global_lora_rank": 0, "local_lora_rank": 0}),
-    "prefix": Way("LLaVA-style prefix; its language model trains, too", is_prefix=True),
+    "full": Way("Pheye-nano: blocks before every 2nd layer, two LoRA sets"),
+    "k1": Way("k = 1", tiles_per_side=1),
+    "one_lora": Way("one LoRA set for all views", lora_sets=1),
+    "no_lora": Way("no LoRA", lora_sets=0),
+    "every4th": Way("no LoRA, blocks before every 4th layer", interval=4, lora_sets=0),
+    "prefix": Way("LLaVA-style prefix, no LoRA; its language model trains, too", lora_sets=0, is_prefix=True),
 }
 
 
@@ -94,30 +102,47 @@ class Prefix(nn.Module):
         return torch.cat([input_ids, ids], 1)
 
 
-def build(way: Way, vision: Path, language: Path, seed: int) -> tuple[nn.Module, PheyeProcessor]:
-    """A new model with its trained parts chosen, and its processor."""
+def build(way: Way, args: argparse.Namespace, seed: int) -> tuple[nn.Module, PheyeProcessor]:
+    """A model with its trained parts chosen, and its processor.
+
+    Raises:
+        ValueError: if the way needs new blocks and is to start with old ones.
+    """
     torch.manual_seed(seed)
-    config = {"tiles_per_side": 3, "cross_attention_interval": 2, **way.config}
-    processor = PheyeProcessor(
-        PheyeImageProcessor(tiles_per_side=config["tiles_per_side"]), AutoTokenizer.from_pretrained(language)
-    )
-    if way.is_prefix:
-        parts = CLIPVisionModel.from_pretrained(vision), AutoModelForCausalLM.from_pretrained(language)
-        return Prefix(*parts), processor
-    model = PheyeForConditionalGeneration.from_pretrained_parts(vision, language, **config)
-    if way.shares_lora:
+    tiles_per_side = way.tiles_per_side or args.tiles_per_side
+    tokenizer = AutoTokenizer.from_pretrained(args.start or args.language)
+    processor = PheyeProcessor(PheyeImageProcessor(tiles_per_side=tiles_per_side), tokenizer)
+    if args.start:
+        old = PheyeForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
+        if way.is_prefix or way.interval != old.config.cross_attention_interval:
+            raise ValueError(f"{way.title!r} needs other blocks than those of {args.start}; leave out --start.")
+        model = more_tiles(old, tiles_per_side, with_lora=way.lora_sets > 0)
+    elif way.is_prefix:
+        vision_tower = CLIPVisionModel.from_pretrained(args.vision)
+        return Prefix(vision_tower, AutoModelForCausalLM.from_pretrained(args.language)), processor
+    else:
+        ranks = {} if way.lora_sets else {"global_lora_rank": 0, "local_lora_rank": 0}
+        model = PheyeForConditionalGeneration.from_pretrained_parts(
+            args.vision,
+            args.language,
+            tiles_per_side=tiles_per_side,
+            cross_attention_interval=way.interval,
+            **ranks,
+        )
+    if way.lora_sets == 1:
         model.pheye.global_lora = model.pheye.local_lora
     choose_trained(model)
     return model, processor
 
 
-def train(model: nn.Module, loader: DataLoader, steps: int, device: str) -> float:
-    """Train for `steps` steps on what requires gradients; the median seconds of a step."""
+def train(model: nn.Module, loader: DataLoader, steps: int, rate: float, device: str) -> tuple[float, float]:
+    """Train for `steps` steps on what requires gradients; the median seconds of a step, and the mean loss of the last
+    tenth of them."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.98))
-    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, steps)
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98))
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
     model.train()
-    batches, seconds = iter(loader), []
+    batches, seconds, losses = iter(loader), [], []
     for _ in tqdm(range(steps), unit=" steps"):
         batch = next(batches)
         names = ("input_ids", "attention_mask", "pixel_values", "labels")
@@ -130,8 +155,9 @@ def train(model: nn.Module, loader: DataLoader, steps: int, device: str) -> floa
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - begin if loss.isfinite() else float("nan"))  # waits for the device
-    return statistics.median(seconds)
+        losses.append(loss.item())  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds), statistics.mean(losses[-math.ceil(steps / 10) :])
 
 
 def run(name: str, seed: int, samples: list[Sample], args: argparse.Namespace) -> dict:
@@ -139,15 +165,16 @@ def run(name: str, seed: int, samples: list[Sample], args: argparse.Namespace) -
     folder = args.output / f"{name}-{seed}"
     if (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text())
-    model, processor = build(WAYS[name], args.vision, args.language, seed)
+    model, processor = build(WAYS[name], args, seed)
     model.to(args.device)
     data = Mixture([Source(str(args.data), turns=None)], seed)
-    if len(data) < BATCH * args.steps:
-        raise ValueError(f"{args.data} has {len(data)} samples; {args.steps} steps take {BATCH * args.steps}.")
+    if len(data) < args.batch_size * args.steps:
+        needed = args.batch_size * args.steps
+        raise ValueError(f"{args.data} has {len(data)} samples; {args.steps} steps take {needed}.")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
     collator = PheyeCollator(processor)
-    loader = DataLoader(data, BATCH, sampler=order, collate_fn=collator, num_workers=args.workers)
-    seconds = train(model, loader, args.steps, args.device)
+    loader = DataLoader(data, args.batch_size, sampler=order, collate_fn=collator, num_workers=args.workers)
+    seconds, loss = train(model, loader, args.steps, args.rate, args.device)
     model.eval()
     folder.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
@@ -164,6 +191,7 @@ def run(name: str, seed: int, samples: list[Sample], args: argparse.Namespace) -
         "way": name,
         "seed": seed,
         "steps": args.steps,
+        "loss": round(loss, 4),
         "seconds_per_step": round(seconds, 3),
         "seconds_per_question": round((time.perf_counter() - begin) / (2 * len(samples)), 3),
         "scores": found,
@@ -174,17 +202,19 @@ def run(name: str, seed: int, samples: list[Sample], args: argparse.Namespace) -
 
 REPORT = """# Pheye-nano in several ways
 
-`python -m pheye.training.nano.experiments`, {steps} steps of {batch} samples of the last stage, from new blocks;
-{seeds} seeds (mean, and each), {count} held-out pictures with two questions each; {machine}; {versions}.
+`python -m pheye.training.nano.experiments`, {steps} steps of {batch} samples of {data} at a learning rate of {rate},
+from {start}; {seeds} seeds (mean, and each), {count} held-out pictures with two questions each, k = {tiles};
+{machine}; {versions}. The loss is the mean of the last tenth of the steps.
 
-| way | signs read exactly, % | characters wrong, % | shapes, % | s per step | s per question |
-| --- | --- | --- | --- | --- | --- |
+| way | signs read exactly, % | characters wrong, % | shapes, % | loss | s per step | s per question |
+| --- | --- | --- | --- | --- | --- | --- |
 {rows}
 """
 
 
-def cell(values: list[float]) -> str:
-    return f"{percent(statistics.mean(values))} ({', '.join(map(percent, values))})"
+def cell(values: list[float], shown: Callable[[float], str] = percent) -> str:
+    """The mean of the seeds, and each."""
+    return f"{shown(statistics.mean(values))} ({', '.join(map(shown, values))})"
 
 
 def report(results: list[dict], args: argparse.Namespace) -> str:
@@ -198,12 +228,17 @@ def report(results: list[dict], args: argparse.Namespace) -> str:
                 cell([one["exact"] for one in signs]),
                 cell([one["character_error"] for one in signs]),
                 cell([one["scores"][SHAPES]["exact"] for one in runs]),
+                cell([one["loss"] for one in runs], "{:.2f}".format),
                 *(f"{statistics.mean(one[cost] for one in runs):.2f}" for cost in COSTS),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return REPORT.format(
         steps=args.steps,
-        batch=BATCH,
+        batch=args.batch_size,
+        data=f"{args.data.parent.name}/{args.data.name}",
+        rate=args.rate,
+        start=f"the blocks of {args.start.name}" if args.start else "new blocks",
+        tiles=args.tiles_per_side,
         seeds=args.seeds,
         count=args.count,
         machine=machine(args.device),
@@ -214,18 +249,24 @@ def report(results: list[dict], args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vision", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--language", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="a Pheye with one crop and without LoRA")
+    parser.add_argument("--vision", type=Path, metavar="FOLDER", help="in place of --start, for new blocks")
+    parser.add_argument("--language", type=Path, metavar="FOLDER", help="the same")
+    parser.add_argument("--tiles-per-side", type=int, choices=[1, 3], default=3, help="of the way that is full")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--count", type=int, default=500, help="held-out pictures")
     parser.add_argument("--workers", type=int, default=2, help="processes that open pictures")
     parser.add_argument("--device", default=default_device())
     args = parser.parse_args(argv)
-    samples = held_out_samples(args.count)
+    if (args.start is None) == (args.vision is None or args.language is None):
+        parser.error("give either --start, or both --vision and --language")
+    samples = held_out_samples(args.count, zoom=3 // args.tiles_per_side)
     results = [run(name, seed, samples, args) for seed in range(args.seeds) for name in args.ways]
     write_atomically(args.output / "experiments.md", [report(results, args).encode()])
 

@@ -1,10 +1,10 @@
 """Stage 0 for the words: a byte-level BPE tokenizer and a small language model, trained on the texts it needs.
 
-    python -m pheye.training.nano.language --output FOLDER [--steps 500]
+    python -m pheye.training.nano.language --output FOLDER [--steps 1100]
 
-The texts are Pheye's prompts with answers about pictures that nobody drew. Half of them give the answer away in the
-instruction, spelled with spaces, so that the model learns to write letter by letter what it is told; the others it can
-only guess, within the answers that there are. The tokenizer is trained on texts without capitals, so that signs, which
+The texts are Pheye's prompts with answers about pictures that nobody drew. Most of them give the answer away in the
+instruction, so that the model learns to write letter by letter what it is told; the others it can only guess, within
+the answers that there are. The tokenizer is trained on texts without capitals, so that signs, which
 have nothing else, are written letter by letter.
 """
 
@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from pheye.evaluation.attention import default_device
+from pheye.answering import default_device
 from pheye.image_processing_pheye import PheyeImageProcessor
 from pheye.processing_pheye import PheyeProcessor
 from pheye.training.collator import IGNORED, encode
@@ -31,7 +31,7 @@ VOCABULARY = 512
 END = "<|endoftext|>"
 BATCH, WARMUP = 16, 50
 SAVE_EVERY = 250
-TOLD = 0.5  # share of the texts that give the answer away
+TOLD = 0.75  # share of the texts that give the answer away
 LOG_EVERY = 50
 
 
@@ -41,7 +41,7 @@ def imagined(rng: random.Random) -> Picture:
     for _ in range(rng.randint(0, 5)):
         place = (rng.random(), rng.random())
         picture.shapes.append(Shape(rng.choice(pictures.KINDS), rng.choice(list(pictures.COLOURS)), [place]))
-    for line in range(1 if rng.random() < 0.7 else rng.randint(2, 4)):
+    for line in range(1 if rng.random() < 0.4 else rng.randint(2, 8)):
         text = words.sign_text(rng, held_out=False)
         picture.signs.append(text)
         picture.letters.append(pictures.Letter(text[0], [(0.0, float(line))] * 4, line, 0))
@@ -59,17 +59,12 @@ def conversation(rng: random.Random) -> list[dict[str, str]]:
         rng.shuffle(turns)
     if rng.random() < TOLD:
         told = questions.caption(picture) if rng.random() < 0.5 else ". ".join(picture.signs)
-        turns[0] = (f"{spelled(told)} {turns[0][0]}", turns[0][1])
+        turns[0] = (f"{told} {turns[0][0]}", turns[0][1])
     return [
         {"role": role, "content": text}
         for turn in turns
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
-
-
-def spelled(text: str) -> str:
-    """Runs of capitals with spaces between their letters."""
-    return " ".join(" ".join(word) if word.strip(".,").isupper() and len(word) > 1 else word for word in text.split())
 
 
 def train_tokenizer(seed: int = 0, texts: int = 5000) -> PreTrainedTokenizerFast:
@@ -145,7 +140,7 @@ def train(output: Path, steps: int, seed: int = 0, device: str = "cpu"):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device())
     train(**vars(parser.parse_args()))

@@ -15,13 +15,16 @@ import torch
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeProcessor
 
 
-def more_tiles(model: PheyeForConditionalGeneration, tiles_per_side: int) -> PheyeForConditionalGeneration:
+def more_tiles(
+    model: PheyeForConditionalGeneration, tiles_per_side: int, with_lora: bool = True
+) -> PheyeForConditionalGeneration:
     """`model` for `tiles_per_side` x `tiles_per_side` crops; their learned vectors start as the mean of the old ones,
     and LoRA that is new starts as nothing."""
     config, usual = copy.deepcopy(model.config), PheyeConfig()
     config.tiles_per_side = tiles_per_side
-    config.global_lora_rank = config.global_lora_rank or usual.global_lora_rank
-    config.local_lora_rank = config.local_lora_rank or usual.local_lora_rank
+    if with_lora:
+        config.global_lora_rank = config.global_lora_rank or usual.global_lora_rank
+        config.local_lora_rank = config.local_lora_rank or usual.local_lora_rank
     weights = model.state_dict()
     name = "pheye.view_encoding.view_embedding.weight"
     global_view, crops = weights[name].split([1, len(weights[name]) - 1])  # (1, D), (k * k, D)

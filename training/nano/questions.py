@@ -107,7 +107,7 @@ def sample(stage: str, rng: random.Random, tiles_per_side: int = 3) -> tuple[Pic
         cap_heights=tuple(share / tiles_per_side for share in CAP_HEIGHTS),
     )
     if stage == "describe":
-        picture = scene(signs=rng.choice((1, 1, 2, 3)))
+        picture = scene(signs=rng.randint(1, 5))
         return picture, [(CAPTION, caption(picture))]
     several = stage == "instruct" and rng.random() < 0.5
     picture = scene(signs=rng.randint(2, 4) if several else 1)

@@ -62,6 +62,8 @@ def ship(runs: list[Path], output: Path):
     """Write everything but the model card, which is written by hand."""
     logs = [read_log(run) for run in runs]
     model = PheyeForConditionalGeneration.from_pretrained(runs[-1], dtype=torch.float32)
+    for link in output.glob("*_pheye.py"):  # of the model that was shipped before; code is not written through them
+        link.unlink()
     model.save_pretrained(output, state_dict={name: tensor.bfloat16() for name, tensor in model.state_dict().items()})
     PheyeProcessor.from_pretrained(runs[-1]).save_pretrained(output)
     link_code(output, Path(pheye.__file__).parent)

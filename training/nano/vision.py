@@ -25,7 +25,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from pheye import PheyeForConditionalGeneration
-from pheye.evaluation.attention import default_device
+from pheye.answering import default_device
 from pheye.image_processing_pheye import tile_boxes, tile_image
 
 from . import pictures
@@ -41,7 +41,7 @@ CHUNK = 25  # batches that are drawn together
 EASY, HARD = 400, 1000  # batches up to which pages are easy, and from which on they are as hard as they will be
 CAP_HEIGHTS, EASY_CAP_HEIGHT = (13, 44), 24  # of pages, in pixels of a view: least and most, and least at first
 NOTHING_WEIGHT, NO_SHAPE_WEIGHT = 0.15, 0.01  # of patches without a letter and without a shape, which are most
-WARMUP, DECAY = 200, 0.3  # steps; share of the steps in which the learning rate falls to 0
+WARMUP = 200  # steps
 SAVE_EVERY, LOG_EVERY, TEST_EVERY = 250, 50, 250
 TEST_BATCHES = 10
 
@@ -197,8 +197,8 @@ def accuracies(reader: Reader, batches: list) -> dict[str, float]:
 
 
 def learning_rate_share(step: int, steps: int) -> float:
-    """Warm-up, a plateau, and a straight fall to 0 at the end."""
-    return min((step + 1) / WARMUP, 1.0, max(0.0, (steps - step) / (DECAY * steps)))
+    """Warm-up, and a straight fall to 0 at the end: most is learnt while it falls."""
+    return min((step + 1) / WARMUP, 1 - step / steps)
 
 
 def train(output: Path, steps: int, seed: int = 0, workers: int = 1, start: Path | None = None, device: str = "cpu"):
