@@ -100,6 +100,11 @@ def read(folder: Path, images: list[Image.Image]) -> list[str]:
     return [answer["generated_text"] for [answer] in pipe(images, prompt=SIGN, max_new_tokens=12)]
 
 
+def likeness(answer: str, text: str) -> float:
+    """1 for what is read exactly, 0 if no letter is right."""
+    return SequenceMatcher(None, answer, text).ratio()
+
+
 def new_words(count: int) -> list[str]:
     rng = random.Random("new words")
     return [words.word(rng, True, 3, 7) for _ in range(count)]
@@ -110,7 +115,7 @@ def test_it_reads_new_signs():
     """The weights that ship are too early for the goal, 9 of 10 signs right: they read 4 of 12, and others nearly."""
     texts = new_words(12)
     answers = read(NANO, signs(texts, seed=10))
-    alike = [[SequenceMatcher(None, answer, text).ratio() for text in texts] for answer in answers]
+    alike = [[likeness(answer, text) for text in texts] for answer in answers]
     own = mean(row[place] for place, row in enumerate(alike))
     others = mean(ratio for place, row in enumerate(alike) for other, ratio in enumerate(row) if other != place)
     assert own > others + 0.4, (answers, texts)
@@ -132,9 +137,10 @@ def test_fine_tuning_on_a_list_of_words_makes_it_read_them_better(tmp_path):
         [sys.executable, *command, "--output", tmp_path / "tuned", *options.split()],
         check=True,
     )
-    images = signs(listed * 3, seed=2)
+    texts = listed * 6
+    images = signs(texts, seed=2)
     before, after = (
-        sum(answer == text for answer, text in zip(read(folder, images), listed * 3, strict=True))
+        mean(likeness(answer, text) for answer, text in zip(read(folder, images), texts, strict=True))
         for folder in (NANO, tmp_path / "tuned")
     )
-    assert after > before or after == len(images), (before, after)
+    assert after > before + 0.03, (before, after)
