@@ -48,7 +48,7 @@ def test_the_same_seed_gives_the_same_start(parts):
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_ways_of_looking_begin_with_blocks_that_learnt(tmp_path):
+def test_ways_of_looking_begin_with_blocks_that_learnt(tmp_path, capsys):
     start = tiny_model(tiles_per_side=1, global_lora_rank=0, local_lora_rank=0)
     old = start.pheye.cross_attention_blocks.state_dict()
     start.save_pretrained(tmp_path)
@@ -60,8 +60,9 @@ def test_ways_of_looking_begin_with_blocks_that_learnt(tmp_path):
         blocks = model.pheye.cross_attention_blocks.state_dict()
         assert all(torch.equal(blocks[key], learnt) for key, learnt in old.items())
     for name in ("every4th", "prefix"):
-        with pytest.raises(ValueError, match="leave out --start"):
-            build(WAYS[name], arguments(start=tmp_path), seed=0)
+        with pytest.raises(SystemExit):
+            main(["--start", str(tmp_path), "--data", "x", "--output", "y", "--ways", name])
+        assert "with --start only full, k1, one_lora, no_lora;" in capsys.readouterr().err
 
 
 def test_the_prefix_model_says_what_its_forward_pass_predicts(parts):
@@ -95,5 +96,7 @@ def test_all_ways_are_trained_and_asked_once(parts, tmp_path):
     assert all(way.title in report for way in WAYS.values())
     main(command)
     assert {name: path.stat().st_mtime_ns for name, path in results.items()} == written
+    with pytest.raises(ValueError, match="steps was 1, now 2"):
+        main([*command[:-5], "2", *command[-4:]])
     with pytest.raises(ValueError, match="has 2 samples; 2 steps take 4"):
         main([*command[:-5], "2", *command[-4:], "--ways", "full", "--output", str(tmp_path / "more")])

@@ -1,14 +1,14 @@
 """The paper's claims at a size anyone can run: the same frozen parts, joined and trained in several ways.
 
     python -m pheye.training.nano.experiments --start nano/stage2 --ways full k1 one_lora no_lora \
-        --data nano/tasks/data.jsonl --output FOLDER [--steps 500] [--seeds 2] [--count 500]
+        --data nano/tasks/data.jsonl --output nano/views [--steps 500] [--seeds 2] [--count 500]
     python -m pheye.training.nano.experiments --vision nano/vision/vision --language nano/language/language \
-        --tiles-per-side 1 --ways no_lora every4th prefix --data nano/instruct/data.jsonl --output FOLDER
+        --tiles-per-side 1 --ways no_lora every4th prefix --data nano/instruct/data.jsonl --output nano/blocks
 
 Ways that differ in what the views go through begin with the blocks of `--start`, which learnt in one crop without
 LoRA; ways that differ in the blocks begin with new ones. Each takes as many steps with every seed and answers the same
-held-out questions. FOLDER gets a result per run and, from all of them, experiments.md. A run that has a result is not
-done again.
+held-out questions. The output folder gets a result per run and, from all of them, experiments.md. A run that has a
+result is not done again.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from .more_tiles import more_tiles
 
 WARMUP = 0.1  # share of the steps
 TOKENS = 16  # of an answer
+MATTER = "start", "vision", "language", "tiles_per_side", "data", "steps", "batch_size", "rate", "count"
 COSTS = "seconds_per_step", "seconds_per_question"
 
 
@@ -56,6 +57,10 @@ class Way:
     interval: int = 2
     lora_sets: int = 2
     is_prefix: bool = False
+
+    @property
+    def needs_new_blocks(self) -> bool:
+        return self.is_prefix or self.interval != 2
 
 
 WAYS = {
@@ -103,19 +108,13 @@ class Prefix(nn.Module):
 
 
 def build(way: Way, args: argparse.Namespace, seed: int) -> tuple[nn.Module, PheyeProcessor]:
-    """A model with its trained parts chosen, and its processor.
-
-    Raises:
-        ValueError: if the way needs new blocks and is to start with old ones.
-    """
+    """A model with its trained parts chosen, and its processor."""
     torch.manual_seed(seed)
     tiles_per_side = way.tiles_per_side or args.tiles_per_side
     tokenizer = AutoTokenizer.from_pretrained(args.start or args.language)
     processor = PheyeProcessor(PheyeImageProcessor(tiles_per_side=tiles_per_side), tokenizer)
     if args.start:
         old = PheyeForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
-        if way.is_prefix or way.interval != old.config.cross_attention_interval:
-            raise ValueError(f"{way.title!r} needs other blocks than those of {args.start}; leave out --start.")
         model = more_tiles(old, tiles_per_side, with_lora=way.lora_sets > 0)
     elif way.is_prefix:
         vision_tower = CLIPVisionModel.from_pretrained(args.vision)
@@ -163,8 +162,16 @@ def train(model: nn.Module, loader: DataLoader, steps: int, rate: float, device:
 def run(name: str, seed: int, samples: list[Sample], args: argparse.Namespace) -> dict:
     """Train and ask one way with one seed; its result, also in a file, from which it is read the next time."""
     folder = args.output / f"{name}-{seed}"
+    settings = {key: str(value) for key, value in vars(args).items() if key in MATTER}
     if (folder / "result.json").is_file():
-        return json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text())
+        changed = [key for key in MATTER if result["settings"][key] != settings[key]]
+        if changed:
+            raise ValueError(
+                f"{folder} has the result of other settings ({changed[0]} was {result['settings'][changed[0]]}, now "
+                f"{settings[changed[0]]}). Use the same, or another --output."
+            )
+        return result
     model, processor = build(WAYS[name], args, seed)
     model.to(args.device)
     data = Mixture([Source(str(args.data), turns=None)], seed)
@@ -190,7 +197,7 @@ def run(name: str, seed: int, samples: list[Sample], args: argparse.Namespace) -
     result = {
         "way": name,
         "seed": seed,
-        "steps": args.steps,
+        "settings": settings,
         "loss": round(loss, 4),
         "seconds_per_step": round(seconds, 3),
         "seconds_per_question": round((time.perf_counter() - begin) / (2 * len(samples)), 3),
@@ -255,7 +262,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--tiles-per-side", type=int, choices=[1, 3], default=3, help="of the way that is full")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="by default all that can be")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
@@ -266,6 +273,10 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if (args.start is None) == (args.vision is None or args.language is None):
         parser.error("give either --start, or both --vision and --language")
+    possible = [name for name, way in WAYS.items() if not (args.start and way.needs_new_blocks)]
+    args.ways = args.ways or possible
+    if not set(args.ways) <= set(possible):
+        parser.error(f"with --start only {', '.join(possible)}; the other ways need new blocks")
     samples = held_out_samples(args.count, zoom=3 // args.tiles_per_side)
     results = [run(name, seed, samples, args) for seed in range(args.seeds) for name in args.ways]
     write_atomically(args.output / "experiments.md", [report(results, args).encode()])

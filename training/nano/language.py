@@ -4,8 +4,8 @@
 
 The texts are Pheye's prompts with answers about pictures that nobody drew. Most of them give the answer away in the
 instruction, so that the model learns to write letter by letter what it is told; the others it can only guess, within
-the answers that there are. The tokenizer is trained on texts without capitals, so that signs, which
-have nothing else, are written letter by letter.
+the answers that there are. The tokenizer is trained on texts without capitals, so that signs, which have nothing else,
+are written letter by letter.
 """
 
 import argparse
