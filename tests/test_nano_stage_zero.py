@@ -106,6 +106,15 @@ def test_training_goes_on_from_the_tower_of_a_pheye(small, tmp_path):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_easy_batches_are_for_a_tower_that_begins(goes_on, small, tmp_path, monkeypatch):
+    tiny_model(vision_config=vision.vision_config()).save_pretrained(tmp_path / "pheye")
+    orders = []
+    monkeypatch.setattr(vision, "drawn", lambda indices, *_, **__: orders.append(indices) or [])
+    vision.train(tmp_path / "more", 8, start=tmp_path / "pheye" if goes_on else None)
+    assert vision.ease_of(orders[-1][0]) == (0 if goes_on else 1) and len(orders[-1]) == 4
+
+
 def test_muon_steps_like_that_of_torch_which_rounds():
     torch.manual_seed(0)
     shapes = [(8, 8), (8, 8), (24, 8), (8, 24)]

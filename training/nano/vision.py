@@ -216,14 +216,15 @@ def train(output: Path, steps: int, seed: int = 0, workers: int = 1, start: Path
     optimizers = optimizers_for(reader, reader.vision, 3e-3, 1.5e-3)
     step = load_checkpoint(output, reader, optimizers)
     tests = list(drawn(range(TEST_BATCHES), seed, True, workers, False)) if step < steps else []
-    order = range(step // ECHOES, math.ceil(steps / ECHOES))
+    skipped = HARD if start else 0  # batches; a tower that reads needs no easy ones
+    order = range(skipped + step // ECHOES, skipped + math.ceil(steps / ECHOES))
     began, losses = time.time(), []
     for arrays in drawn(order, seed, False, workers, ahead=device != "cpu"):
         pixels, maps, counts, is_page = (array.to(device) for array in arrays)
         for _ in range(ECHOES):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             set_learning_rates(optimizers, learning_rate_share(step, steps))
-            inverted = 0.5 * (1 - ease_of(step // ECHOES))  # dark letters come first
+            inverted = 0.5 * (1 - ease_of(skipped + step // ECHOES))  # dark letters come first
             views = normalized(recoloured(pixels, is_page, generator, inverted))
             loss = loss_of(reader, views, maps, counts)
             loss.backward()
