@@ -45,6 +45,7 @@ def test_labels_of_a_whole_picture():
     shape = np.zeros((GRID, GRID), np.uint8)
     shape[8:10, 4:6] = 1 + KINDS.index("square") * len(COLOURS) + list(COLOURS).index("blue")
     assert np.array_equal(maps["shape"], shape)
+    assert maps["row"][2].tolist() == [2] * GRID and maps["column"][2].tolist() == list(range(GRID))
     assert labels.counts.tolist() == [kind == "square" for kind in KINDS]
 
 

@@ -2,7 +2,9 @@
 
 A drawn picture knows where each letter lies. Three points of every patch, side by side, are asked for the letter that
 covers them, for a line of small letters has up to three of them in a patch; the patch's centre also for the letters
-before and after, for the letter's place in its line as far as this view shows it, and for the shape there.
+before and after, for the letter's place in its line as far as this view shows it, and for the shape there. Every patch
+is asked for its row and column: blocks that go from one letter to the next need to know where they are, and without
+this question a tower forgets it.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ MOST_SHAPES = 5  # counted
 # The maps over patches, and how many classes each has.
 HEADS = {
     "left_point": CLASSES, "letter": CLASSES, "right_point": CLASSES, "before": CLASSES, "after": CLASSES,
-    "place": PLACES, "remaining": PLACES, "shape": 1 + len(KINDS) * len(COLOURS),
+    "place": PLACES, "remaining": PLACES, "shape": 1 + len(KINDS) * len(COLOURS), "row": GRID, "column": GRID,
 }  # fmt: skip
 
 
@@ -55,6 +57,7 @@ def view_labels(picture: Picture, box: tuple[float, float, float, float]) -> Vie
         counts[kind] += bool((centre >= 0).all() and (centre < GRID).all())
     maps[7] = np.asarray(drawing)[OVERSAMPLING // 2 :: OVERSAMPLING, OVERSAMPLING // 2 :: OVERSAMPLING]
     maps[3:7][:, maps[7] > 0] = 0
+    maps[8:] = np.indices((GRID, GRID))
     return ViewLabels(maps, counts.clip(0, MOST_SHAPES))
 
 

@@ -1,9 +1,8 @@
-"""Let a Pheye that was trained on few crops see more of them, and give it LoRA if it has none.
+"""Let a Pheye that was trained on few crops see more of them, or give it LoRA.
 
-    python -m pheye.training.nano.more_tiles --model nano/stage2 --output nano/base3 [--tiles-per-side 3]
+    python -m pheye.training.nano.more_tiles --model nano/stage1 --output nano/base2 [--tiles-per-side 3] [--lora]
 
-Learning to read from one crop, with a vision tower left as it is, costs a tenth of learning it from nine with LoRA,
-and most of what is learnt is the same.
+Learning to read from one crop costs a quarter of learning it from nine, and most of what is learnt is the same.
 """
 
 import argparse
@@ -15,20 +14,35 @@ import torch
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeProcessor
 
 
+SPREAD = 0.25  # of the numbers that tell rows and columns of new crops apart; features have a spread of about 1
+
+
+def crop_vectors(old: torch.Tensor, tiles_per_side: int) -> torch.Tensor:
+    """Vectors (k * k, D) for new crops, whose mean is that of the old ones, and random numbers for row and column.
+
+    With vectors that are alike a model cannot know in which crop a word goes on that runs out of another, and what
+    tells them apart would have to grow from nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    places = SPREAD * torch.randn(2, tiles_per_side, old.shape[1], generator=generator)
+    rows, columns = places - places.mean(1, keepdim=True)
+    return old.mean(0) + (rows[:, None] + columns).flatten(0, 1)
+
+
 def more_tiles(
-    model: PheyeForConditionalGeneration, tiles_per_side: int, with_lora: bool = True
+    model: PheyeForConditionalGeneration, tiles_per_side: int, with_lora: bool
 ) -> PheyeForConditionalGeneration:
-    """`model` for `tiles_per_side` x `tiles_per_side` crops; their learned vectors start as the mean of the old ones,
-    and LoRA that is new starts as nothing."""
+    """`model` for `tiles_per_side` x `tiles_per_side` crops, with new vectors for them if it had another number of
+    crops; LoRA that is new starts as nothing."""
     config, usual = copy.deepcopy(model.config), PheyeConfig()
     config.tiles_per_side = tiles_per_side
     if with_lora:
         config.global_lora_rank = config.global_lora_rank or usual.global_lora_rank
         config.local_lora_rank = config.local_lora_rank or usual.local_lora_rank
     weights = model.state_dict()
-    name = "pheye.view_encoding.view_embedding.weight"
-    global_view, crops = weights[name].split([1, len(weights[name]) - 1])  # (1, D), (k * k, D)
-    weights[name] = torch.cat([global_view, crops.mean(0, keepdim=True).expand(tiles_per_side**2, -1)])
+    if tiles_per_side != model.config.tiles_per_side:
+        name = "pheye.view_encoding.view_embedding.weight"
+        weights[name] = torch.cat([weights[name][:1], crop_vectors(weights[name][1:], tiles_per_side)])
     larger = PheyeForConditionalGeneration(config)
     new = {name: weight for name, weight in larger.state_dict().items() if name not in weights and "_lora." in name}
     larger.load_state_dict({**weights, **new})
@@ -40,11 +54,12 @@ def main():
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--tiles-per-side", type=int, default=3)
+    parser.add_argument("--lora", action="store_true", help="both sets of LoRA, if it has none")
     arguments = parser.parse_args()
     model = PheyeForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32)
     processor = PheyeProcessor.from_pretrained(arguments.model)
     processor.image_processor.tiles_per_side = arguments.tiles_per_side
-    more_tiles(model, arguments.tiles_per_side).save_pretrained(arguments.output)
+    more_tiles(model, arguments.tiles_per_side, arguments.lora).save_pretrained(arguments.output)
     processor.save_pretrained(arguments.output)
 
 

@@ -26,8 +26,9 @@ from .pictures import KINDS, Picture, Shape
 SIGN = "What is written on the sign?"
 SIGNS = "What is written on the signs?"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SHAPE_QUESTIONS = 3  # per picture
-CAPTION_SHARE = 0.25  # of the pictures of the last stage
+MOST_SIGNS = {"describe": 5, "instruct": 5, "tasks": 1}  # on a picture, by stage
+CAPTIONS = {"describe": 1.0, "instruct": 0.5, "tasks": 0.25}  # share of the pictures that are described
+SHAPE_QUESTIONS = 8  # about each other picture
 CHUNK = 200  # pictures that are written together
 CAP_HEIGHTS = 0.055, 0.2  # of letters, over the height of a crop
 SIDES = 100, 420  # pixels of the picture that a crop shows, along each side, before it is brought to a view
@@ -78,7 +79,7 @@ def colour_question(kind: str, shapes: list[Shape]) -> Turn | None:
 
 
 def shape_questions(rng: random.Random, picture: Picture, count: int = SHAPE_QUESTIONS) -> list[Turn]:
-    """Different questions, more often about kinds that are there than about others."""
+    """Up to `count` different questions, the first more often about a kind that is there than about another."""
     kinds = [rng.choice(picture.shapes).kind if picture.shapes and rng.random() < 0.5 else rng.choice(KINDS)]
     kinds += rng.choices(KINDS, k=4 * count)
     makers = [count_question, presence_question, colour_question]
@@ -95,23 +96,18 @@ def sign_question(picture: Picture) -> Turn:
 
 
 def sample(stage: str, rng: random.Random, tiles_per_side: int = 3) -> tuple[Picture, list[Turn]]:
-    """A picture for a stage with its turns: captions, several questions about several signs, or the tasks themselves.
+    """A picture for a stage with its turns: a caption, or the question for the signs and several about shapes.
 
     A caption stands alone, for it would give away the answers to the questions that follow. With fewer tiles pictures
     are smaller and letters larger, so that crops look the same.
     """
-    scene = partial(
-        pictures.scene,
+    picture = pictures.scene(
         rng,
         sizes=tuple(side * tiles_per_side for side in SIDES),
         cap_heights=tuple(share / tiles_per_side for share in CAP_HEIGHTS),
+        signs=rng.randint(1, MOST_SIGNS[stage]),
     )
-    if stage == "describe":
-        picture = scene(signs=rng.randint(1, 5))
-        return picture, [(CAPTION, caption(picture))]
-    several = stage == "instruct" and rng.random() < 0.5
-    picture = scene(signs=rng.randint(2, 4) if several else 1)
-    if rng.random() < CAPTION_SHARE:
+    if rng.random() < CAPTIONS[stage]:
         return picture, [(CAPTION, caption(picture))]
     turns = [sign_question(picture), *shape_questions(rng, picture)]
     rng.shuffle(turns)

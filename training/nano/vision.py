@@ -160,7 +160,8 @@ def normalized(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(reader: Reader, pixels: torch.Tensor, maps: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of all heads, empty patches weighted down; neighbours and places count where there is a letter."""
+    """Cross-entropy of all heads, empty patches weighted down; neighbours and places count where there is a letter,
+    rows and columns everywhere."""
     with autocast(pixels.device.type):
         patch_logits, count_logits = reader(pixels)
     total = 0.2 * F.cross_entropy(count_logits.float().flatten(0, 1), counts.flatten().long())
@@ -173,6 +174,8 @@ def loss_of(reader: Reader, pixels: torch.Tensor, maps: torch.Tensor, counts: to
             nothing = NO_SHAPE_WEIGHT if name == "shape" else NOTHING_WEIGHT
             weights = torch.where(target == 0, nothing, 1.0) * (target != IGNORED)
             total = total + (losses * weights).sum() / weights.sum()
+        elif name in ("row", "column"):
+            total = total + 0.5 * F.cross_entropy(logits.flatten(0, 1), target)
         else:
             chosen = has_letter.flatten() & (target != IGNORED)
             total = total + 0.3 * F.cross_entropy(logits.flatten(0, 1)[chosen], target[chosen])
