@@ -1,6 +1,6 @@
 """Stage 0 for the words: a byte-level BPE tokenizer and a small language model, trained on the texts it needs.
 
-    python -m pheye.training.nano.language --output FOLDER [--steps 1100]
+    python -m pheye.training.nano.language --output FOLDER [--steps 1400]
 
 The texts are Pheye's prompts with answers about pictures that nobody drew. Most of them give the answer away in the
 instruction, so that the model learns to write letter by letter what it is told; the others it can only guess, within
@@ -146,7 +146,7 @@ def train(output: Path, steps: int, seed: int = 0, device: str = "cpu"):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device())
     train(**vars(parser.parse_args()))
