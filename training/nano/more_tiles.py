@@ -13,7 +13,6 @@ import torch
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeProcessor
 
-
 SPREAD = 0.25  # of the numbers that tell rows and columns of new crops apart; features have a spread of about 1
 
 
