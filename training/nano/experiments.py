@@ -1,6 +1,6 @@
 """The paper's claims at a size anyone can run: the same frozen parts, joined and trained in several ways.
 
-    python -m pheye.training.nano.experiments --start nano/stage2 --ways full k1 one_lora no_lora \
+    python -m pheye.training.nano.experiments --start nano/stage1 --ways full k1 one_lora no_lora \
         --data nano/tasks/data.jsonl --output nano/views [--steps 500] [--seeds 2] [--count 500]
     python -m pheye.training.nano.experiments --vision nano/vision/vision --language nano/language/language \
         --tiles-per-side 1 --ways no_lora every4th prefix --data nano/instruct/data.jsonl --output nano/blocks
