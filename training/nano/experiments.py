@@ -3,10 +3,11 @@
     python -m pheye.training.nano.experiments --start nano/stage1 --ways full k1 one_lora no_lora \
         --data nano/tasks/data.jsonl --output nano/views [--steps 500] [--seeds 2] [--count 500]
     python -m pheye.training.nano.experiments --vision nano/vision/vision --language nano/language/language \
-        --tiles-per-side 1 --ways no_lora every4th prefix --data nano/instruct/data.jsonl --output nano/blocks
+        --tiles-per-side 1 --ways no_lora every4th prefix --data nano/one/data.jsonl --output nano/blocks
 
 Ways that differ in what the views go through begin with the blocks of `--start`, which learnt in one crop without
-LoRA; ways that differ in the blocks begin with new ones. Each takes as many steps with every seed and answers the same
+LoRA; ways that differ in the blocks begin with new ones, here on pictures for one crop (`questions --stage instruct
+--tiles-per-side 1`). Each takes as many steps with every seed and answers the same
 held-out questions. The output folder gets a result per run and, from all of them, experiments.md. A run that has a
 result is not done again.
 """
