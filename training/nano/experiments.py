@@ -1,13 +1,13 @@
 """The paper's claims at a size anyone can run: the same frozen parts, joined and trained in several ways.
 
-    python -m pheye.training.nano.experiments --start nano/stage1 --ways full k1 one_lora no_lora \
+    python -m pheye.training.nano.experiments --start nano/stage2 --ways full k1 one_lora no_lora \
         --data nano/tasks/data.jsonl --output nano/views [--steps 500] [--seeds 2] [--count 500]
     python -m pheye.training.nano.experiments --vision nano/vision/vision --language nano/language/language \
         --tiles-per-side 1 --ways no_lora every4th prefix --data nano/one/data.jsonl --output nano/blocks
 
-Ways that differ in what the views go through begin with the blocks of `--start`, which learnt in one crop without
-LoRA; ways that differ in the blocks begin with new ones, here on pictures for one crop (`questions --stage instruct
---tiles-per-side 1`). Each takes as many steps with every seed and answers the same
+Ways that differ in what the views go through begin with the blocks of `--start`, which learnt without LoRA, and are the
+last stage; ways that differ in the blocks begin with new ones, here on pictures for one crop (`questions --stage
+instruct --tiles-per-side 1`). Each takes as many steps with every seed, on the same samples, and answers the same
 held-out questions. The output folder gets a result per run and, from all of them, experiments.md. A run that has a
 result is not done again.
 """
@@ -257,7 +257,7 @@ def report(results: list[dict], args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", type=Path, metavar="FOLDER", help="a Pheye with one crop and without LoRA")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="a Pheye without LoRA")
     parser.add_argument("--vision", type=Path, metavar="FOLDER", help="in place of --start, for new blocks")
     parser.add_argument("--language", type=Path, metavar="FOLDER", help="the same")
     parser.add_argument("--tiles-per-side", type=int, choices=[1, 3], default=3, help="of the way that is full")

@@ -26,8 +26,8 @@ from .pictures import KINDS, Picture, Shape
 SIGN = "What is written on the sign?"
 SIGNS = "What is written on the signs?"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-MOST_SIGNS = {"describe": 5, "instruct": 5, "tasks": 1}  # on a picture, by stage
-CAPTIONS = {"describe": 1.0, "instruct": 0.5, "tasks": 0.25}  # share of the pictures that are described
+MOST_SIGNS = {"describe": 5, "instruct": 3, "tasks": 1}  # on a picture, by stage
+CAPTIONS = {"describe": 1.0, "instruct": 0.3, "tasks": 0.25}  # share of the pictures that are described
 SHAPE_QUESTIONS = 8  # about each other picture
 CHUNK = 200  # pictures that are written together
 CAP_HEIGHTS = 0.055, 0.2  # of letters, over the height of a crop
