@@ -3,9 +3,9 @@
     python -m pheye.training.nano.language --output FOLDER [--steps 1400]
 
 The texts are Pheye's prompts with answers about pictures that nobody drew. Most of them give the answer away in the
-instruction, so that the model learns to write letter by letter what it is told; the others it can only guess, within
-the answers that there are. The tokenizer is trained on texts without capitals, so that signs, which have nothing else,
-are written letter by letter.
+instruction, so that the model learns to write letter by letter what it is told, and to answer questions out of it: a
+model that cannot do so when it is told will not when it is shown. The others it can only guess, within the answers that
+there are. Words of the prompts are one token each; signs, all capitals and digits, are written letter by letter.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from pheye.answering import default_device
@@ -27,22 +27,23 @@ from .checkpoints import autocast, load_checkpoint, log, save_checkpoint
 from .muon import optimizers_for, set_learning_rates
 from .pictures import Picture, Shape
 
-VOCABULARY = 512
+VOCABULARY = 1024
+LETTER_OF_SIGN = r"[A-Z0-9](?![a-z])"
 END = "<|endoftext|>"
 BATCH, WARMUP = 16, 50
 SORTED = 4  # steps whose texts are sorted by length
 SAVE_EVERY = 250
-TOLD = 0.75  # share of the texts that give the answer away
+TOLD = 0.9  # share of the texts that give the answer away
 LOG_EVERY = 50
 
 
 def imagined(rng: random.Random, most_signs: int) -> Picture:
-    """What a picture has in it, without the picture."""
+    """What a picture has in it, without the picture; without signs it has shapes."""
     picture = Picture(image=None)
-    for _ in range(rng.randint(0, 5)):
+    for _ in range(rng.randint(0 if most_signs else 1, 5)):
         place = (rng.random(), rng.random())
         picture.shapes.append(Shape(rng.choice(pictures.KINDS), rng.choice(list(pictures.COLOURS)), [place]))
-    for line in range(1 if rng.random() < 0.4 else rng.randint(2, most_signs)):
+    for line in range(min(1, most_signs) if rng.random() < 0.4 else rng.randint(min(2, most_signs), most_signs)):
         text = words.sign_text(rng, held_out=False)
         picture.signs.append(text)
         picture.letters.append(pictures.Letter(text[0], [(0.0, float(line))] * 4, line, 0))
@@ -56,11 +57,12 @@ def conversation(rng: random.Random) -> list[dict[str, str]]:
         instruction = rng.choice((questions.CAPTION, *CAPTION_INSTRUCTIONS))
         turns = [(instruction, questions.caption(picture))]
     else:
-        picture = imagined(rng, most_signs=3)
-        turns = [questions.sign_question(picture), *questions.shape_questions(rng, picture)]
+        picture = imagined(rng, most_signs=rng.choice((0, 0, 1, 3)))
+        turns = [questions.sign_question(picture)] if picture.signs else []
+        turns += questions.shape_questions(rng, picture)
         rng.shuffle(turns)
     if rng.random() < TOLD:
-        told = questions.caption(picture) if rng.random() < 0.75 else ". ".join(picture.signs)
+        told = ". ".join(picture.signs) if picture.signs and rng.random() < 0.25 else questions.caption(picture)
         turns[0] = (f"{told} {turns[0][0]}", turns[0][1])
     return [
         {"role": role, "content": text}
@@ -72,7 +74,8 @@ def conversation(rng: random.Random) -> list[dict[str, str]]:
 def train_tokenizer(seed: int = 0, texts: int = 5000) -> PreTrainedTokenizerFast:
     rng = random.Random(f"tokenizer {seed}")
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = pre_tokenizers.Split(Regex(LETTER_OF_SIGN), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([letters, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -80,7 +83,7 @@ def train_tokenizer(seed: int = 0, texts: int = 5000) -> PreTrainedTokenizerFast
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
     template = PheyeProcessor(PheyeImageProcessor(), tokenizer).apply_chat_template
-    backend.train_from_iterator((template(conversation(rng)).lower() for _ in range(texts)), trainer)
+    backend.train_from_iterator((template(conversation(rng)) for _ in range(texts)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
 
 
