@@ -48,8 +48,9 @@ def test_the_same_seed_gives_the_same_start(parts):
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_ways_of_looking_begin_with_blocks_that_learnt(tmp_path, capsys):
-    start = tiny_model(tiles_per_side=1, global_lora_rank=0, local_lora_rank=0)
+@pytest.mark.parametrize("tiles_per_side", [1, 3])
+def test_ways_of_looking_begin_with_blocks_that_learnt(tiles_per_side, tmp_path, capsys):
+    start = tiny_model(tiles_per_side=tiles_per_side, global_lora_rank=0, local_lora_rank=0)
     old = start.pheye.cross_attention_blocks.state_dict()
     start.save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
@@ -59,6 +60,8 @@ def test_ways_of_looking_begin_with_blocks_that_learnt(tmp_path, capsys):
         assert any("lora" in key for key, _ in model.named_parameters()) == lora
         blocks = model.pheye.cross_attention_blocks.state_dict()
         assert all(torch.equal(blocks[key], learnt) for key, learnt in old.items())
+        vectors, learnt = (one.pheye.view_encoding.view_embedding.weight for one in (model, start))
+        assert torch.equal(vectors, learnt) == (vectors.shape == learnt.shape)
     for name in ("every4th", "prefix"):
         with pytest.raises(SystemExit):
             main(["--start", str(tmp_path), "--data", "x", "--output", "y", "--ways", name])

@@ -143,8 +143,13 @@ def test_recolouring_leaves_scenes_alone_and_pages_readable():
     assert not torch.equal(given[:6], pixels[:6])
 
 
-def test_signs_are_written_letter_by_letter_and_everything_else_in_longer_tokens():
+def test_signs_are_written_letter_by_letter_and_everything_else_word_by_word():
     tokenizer = language.train_tokenizer(texts=300)
+    tokens = tokenizer.convert_ids_to_tokens(
+        tokenizer("Instruction: How many circles are there? AIHOW 10")["input_ids"]
+    )
+    expected = ["Instruction", ":", "ĠHow", "Ġmany", "Ġcircles", "Ġare", "Ġthere", "?", "Ġ", *"AIHOW", "Ġ", *"10"]
+    assert tokens == expected
     assert tokenizer.convert_ids_to_tokens(tokenizer("FRESH BREAD")["input_ids"]) == [*"FRESH", "Ġ", *"BREAD"]
     text = "A blue circle and a sign that says ÄÖ 7."
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -3,9 +3,9 @@
     python -m pheye.training.nano.language --output FOLDER [--steps 1400]
 
 The texts are Pheye's prompts with answers about pictures that nobody drew. Most of them give the answer away in the
-instruction, so that the model learns to write letter by letter what it is told, and to answer questions out of it: a
-model that cannot do so when it is told will not when it is shown. The others it can only guess, within the answers
-that there are. Words of the prompts are one token each; signs, all capitals and digits, are written letter by letter.
+instruction, for the model to copy letter by letter or to find among what it is told: if it cannot do so when it is
+told, it will not when it is shown. The others it can only guess, within the answers that there are. Words of the
+prompts are one token each; signs, all capitals and digits, are written letter by letter.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from .checkpoints import autocast, load_checkpoint, log, save_checkpoint
 from .muon import optimizers_for, set_learning_rates
 from .pictures import Picture, Shape
 
-VOCABULARY = 1024
-LETTER_OF_SIGN = r"[A-Z0-9](?![a-z])"
+VOCABULARY = 1024  # at most; the texts have fewer words
+LETTER_OF_SIGN = r"[A-Z0-9](?![a-z])"  # never joined with what stands beside it
 END = "<|endoftext|>"
 BATCH, WARMUP = 16, 50
 SORTED = 4  # steps whose texts are sorted by length
@@ -38,13 +38,13 @@ TOLD = 0.9  # share of the texts that give the answer away
 LOG_EVERY = 50
 
 
-def imagined(rng: random.Random, most_signs: int) -> Picture:
-    """What a picture has in it, without the picture; without signs it has shapes."""
+def imagined(rng: random.Random, signs: int) -> Picture:
+    """What a picture with so many signs has in it, without the picture; without signs it has shapes."""
     picture = Picture(image=None)
-    for _ in range(rng.randint(0 if most_signs else 1, 5)):
+    for _ in range(rng.randint(0 if signs else 1, 5)):
         place = (rng.random(), rng.random())
         picture.shapes.append(Shape(rng.choice(pictures.KINDS), rng.choice(list(pictures.COLOURS)), [place]))
-    for line in range(min(1, most_signs) if rng.random() < 0.4 else rng.randint(min(2, most_signs), most_signs)):
+    for line in range(signs):
         text = words.sign_text(rng, held_out=False)
         picture.signs.append(text)
         picture.letters.append(pictures.Letter(text[0], [(0.0, float(line))] * 4, line, 0))
@@ -54,11 +54,11 @@ def imagined(rng: random.Random, most_signs: int) -> Picture:
 def conversation(rng: random.Random) -> list[dict[str, str]]:
     """Messages about an imagined picture."""
     if rng.random() < 0.3:
-        picture = imagined(rng, most_signs=8)
+        picture = imagined(rng, signs=1 if rng.random() < 0.4 else rng.randint(2, 8))
         instruction = rng.choice((questions.CAPTION, *CAPTION_INSTRUCTIONS))
         turns = [(instruction, questions.caption(picture))]
     else:
-        picture = imagined(rng, most_signs=rng.choice((0, 0, 1, 3)))
+        picture = imagined(rng, signs=rng.choice((0, 0, 0, 1, 2, 3)))
         turns = [questions.sign_question(picture)] if picture.signs else []
         turns += questions.shape_questions(rng, picture)
         rng.shuffle(turns)
