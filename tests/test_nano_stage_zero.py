@@ -32,6 +32,7 @@ def small(monkeypatch):
     monkeypatch.setattr(vision, "vision_config", lambda: config)
     monkeypatch.setattr(language, "language_config", lambda size: tiny_text_config(vocab_size=size))
     monkeypatch.setattr(language, "BATCH", 2)
+    monkeypatch.setattr(language, "TOKENIZER_TEXTS", 300)
 
 
 def drawn_here(indices, seed, held_out, workers, ahead):
@@ -87,14 +88,13 @@ def test_the_reader_learns_a_batch_by_heart(small):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_batches_drawn_by_other_processes_are_the_same_and_in_order(ahead, monkeypatch):
-    monkeypatch.setattr(vision, "CHUNK", 2)
-    found = list(vision.drawn(range(3, 6), 1, True, workers=2, ahead=ahead))
-    assert len(found) == 3
-    for index, arrays in zip(range(3, 6), found, strict=True):
-        for array, expected in zip(arrays, vision.batch(index, 1, True), strict=True):
-            assert np.array_equal(array.numpy(), expected)
+def test_batches_drawn_by_other_processes_are_the_same_and_in_order(monkeypatch):
+    monkeypatch.setattr(vision, "CHUNK", 1)
+    expected = [vision.batch(index, 1, True) for index in (3, 4)]
+    for ahead in (False, True):
+        found = vision.drawn(range(3, 5), 1, True, workers=2, ahead=ahead)
+        for arrays, known in zip(found, expected, strict=True):
+            assert all(np.array_equal(one.numpy(), other) for one, other in zip(arrays, known, strict=True))
 
 
 def test_training_goes_on_from_the_tower_of_a_pheye(small, tmp_path):
@@ -143,8 +143,8 @@ def test_recolouring_leaves_scenes_alone_and_pages_readable():
     assert not torch.equal(given[:6], pixels[:6])
 
 
-def test_signs_are_written_letter_by_letter_and_everything_else_word_by_word():
-    tokenizer = language.train_tokenizer(texts=300)
+def test_signs_are_written_letter_by_letter_and_everything_else_word_by_word(small):
+    tokenizer = language.train_tokenizer()
     tokens = tokenizer.convert_ids_to_tokens(
         tokenizer("Instruction: How many circles are there? AIHOW 10")["input_ids"]
     )
@@ -156,6 +156,32 @@ def test_signs_are_written_letter_by_letter_and_everything_else_word_by_word():
     processor = PheyeProcessor(PheyeImageProcessor(), tokenizer)
     prompt = processor.apply_chat_template([{"role": "user", "content": questions.SIGN}], add_generation_prompt=True)
     assert len(tokenizer(prompt)["input_ids"]) < len(prompt) / 3
+
+
+def test_lessons_ask_one_question_about_few_shapes_that_they_tell():
+    kinds = set()
+    for seed in range(60):
+        question, answer = language.lesson(random.Random(seed), most_shapes=1 + seed % 2)
+        told, asked = question["content"].split(". ")
+        shapes = told.lower().split(" and ")
+        assert 1 <= len(shapes) <= 1 + seed % 2 and asked.endswith("?")
+        kind = asked.rstrip("?").removesuffix("s are there").split()[-1]
+        found = [shape.split()[1] for shape in shapes if shape.split()[2] == kind]
+        expected = {"How": questions.NUMBERS[len(found)], "Is": "yes" if found else "no", "What": "".join(found)}
+        assert answer["content"] == expected[asked.split()[0]]
+        kinds.add(asked.split()[0])
+    assert kinds == {"How", "Is", "What"}
+
+
+def test_lessons_come_first_in_larger_batches(small, monkeypatch):
+    monkeypatch.setattr(language, "LESSON", 1)
+    processor = PheyeProcessor(PheyeImageProcessor(), language.train_tokenizer())
+    for step in (0, language.MOST_SHAPES - 1):
+        ids, labels = language.batch_of(processor, 0, step)
+        assert ids.shape == labels.shape and len(ids) == language.SORTED * language.BATCH
+        first, second = processor.tokenizer.batch_decode(ids)[:2]
+        assert first != second and first.count("Output:") == 1
+    assert len(language.batch_of(processor, 0, language.MOST_SHAPES)[0]) == language.BATCH
 
 
 def test_texts_give_many_answers_away(small):

@@ -4,8 +4,10 @@
 
 The texts are Pheye's prompts with answers about pictures that nobody drew. Most of them give the answer away in the
 instruction, for the model to copy letter by letter or to find among what it is told: if it cannot do so when it is
-told, it will not when it is shown. The others it can only guess, within the answers that there are. Words of the
-prompts are one token each; signs, all capitals and digits, are written letter by letter.
+told, it will not when it is shown. The others it can only guess, within the answers that there are. First come short
+texts, one question about one shape that is told, then about two, and so on: from whole conversations alone the model
+did not learn to look for the kind that is asked. Words of the prompts are one token each; signs, all capitals and
+digits, are written letter by letter.
 """
 
 import argparse
@@ -29,19 +31,22 @@ from .muon import optimizers_for, set_learning_rates
 from .pictures import Picture, Shape
 
 VOCABULARY = 1024  # at most; the texts have fewer words
+TOKENIZER_TEXTS = 5000
 LETTER_OF_SIGN = r"[A-Z0-9](?![a-z])"  # never joined with what stands beside it
 END = "<|endoftext|>"
 BATCH, WARMUP = 16, 50
 SORTED = 4  # steps whose texts are sorted by length
+LESSON = 60  # steps of short texts about up to one shape; then as many about up to two, and so on to MOST_SHAPES
+MOST_SHAPES = 5
 SAVE_EVERY = 250
 TOLD = 0.9  # share of the texts that give the answer away
 LOG_EVERY = 50
 
 
-def imagined(rng: random.Random, signs: int) -> Picture:
+def imagined(rng: random.Random, signs: int, most_shapes: int = MOST_SHAPES) -> Picture:
     """What a picture with so many signs has in it, without the picture; without signs it has shapes."""
     picture = Picture(image=None)
-    for _ in range(rng.randint(0 if signs else 1, 5)):
+    for _ in range(rng.randint(0 if signs else 1, most_shapes)):
         place = (rng.random(), rng.random())
         picture.shapes.append(Shape(rng.choice(pictures.KINDS), rng.choice(list(pictures.COLOURS)), [place]))
     for line in range(signs):
@@ -49,6 +54,24 @@ def imagined(rng: random.Random, signs: int) -> Picture:
         picture.signs.append(text)
         picture.letters.append(pictures.Letter(text[0], [(0.0, float(line))] * 4, line, 0))
     return picture
+
+
+def messages_of(turns: list[questions.Turn], told: str = "") -> list[dict[str, str]]:
+    """Turns as messages; what is told stands before the first question."""
+    said = [text for turn in turns for text in turn]
+    said[0] = f"{told} {said[0]}".lstrip()
+    return [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant") * len(turns), said, strict=True)
+    ]
+
+
+def lesson(rng: random.Random, most_shapes: int) -> list[dict[str, str]]:
+    """One question about one to `most_shapes` shapes that are told, and its answer."""
+    turns = []
+    while not turns:  # nobody asks for the colour of a kind that is not there once
+        picture = imagined(rng, signs=0, most_shapes=most_shapes)
+        turns = questions.shape_questions(rng, picture, count=1)
+    return messages_of(turns, questions.caption(picture))
 
 
 def conversation(rng: random.Random) -> list[dict[str, str]]:
@@ -62,17 +85,13 @@ def conversation(rng: random.Random) -> list[dict[str, str]]:
         turns = [questions.sign_question(picture)] if picture.signs else []
         turns += questions.shape_questions(rng, picture)
         rng.shuffle(turns)
+    told = ""
     if rng.random() < TOLD:
         told = ". ".join(picture.signs) if picture.signs and rng.random() < 0.25 else questions.caption(picture)
-        turns[0] = (f"{told} {turns[0][0]}", turns[0][1])
-    return [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
+    return messages_of(turns, told)
 
 
-def train_tokenizer(seed: int = 0, texts: int = 5000) -> PreTrainedTokenizerFast:
+def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     rng = random.Random(f"tokenizer {seed}")
     backend = Tokenizer(models.BPE())
     letters = pre_tokenizers.Split(Regex(LETTER_OF_SIGN), "isolated")
@@ -84,7 +103,7 @@ def train_tokenizer(seed: int = 0, texts: int = 5000) -> PreTrainedTokenizerFast
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
     template = PheyeProcessor(PheyeImageProcessor(), tokenizer).apply_chat_template
-    backend.train_from_iterator((template(conversation(rng)) for _ in range(texts)), trainer)
+    backend.train_from_iterator((template(conversation(rng)) for _ in range(TOKENIZER_TEXTS)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
 
 
@@ -94,7 +113,8 @@ def language_config(vocabulary: int) -> PhiConfig:
         hidden_size=192,
         intermediate_size=768,
         num_hidden_layers=6,
-        num_attention_heads=3,
+        num_attention_heads=6,
+        initializer_range=0.07,  # about 1 / sqrt(hidden_size); with Phi's 0.02 attention begins, and long stays, even
         hidden_act="gelu_pytorch_tanh",  # Phi's own, in one kernel
         max_position_embeddings=512,
         bos_token_id=None,
@@ -112,8 +132,16 @@ def sorted_rows(processor: PheyeProcessor, seed: int, group: int) -> list[tuple[
 
 
 def batch_of(processor: PheyeProcessor, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels (BATCH, T) of a step's texts, padded on the right; only answers are learnt."""
-    rows = sorted_rows(processor, seed, step // SORTED)[step % SORTED * BATCH :][:BATCH]
+    """Ids and labels (B, T) of a step's texts, padded on the right; only answers are learnt.
+
+    B is BATCH, and SORTED times as many while they are short.
+    """
+    most_shapes = step // LESSON + 1
+    if most_shapes <= MOST_SHAPES:
+        rng = random.Random(f"lesson {seed} {step}")
+        rows = [encode(processor, lesson(rng, most_shapes)) for _ in range(SORTED * BATCH)]
+    else:
+        rows = sorted_rows(processor, seed, step // SORTED)[step % SORTED * BATCH :][:BATCH]
     length = max(len(ids) for ids, _ in rows)
     padding = processor.tokenizer.pad_token_id
     ids = [ids + [padding] * (length - len(ids)) for ids, _ in rows]

@@ -26,7 +26,8 @@ from .pictures import KINDS, Picture, Shape
 SIGN = "What is written on the sign?"
 SIGNS = "What is written on the signs?"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-MOST_SIGNS = {"describe": 5, "instruct": 3, "tasks": 1}  # on a picture, by stage
+MOST_SHAPES = {"describe": 2, "instruct": 5, "tasks": 5}  # on a picture, by stage
+MOST_SIGNS = {"describe": 1, "instruct": 3, "tasks": 1}
 CAPTIONS = {"describe": 1.0, "instruct": 0.3, "tasks": 0.25}  # share of the pictures that are described
 SHAPE_QUESTIONS = 8  # about a picture that is not described
 CHUNK = 200  # pictures that are written together
@@ -106,6 +107,7 @@ def sample(stage: str, rng: random.Random, tiles_per_side: int = 3) -> tuple[Pic
         sizes=tuple(side * tiles_per_side for side in SIDES),
         cap_heights=tuple(share / tiles_per_side for share in CAP_HEIGHTS),
         signs=rng.randint(1, MOST_SIGNS[stage]),
+        shapes=rng.randint(0, MOST_SHAPES[stage]),
     )
     if rng.random() < CAPTIONS[stage]:
         return picture, [(CAPTION, caption(picture))]
