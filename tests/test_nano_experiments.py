@@ -97,6 +97,9 @@ def test_all_ways_are_trained_and_asked_once(parts, tmp_path):
         written[name] = path.stat().st_mtime_ns
     report = (tmp_path / "out" / "experiments.md").read_text()
     assert all(way.title in report for way in WAYS.values())
+    tertiles = json.loads(results["full"].read_text())["scores"]["by_tertile"].values()
+    expected = ", ".join(f"{100 * one['exact']:.1f}" for one in tertiles)
+    assert next(line for line in report.splitlines() if WAYS["full"].title in line).split(" | ")[2] == expected
     main(command)
     assert {name: path.stat().st_mtime_ns for name, path in results.items()} == written
     with pytest.raises(ValueError, match="steps was 1, now 2"):

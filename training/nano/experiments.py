@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from pheye import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
-from pheye.answering import answer, default_device, versions, write_atomically
+from pheye.answering import answer, default_device, write_atomically
 from pheye.benchmarks.measuring import machine
 from pheye.evaluation.nano import SHAPES, SIGN, Sample, held_out_samples, percent, requests_of, scores
 from pheye.training.collator import IGNORED, PheyeCollator
@@ -212,10 +212,11 @@ REPORT = """# Pheye-nano in several ways
 
 `python -m pheye.training.nano.experiments`, {steps} steps of {batch} samples of {data} at a learning rate of {rate},
 from {start}; {seeds} seeds (mean, and each), {count} held-out pictures with two questions each, k = {tiles};
-{machine}; {versions}. The loss is the mean of the last tenth of the steps.
+{machine}. Signs are read if no character is wrong: all, and by tertile of letter height. The loss is the mean of the
+last tenth of the steps.
 
-| way | signs read exactly, % | characters wrong, % | shapes, % | loss | s per step | s per question |
-| --- | --- | --- | --- | --- | --- | --- |
+| way | signs read, % | small, medium, large | characters wrong, % | shapes, % | loss | s per step | s per question |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 """
 
@@ -231,9 +232,13 @@ def report(results: list[dict], args: argparse.Namespace) -> str:
         runs = [result for result in results if result["way"] == name]
         if runs:
             signs = [one["scores"][SIGN] for one in runs]
+            by_tertile = [one["scores"]["by_tertile"] for one in runs]
             cells = [
                 way.title,
                 cell([one["exact"] for one in signs]),
+                ", ".join(
+                    percent(statistics.mean(one[size]["exact"] for one in by_tertile)) for size in by_tertile[0]
+                ),
                 cell([one["character_error"] for one in signs]),
                 cell([one["scores"][SHAPES]["exact"] for one in runs]),
                 cell([one["loss"] for one in runs], "{:.2f}".format),
@@ -250,7 +255,6 @@ def report(results: list[dict], args: argparse.Namespace) -> str:
         seeds=args.seeds,
         count=args.count,
         machine=machine(args.device),
-        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
         rows="\n".join(lines),
     )
 
