@@ -70,3 +70,10 @@ def test_captions_stand_alone():
             _, turns = questions.sample(stage, random.Random(seed))
             asked = [question for question, _ in turns]
             assert questions.CAPTION not in asked or len(asked) == 1
+
+
+@pytest.mark.parametrize("stage", ["describe", "instruct", "tasks"])
+def test_pictures_of_a_stage_have_as_many_shapes_and_signs_as_it_says(stage):
+    drawn = [questions.sample(stage, random.Random(seed), tiles_per_side=1)[0] for seed in range(40)]
+    assert {len(picture.signs) for picture in drawn} == set(range(1, questions.MOST_SIGNS[stage] + 1))
+    assert max(len(picture.shapes) for picture in drawn) == questions.MOST_SHAPES[stage]

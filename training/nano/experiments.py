@@ -7,7 +7,7 @@
 
 Ways that differ in what the views go through begin with the blocks of `--start`, which learnt without LoRA, and are
 the last stage; ways that differ in the blocks begin with new ones, here on pictures for one crop (`questions --stage
-instruct --tiles-per-side 1`). All take as many steps, with a seed on the same samples, and answer the same held-out
+tasks --tiles-per-side 1`). All take as many steps, with a seed on the same samples, and answer the same held-out
 questions. The output folder gets a result per run and, from all of them, experiments.md. A run that has a result is
 not done again.
 """

@@ -37,7 +37,7 @@ END = "<|endoftext|>"
 BATCH, WARMUP = 16, 50
 SORTED = 4  # steps whose texts are sorted by length
 LESSON = 60  # steps of short texts about up to one shape; then as many about up to two, and so on to MOST_SHAPES
-MOST_SHAPES = 5
+MOST_SHAPES = max(questions.MOST_SHAPES.values())
 SAVE_EVERY = 250
 TOLD = 0.9  # share of the texts that give the answer away
 LOG_EVERY = 50
@@ -181,7 +181,7 @@ def train(output: Path, steps: int, seed: int = 0, device: str = "cpu"):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=1400, help=f"the first {LESSON * MOST_SHAPES} are of short texts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=default_device())
     train(**vars(parser.parse_args()))
