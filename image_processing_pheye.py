@@ -305,12 +305,13 @@ class PheyeImageProcessor(PilBackend):
     ) -> BatchFeature:
         def views_of(image: Image.Image) -> np.ndarray:
             views = tile_image(image, tiles_per_side, (size.height, size.width), resample)  # (V, H, W, 3)
-            views = views.astype(np.float32)
+            views = np.ascontiguousarray(views.transpose(0, 3, 1, 2)).astype(np.float32)  # (V, 3, H, W)
             if do_rescale:
                 views /= np.float32(1 / rescale_factor)  # value / 255, which rounds better than value * (1 / 255)
             if do_normalize:
-                views = (views - np.array(image_mean, np.float32)) / np.array(image_std, np.float32)
-            return np.ascontiguousarray(views.transpose(0, 3, 1, 2))  # (V, 3, H, W)
+                views -= np.array(image_mean, np.float32)[:, None, None]
+                views /= np.array(image_std, np.float32)[:, None, None]
+            return views
 
         return BatchFeature({"pixel_values": _map(views_of, images)}, tensor_type=return_tensors)
 

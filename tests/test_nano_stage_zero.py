@@ -35,7 +35,7 @@ def small(monkeypatch):
     monkeypatch.setattr(language, "TOKENIZER_TEXTS", 300)
 
 
-def drawn_here(indices, seed, held_out, workers, ahead):
+def drawn_here(indices, seed, held_out, workers, ahead, together=1):
     """Without other processes, which would not know of the small batches."""
     return [tuple(map(torch.from_numpy, vision.batch(index, seed, held_out))) for index in indices[:4]]
 
@@ -95,6 +95,9 @@ def test_batches_drawn_by_other_processes_are_the_same_and_in_order(monkeypatch)
         found = vision.drawn(range(3, 5), 1, True, workers=2, ahead=ahead)
         for arrays, known in zip(found, expected, strict=True):
             assert all(np.array_equal(one.numpy(), other) for one, other in zip(arrays, known, strict=True))
+    (arrays,) = vision.drawn(range(3, 5), 1, True, workers=2, ahead=True, together=2)
+    for one, *parts in zip(arrays, *expected, strict=True):
+        assert np.array_equal(one.numpy(), np.concatenate(parts))
 
 
 def test_training_goes_on_from_the_tower_of_a_pheye(small, tmp_path):
@@ -184,6 +187,19 @@ def test_lessons_come_first_in_larger_batches(small, monkeypatch):
         told = [turn.split(". ")[0].replace(" and ", ", ").count(", ") + 1 for (turn,) in texts]
         assert max(told) <= step + 1 and (step == 0 or max(told) > 1)
     assert len(language.batch_of(processor, 0, language.MOST_SHAPES)[0]) == language.BATCH
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_texts_made_by_other_processes_are_the_same_and_in_order(workers, small):
+    processor = PheyeProcessor(PheyeImageProcessor(), language.train_tokenizer())
+    first = language.LESSON * language.MOST_SHAPES - 3  # in the middle of a group, and from lessons to conversations
+    steps = range(first, first + 6)
+    found = list(language.batches(processor, 0, steps, workers))
+    assert len(found) == len(steps)
+    for step, batch in zip(steps, found, strict=True):
+        assert all(
+            torch.equal(one, other) for one, other in zip(batch, language.batch_of(processor, 0, step), strict=True)
+        )
 
 
 def test_texts_give_many_answers_away(small):

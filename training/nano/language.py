@@ -1,6 +1,6 @@
 """Stage 0 for the words: a byte-level BPE tokenizer and a small language model, trained on the texts it needs.
 
-    python -m pheye.training.nano.language --output FOLDER [--steps 1400]
+    python -m pheye.training.nano.language --output FOLDER [--steps 6000]
 
 The texts are Pheye's prompts with answers about pictures that nobody drew. Most of them give the answer away in the
 instruction, for the model to copy letter by letter or to find among what it is told: if it cannot do so when it is
@@ -12,11 +12,15 @@ digits, are written letter by letter.
 
 import argparse
 import functools
+import itertools
+import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader, Dataset
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from pheye.answering import default_device
@@ -36,7 +40,7 @@ LETTER_OF_SIGN = r"[A-Z0-9](?![a-z])"  # never joined with what stands beside it
 END = "<|endoftext|>"
 BATCH, WARMUP = 16, 50
 SORTED = 4  # steps whose texts are sorted by length
-LESSON = 60  # steps of short texts about up to one shape; then as many about up to two, and so on to MOST_SHAPES
+LESSON = 100  # steps of short texts about up to one shape; then as many about up to two, and so on to MOST_SHAPES
 MOST_SHAPES = max(questions.MOST_SHAPES.values())
 SAVE_EVERY = 250
 TOLD = 0.9  # share of the texts that give the answer away
@@ -149,7 +153,25 @@ def batch_of(processor: PheyeProcessor, seed: int, step: int) -> tuple[torch.Ten
     return torch.tensor(ids), torch.tensor(labels)
 
 
-def train(output: Path, steps: int, seed: int = 0, device: str = "cpu"):
+class Groups(Dataset):
+    """The texts of SORTED steps at a time, so that a process which makes them sorts them once."""
+
+    def __init__(self, processor: PheyeProcessor, seed: int):
+        self.processor, self.seed = processor, seed
+
+    def __getitem__(self, group: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [batch_of(self.processor, self.seed, group * SORTED + number) for number in range(SORTED)]
+
+
+def batches(processor: PheyeProcessor, seed: int, steps: range, workers: int) -> Iterator:
+    """What `batch_of` gives for `steps`, made by `workers` other processes while the model trains."""
+    groups = range(steps.start // SORTED, math.ceil(steps.stop / SORTED))
+    loader = DataLoader(Groups(processor, seed), batch_size=None, sampler=groups, num_workers=workers)
+    made = itertools.chain.from_iterable(loader)
+    return itertools.islice(made, steps.start % SORTED, steps.start % SORTED + len(steps))
+
+
+def train(output: Path, steps: int, seed: int = 0, workers: int = 0, device: str = "cpu"):
     """Train for `steps` steps, go on from the last checkpoint if there is one, and save model and tokenizer."""
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -158,9 +180,10 @@ def train(output: Path, steps: int, seed: int = 0, device: str = "cpu"):
     model = PhiForCausalLM(language_config(len(tokenizer))).train().to(device)
     optimizers = optimizers_for(model, model, 3e-3, 1.5e-3)
     losses = []
-    for step in range(load_checkpoint(output, model, optimizers), steps):
+    order = range(load_checkpoint(output, model, optimizers), steps)
+    for step, tensors in zip(order, batches(processor, seed, order, workers), strict=True):
         set_learning_rates(optimizers, min(1.0, (step + 1) / WARMUP) * (1 - step / steps))
-        ids, labels = (tensor.to(device) for tensor in batch_of(processor, seed, step))
+        ids, labels = (tensor.to(device) for tensor in tensors)
         with autocast(device):
             loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
@@ -181,8 +204,9 @@ def train(output: Path, steps: int, seed: int = 0, device: str = "cpu"):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1400, help=f"the first {LESSON * MOST_SHAPES} are of short texts")
+    parser.add_argument("--steps", type=int, default=6000, help=f"the first {LESSON * MOST_SHAPES} are of short texts")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that make the texts")
     parser.add_argument("--device", default=default_device())
     train(**vars(parser.parse_args()))
 

@@ -35,10 +35,10 @@ from .muon import optimizers_for, set_learning_rates
 
 VIEW = 224
 TILES = 3
-PAGES, SCENES, CROPS = 12, 1, 3  # of a batch; of each scene the global view and the crops with most letters
-ECHOES = 2  # times that a batch is used, its colours changed: drawing costs as much as half of the training
-CHUNK = 25  # batches that are drawn together
-EASY, HARD = 400, 1000  # batches up to which pages are easy, and from which on they are as hard as they will be
+PAGES, SCENES, CROPS = 10, 2, 3  # of a batch; of each scene the global view and the crops with most letters
+ECHOES = 3  # times that a batch is used, its colours changed: drawing costs as much as half of the training
+CHUNK = 8  # batches that a process draws at a time
+EASY, HARD = 400, 1000  # draws up to which pages are easy, and from which on they are as hard as they will be
 CAP_HEIGHTS, EASY_CAP_HEIGHT = (13, 44), 24  # of pages, in pixels of a view: least and most, and least at first
 NOTHING_WEIGHT, NO_SHAPE_WEIGHT = 0.15, 0.01  # of patches without a letter and without a shape, which are most
 WARMUP = 200  # steps
@@ -48,10 +48,10 @@ TEST_BATCHES = 10
 
 def vision_config() -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
+        hidden_size=192,
+        intermediate_size=768,
         num_hidden_layers=6,
-        num_attention_heads=2,
+        num_attention_heads=3,
         patch_size=14,
         image_size=VIEW,
         hidden_act="gelu",
@@ -100,15 +100,20 @@ def scene_views(rng: random.Random, held_out: bool, crops: int) -> list[tuple[np
     return [found[0], *most[:crops]]
 
 
-def ease_of(index: int, held_out: bool = False) -> float:
+def ease_of(draw: float, held_out: bool = False) -> float:
     """From 1, with which letters are found out about twice as fast, to 0."""
-    return 0.0 if held_out else min(1.0, max(0.0, (HARD - index) / (HARD - EASY)))
+    return 0.0 if held_out else min(1.0, max(0.0, (HARD - draw) / (HARD - EASY)))
 
 
-def batch(index: int, seed: int = 0, held_out: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Batch number `index`: pixels (B, H, W, 3), maps, counts, and which rows are pages; all but those are uint8."""
+def batch(
+    index: int, seed: int = 0, held_out: bool = False, together: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Batch number `index`: pixels (B, H, W, 3), maps, counts, and which rows are pages; all but those are uint8.
+
+    `together`: batches that make one draw, by whose number pages become harder.
+    """
     rng = random.Random(f"{seed} {held_out} {index}")
-    ease = ease_of(index, held_out)
+    ease = ease_of(index // together, held_out)
     views = [page_view(rng, held_out, ease) for _ in range(PAGES)]
     for _ in range(SCENES):
         views += scene_views(rng, held_out, CROPS)
@@ -118,13 +123,17 @@ def batch(index: int, seed: int = 0, held_out: bool = False) -> tuple[np.ndarray
     return pixels, maps, counts, np.arange(len(views)) < PAGES
 
 
-def drawn(indices: range, seed: int, held_out: bool, workers: int, ahead: bool) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Batches, drawn CHUNK at a time by `workers` processes, and if `ahead` while the last chunk is being used.
+def drawn(
+    indices: range, seed: int, held_out: bool, workers: int, ahead: bool, together: int = 1
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Draws of `together` batches, CHUNK at a time made by each of `workers` processes, and if `ahead` while the last
+    ones are being used.
 
     Where the processor trains, drawing beside it would slow it down by more than the time that it takes by itself.
     """
-    draw = functools.partial(batch, seed=seed, held_out=held_out)
-    chunks = [indices[first : first + CHUNK] for first in range(0, len(indices), CHUNK)]
+    draw = functools.partial(batch, seed=seed, held_out=held_out, together=together)
+    size = CHUNK * workers * together
+    chunks = [indices[first : first + size] for first in range(0, len(indices), size)]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pending = None
         for number, chunk in enumerate(chunks):
@@ -132,8 +141,9 @@ def drawn(indices: range, seed: int, held_out: bool, workers: int, ahead: bool) 
             batches = pending.get()
             is_next_begun = ahead and number + 1 < len(chunks)
             pending = pool.map_async(draw, chunks[number + 1], chunksize=1) if is_next_begun else None
-            for arrays in batches:
-                yield tuple(map(torch.from_numpy, arrays))
+            for first in range(0, len(batches), together):
+                parts = zip(*batches[first : first + together], strict=True)
+                yield tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in parts)
 
 
 def recoloured(
@@ -141,13 +151,12 @@ def recoloured(
 ) -> torch.Tensor:
     """Pages with channels rolled and a share of them inverted: other pictures with the same letters. Scenes keep
     theirs, for their shapes are asked for their colours."""
-    pixels = pixels.clone()
-    for row in torch.nonzero(is_page).flatten().tolist():
-        shift, invert = torch.randint(0, 6, (1,), generator=generator).item() % 3, torch.rand(1, generator=generator)
-        pixels[row] = pixels[row].roll(shift, -1)
-        if invert < inverted:
-            pixels[row] = 255 - pixels[row]
-    return pixels
+    rows = len(pixels)
+    shifts = torch.randint(0, 3, (rows, 1), generator=generator).to(pixels.device)
+    inverts = (torch.rand(rows, generator=generator) < inverted).to(pixels.device)
+    channels = (torch.arange(3, device=pixels.device) - shifts * is_page[:, None]) % 3  # (B, 3)
+    rolled = pixels.gather(-1, channels[:, None, None].expand_as(pixels))
+    return torch.where((inverts & is_page)[:, None, None, None], 255 - rolled, rolled)
 
 
 def normalized(pixels: torch.Tensor) -> torch.Tensor:
@@ -204,10 +213,18 @@ def learning_rate_share(step: int, steps: int) -> float:
     return min((step + 1) / WARMUP, 1 - step / steps)
 
 
-def train(output: Path, steps: int, seed: int = 0, workers: int = 1, start: Path | None = None, device: str = "cpu"):
+def train(
+    output: Path,
+    steps: int,
+    seed: int = 0,
+    workers: int = 1,
+    together: int = 1,
+    start: Path | None = None,
+    device: str = "cpu",
+):
     """Train for `steps` steps, go on from the last checkpoint if there is one, and save the frozen tower.
 
-    `start`: a Pheye, to begin with its tower instead of from nothing.
+    `together`: batches of a step; `start`: a Pheye, to begin with its tower instead of from nothing.
     """
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -219,10 +236,10 @@ def train(output: Path, steps: int, seed: int = 0, workers: int = 1, start: Path
     optimizers = optimizers_for(reader, reader.vision, 3e-3, 1.5e-3)
     step = load_checkpoint(output, reader, optimizers)
     tests = list(drawn(range(TEST_BATCHES), seed, True, workers, False)) if step < steps else []
-    skipped = HARD if start else 0  # batches; a tower that reads needs no easy ones
-    order = range(skipped + step // ECHOES, skipped + math.ceil(steps / ECHOES))
+    skipped = HARD if start else 0  # draws; a tower that reads needs no easy ones
+    order = range((skipped + step // ECHOES) * together, (skipped + math.ceil(steps / ECHOES)) * together)
     began, losses = time.time(), []
-    for arrays in drawn(order, seed, False, workers, ahead=device != "cpu"):
+    for arrays in drawn(order, seed, False, workers, device != "cpu", together):
         pixels, maps, counts, is_page = (array.to(device) for array in arrays)
         for _ in range(ECHOES):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -256,6 +273,7 @@ def main():
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
+    parser.add_argument("--together", type=int, default=1, help="batches of a step; a GPU takes as long for several")
     parser.add_argument("--start", type=Path, help="folder of a Pheye whose tower to begin with")
     parser.add_argument("--device", default=default_device())
     train(**vars(parser.parse_args()))
