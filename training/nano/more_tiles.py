@@ -2,7 +2,9 @@
 
     python -m pheye.training.nano.more_tiles --model nano/stage1 --output nano/base2 [--tiles-per-side 3] [--lora]
 
-Learning to read from one crop costs a quarter of learning it from nine, and most of what is learnt is the same.
+Learning to read from one crop costs a quarter of learning it from nine, and most of what is learnt is the same. With
+one crop both views show the same, and blocks may come to read the global one, where nothing small can be read once
+there are nine. So the first crop and the global view change places when more crops come.
 """
 
 import argparse
@@ -28,6 +30,35 @@ def crop_vectors(old: torch.Tensor, tiles_per_side: int) -> torch.Tensor:
     return old.mean(0) + (rows[:, None] + columns).flatten(0, 1)
 
 
+def with_places_changed(model: PheyeForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """Weights of a model of one crop that sees its crop as it saw the global view: norm, vector and LoRA.
+
+    The global view gets the crop's norm and vector. It keeps its LoRA, for that of the crop has a higher rank.
+
+    Raises:
+        ValueError: if the global view's LoRA is of a higher rank than that of the crop, and so does not fit.
+    """
+    weights, config = dict(model.state_dict()), model.config
+    encoding, vectors = "pheye.view_encoding", "pheye.view_encoding.view_embedding.weight"
+    weights[vectors] = weights[vectors].flip(0)
+    for name in ("weight", "bias"):
+        one, other = f"{encoding}.global_norm.{name}", f"{encoding}.local_norm.{name}"
+        weights[one], weights[other] = weights[other], weights[one]
+    rank, room = config.global_lora_rank, config.local_lora_rank
+    if rank > room:
+        raise ValueError(f"LoRA of the global view has rank {rank}, which does not fit into the crops' {room}.")
+    for name in [name for name in weights if ".global_lora." in name]:
+        crop_name = name.replace(".global_lora.", ".local_lora.")
+        new = weights[crop_name].clone()
+        if name.endswith(".A"):
+            new[:rank] = weights[name]
+        else:
+            new[:, rank:] = 0
+            new[:, :rank] = weights[name] * (config.global_lora_alpha / rank) / (config.local_lora_alpha / room)
+        weights[crop_name] = new
+    return weights
+
+
 def more_tiles(
     model: PheyeForConditionalGeneration, tiles_per_side: int, with_lora: bool
 ) -> PheyeForConditionalGeneration:
@@ -38,7 +69,8 @@ def more_tiles(
     if with_lora:
         config.global_lora_rank = config.global_lora_rank or usual.global_lora_rank
         config.local_lora_rank = config.local_lora_rank or usual.local_lora_rank
-    weights = model.state_dict()
+    is_cut_now = model.config.tiles_per_side == 1 < tiles_per_side
+    weights = with_places_changed(model) if is_cut_now else model.state_dict()
     if tiles_per_side != model.config.tiles_per_side:
         name = "pheye.view_encoding.view_embedding.weight"
         weights[name] = torch.cat([weights[name][:1], crop_vectors(weights[name][1:], tiles_per_side)])

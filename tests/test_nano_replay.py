@@ -1,0 +1,94 @@
+"""Training on features that are kept: the same as on pictures, and after a stop as without."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from pheye import PheyeForConditionalGeneration
+from pheye.training.collator import PheyeCollator
+from pheye.training.data import Mixture, read_mixture
+from pheye.training.nano import replay
+
+from tiny import tiny_image, tiny_model, tiny_processor
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A model and five pictures with a question each; rounds of two pictures."""
+    monkeypatch.setattr(replay, "BATCH", 2)
+    monkeypatch.setattr(replay, "STEPS", 2)
+    monkeypatch.setattr(replay, "ALONE", 0)
+    monkeypatch.setattr(replay, "WARMUP", 1)
+    monkeypatch.setattr(replay, "SAVE_EVERY", 1)
+    monkeypatch.setattr(replay, "LOG_EVERY", 2)
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    rows = []
+    for number in range(5):
+        tiny_image(number).save(tmp_path / f"{number}.png")
+        said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "AB" * (1 + number)}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": said})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def train(folder, name, rounds):
+    replay.train(folder / "model", [str(folder / "data.json")], folder / name, rounds, learning_rate=1e-2)
+    return PheyeForConditionalGeneration.from_pretrained(folder / name).state_dict()
+
+
+def test_features_stand_for_their_pictures(folder):
+    model, processor = tiny_model(), tiny_processor()
+    mixture = Mixture(read_mixture([str(folder / "data.json")], turns=None), 0)
+    pictures = replay.Pictures(folder / "features", mixture, processor, 0)
+    for number in range(3):  # the sixth picture is the first again
+        pictures.encode(number, model)
+    indices = [4, 1, 5]
+    batch = pictures.batch(indices)
+    seen = model.pheye.view_encoding(batch.pop("features"))
+    found = model(image_hidden_states=seen, **batch)
+    names = ("input_ids", "attention_mask", "labels", "pixel_values")
+    whole = PheyeCollator(processor)([pictures.sample(index) for index in indices])
+    expected = model(**{name: whole[name] for name in names})
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-2, atol=0)  # features are kept in bfloat16
+    assert all(torch.equal(batch[name], whole[name]) for name in names[:3])
+    assert pictures.sample(5) == pictures.sample(0) and len({pictures.sample(index)["id"] for index in range(5)}) == 5
+
+
+def test_blocks_and_view_encoding_train_and_nothing_else(folder):
+    before, after = tiny_model().state_dict(), train(folder, "run", 2)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("cross_attention_blocks" in name or "view_encoding" in name for name in changed)
+    rows = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4] and all(row["loss"] != row["kept_loss"] for row in rows)
+
+
+def test_pictures_come_once_as_new_and_later_again_but_not_too_often():
+    rounds = 2 * replay.ALONE
+    steps = list(replay.schedule(rounds, seed=0))
+    assert len(steps) == rounds + replay.ALONE * (replay.STEPS - 1)
+    new = [index for _, is_new, indices in steps if is_new for index in indices]
+    assert new == list(range(rounds * replay.BATCH))
+    uses = Counter(index for _, _, indices in steps for index in indices)
+    assert max(uses.values()) == replay.USES
+    for number, is_new, indices in steps:
+        assert len(set(indices)) == replay.BATCH and max(indices) < (number + 1) * replay.BATCH
+        assert is_new or number >= replay.ALONE
+
+
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(folder, monkeypatch):
+    expected = train(folder, "whole", 3)
+    encode = replay.Pictures.encode
+
+    def stop(self, number, model):
+        if number == 2:
+            raise KeyboardInterrupt
+        encode(self, number, model)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(replay.Pictures, "encode", stop)
+        train(folder, "stopped", 3)
+    found = train(folder, "stopped", 3)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -1,0 +1,152 @@
+"""A stage for a processor: blocks and view encoding learn from features of pictures that are kept and used again.
+
+    python -m pheye.training.nano.replay --model nano/base2 --data nano/instruct/data.jsonl --output nano/stage2
+        [--rounds 500]
+
+With nine crops, four fifths of a step of the training command go into the vision tower, which always gives the same
+for a picture while its LoRA does not train. Here a round encodes some new pictures, keeps their features (a megabyte
+each, in FOLDER/features) and takes several steps: the first on the new pictures, so that its loss is that of pictures
+never seen, the others on kept ones. No picture is used more than three times, and none a second time before many are
+kept: with ten uses of few pictures, blocks learnt those by heart. The same command again goes on from its last
+checkpoint; the features of a finished run may be deleted.
+"""
+
+import argparse
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pheye import PheyeForConditionalGeneration, PheyeProcessor
+from pheye.training.collator import IGNORED, PheyeCollator
+from pheye.training.data import Mixture, read_mixture
+from pheye.training.trained import choose_trained
+
+from .checkpoints import load_checkpoint, log, save_checkpoint
+
+BATCH = 8
+STEPS = 3  # of a round
+ALONE = 40  # rounds before pictures are used again, of one step each
+USES = 3  # of a picture, at most
+WARMUP = 20  # steps
+SAVE_EVERY, LOG_EVERY = 150, 30  # steps
+
+
+class Pictures:
+    """The samples of a mixture in random order, again from the start where it ends, and their features on the disk."""
+
+    def __init__(self, folder: Path, mixture: Mixture, processor: PheyeProcessor, seed: int):
+        self.folder, self.mixture, self.collator = folder, mixture, PheyeCollator(processor)
+        self.order = random.Random(f"order {seed}").sample(range(len(mixture)), len(mixture))
+        folder.mkdir(exist_ok=True)
+
+    def sample(self, index: int) -> dict:
+        return self.mixture[self.order[index % len(self.order)]]
+
+    def file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"
+
+    @torch.no_grad()
+    def encode(self, number: int, model: PheyeForConditionalGeneration):
+        """Store what the vision tower gives to the view encoding for the pictures of round `number`."""
+        if self.file(number).exists():
+            return
+        samples = [self.sample(number * BATCH + row) for row in range(BATCH)]
+        pixel_values, _ = self.collator.open_images([sample["image"] for sample in samples])
+        seen = []
+        hook = model.pheye.view_encoding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model.get_image_features(pixel_values.to(model.device))
+        hook.remove()
+        features = seen[0].unflatten(0, (BATCH, -1)).bfloat16()  # (B, V, N, D)
+        temporary = self.file(number).with_suffix(".new")
+        save_file({"features": features.contiguous().cpu()}, temporary)
+        os.replace(temporary, self.file(number))
+
+    def features(self, index: int) -> torch.Tensor:
+        """(V, N, D)"""
+        number, row = divmod(index, BATCH)
+        with safe_open(self.file(number), "pt") as file:
+            return file.get_slice("features")[row]
+
+    def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """Text, padded on the right, and features (B * V, N, D) of the samples of these numbers."""
+        rows = [self.collator.encode_sample(self.sample(index)) for index in indices]
+        inputs = self.collator.processor.tokenizer.pad(
+            {"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt"
+        )
+        labels = torch.full_like(inputs["input_ids"], IGNORED)
+        for row, (_, learnt) in enumerate(rows):
+            labels[row, : len(learnt)] = torch.tensor(learnt)
+        features = torch.stack([self.features(index) for index in indices])
+        return {**inputs, "labels": labels, "features": features.float().flatten(0, 1)}
+
+
+def schedule(rounds: int, seed: int) -> Iterator[tuple[int, bool, list[int]]]:
+    """For each step its round, whether it is on that round's new pictures, and the numbers of its pictures."""
+    rng, uses = random.Random(f"kept {seed}"), []
+    for number in range(rounds):
+        new = list(range(len(uses), len(uses) + BATCH))
+        uses += [1] * BATCH
+        yield number, True, new
+        for _ in range(STEPS - 1 if number >= ALONE else 0):
+            chosen = rng.sample([index for index, count in enumerate(uses) if count < USES], BATCH)
+            for index in chosen:
+                uses[index] += 1
+            yield number, False, chosen
+
+
+def train(model: Path, data: list[str], output: Path, rounds: int, learning_rate: float = 7e-4, seed: int = 0):
+    """Train for `rounds` rounds, go on from the last checkpoint if there is one, and save the model."""
+    output.mkdir(parents=True, exist_ok=True)
+    processor = PheyeProcessor.from_pretrained(model)
+    trained = PheyeForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    choose_trained(trained, freeze=["lora"])
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    pictures = Pictures(output / "features", Mixture(read_mixture(data, turns=None), seed), processor, seed)
+    steps = list(schedule(rounds, seed))
+    done, began = load_checkpoint(output, trained, [optimizer]), time.time()
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    for step, (number, is_new, indices) in enumerate(steps[done:], done):
+        if is_new:
+            pictures.encode(number, trained)
+        share = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * step / len(steps))))
+        optimizer.param_groups[0]["lr"] = learning_rate * share
+        batch = pictures.batch(indices)
+        seen = trained.pheye.view_encoding(batch.pop("features"))
+        loss = trained(image_hidden_states=seen, **batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[is_new].append(loss.item())
+        is_last = step + 1 == len(steps)
+        if (step + 1) % LOG_EVERY == 0 or is_last:
+            new, kept = (round(sum(values) / max(1, len(values)), 4) for values in (losses[True], losses[False]))
+            log(output, {"step": step + 1, "loss": new, "kept_loss": kept, "seconds": round(time.time() - began)})
+            losses = {True: [], False: []}
+        if (step + 1) % SAVE_EVERY == 0 or is_last:
+            save_checkpoint(output, trained, [optimizer], step + 1)
+    trained.save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--data", nargs="+", required=True, help="as the training command takes it")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--rounds", type=int, default=500, help=f"of {BATCH} new pictures each")
+    parser.add_argument("--learning_rate", type=float, default=7e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    train(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
