@@ -65,6 +65,11 @@ def test_blocks_and_view_encoding_train_and_nothing_else(folder):
     assert [row["step"] for row in rows] == [2, 4] and all(row["loss"] != row["kept_loss"] for row in rows)
 
 
+def test_a_model_without_lora_trains_as_well(folder):
+    tiny_model(global_lora_rank=0, local_lora_rank=0).save_pretrained(folder / "model")
+    assert not any("lora" in name for name in train(folder, "run", 1))
+
+
 def test_pictures_come_once_as_new_and_later_again_but_not_too_often():
     rounds = 2 * replay.ALONE
     steps = list(replay.schedule(rounds, seed=0))

@@ -163,7 +163,7 @@ class Groups(Dataset):
         return [batch_of(self.processor, self.seed, group * SORTED + number) for number in range(SORTED)]
 
 
-def batches(processor: PheyeProcessor, seed: int, steps: range, workers: int) -> Iterator:
+def batches(processor: PheyeProcessor, seed: int, steps: range, workers: int) -> Iterator[tuple]:
     """What `batch_of` gives for `steps`, made by `workers` other processes while the model trains."""
     groups = range(steps.start // SORTED, math.ceil(steps.stop / SORTED))
     loader = DataLoader(Groups(processor, seed), batch_size=None, sampler=groups, num_workers=workers)

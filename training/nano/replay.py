@@ -106,7 +106,8 @@ def train(model: Path, data: list[str], output: Path, rounds: int, learning_rate
     output.mkdir(parents=True, exist_ok=True)
     processor = PheyeProcessor.from_pretrained(model)
     trained = PheyeForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
-    choose_trained(trained, freeze=["lora"])
+    has_lora = trained.config.global_lora_rank or trained.config.local_lora_rank
+    choose_trained(trained, freeze=["lora"] if has_lora else None)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     pictures = Pictures(output / "features", Mixture(read_mixture(data, turns=None), seed), processor, seed)

@@ -241,7 +241,7 @@ def train(
     began, losses = time.time(), []
     for arrays in drawn(order, seed, False, workers, device != "cpu", together):
         pixels, maps, counts, is_page = (array.to(device) for array in arrays)
-        for _ in range(ECHOES):
+        for _ in range(min(ECHOES - step % ECHOES, steps - step)):  # fewer in a run that goes on, and at the end
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             set_learning_rates(optimizers, learning_rate_share(step, steps))
             inverted = 0.5 * (1 - ease_of(skipped + step // ECHOES))  # dark letters come first
