@@ -1,6 +1,6 @@
 """Let Pheye-nano read signs that are drawn as it runs, and look at a photograph; and draw where it looks.
 
-    python examples/demo.py [--model FOLDER_OR_ID] [--output FOLDER] [--signs 5] [--seed 0]
+    python examples/demo.py [--model FOLDER_OR_ID] [--output FOLDER] [--signs 10] [--seed 0]
 
 The words on the signs, real and made-up, their fonts and photographs never occurred in its training. `--model` asks
 another model the same.
@@ -35,7 +35,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=NANO, help="folder or Hub id of a trained Pheye; by default Pheye-nano")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where the pictures go")
-    parser.add_argument("--signs", type=int, default=5)
+    parser.add_argument("--signs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     model = PheyeForConditionalGeneration.from_pretrained(arguments.model)

@@ -144,7 +144,10 @@ def test_fine_tuning_on_a_list_of_words_makes_it_read_them_better(tmp_path):
         turns = [{"from": "human", "value": SIGN}, {"from": "gpt", "value": listed[number % 4]}]
         rows.append({"id": number, "image": f"{number}.jpg", "conversations": turns})
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = "--bf16 False --learning_rate 1e-3 --per_device_train_batch_size 8 --effective_batch_size 8"
+    # Without LoRA, whose gradients make a step take more than twice as long.
+    options = (
+        "--bf16 False --learning_rate 1e-3 --per_device_train_batch_size 8 --effective_batch_size 8 --freeze lora"
+    )
     command = ["-m", "pheye.training.train", "--model", NANO, "--data", tmp_path / "data.jsonl"]
     subprocess.run(
         [sys.executable, *command, "--output", tmp_path / "tuned", *options.split()],
