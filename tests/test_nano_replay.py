@@ -70,6 +70,12 @@ def test_a_model_without_lora_trains_as_well(folder):
     assert not any("lora" in name for name in train(folder, "run", 1))
 
 
+def test_a_picture_that_cannot_be_read_stops_the_run_by_name(folder):
+    (folder / "3.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"^3: .*could not be read"):
+        train(folder, "run", 3)
+
+
 def test_pictures_come_once_as_new_and_later_again_but_not_too_often():
     rounds = 2 * replay.ALONE
     steps = list(replay.schedule(rounds, seed=0))

@@ -63,7 +63,7 @@ def more_tiles(
     model: PheyeForConditionalGeneration, tiles_per_side: int, with_lora: bool
 ) -> PheyeForConditionalGeneration:
     """`model` for `tiles_per_side` x `tiles_per_side` crops, with new vectors for them if it had another number of
-    crops; LoRA that is new starts as nothing."""
+    crops, and with places changed if it had one; LoRA that is new starts as nothing."""
     config, usual = copy.deepcopy(model.config), PheyeConfig()
     config.tiles_per_side = tiles_per_side
     if with_lora:

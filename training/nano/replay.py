@@ -54,18 +54,25 @@ class Pictures:
 
     @torch.no_grad()
     def encode(self, number: int, model: PheyeForConditionalGeneration):
-        """Store what the vision tower gives to the view encoding for the pictures of round `number`."""
+        """Store what the vision tower gives to the view encoding for the pictures of round `number`.
+
+        Raises:
+            ValueError: if a picture cannot be read.
+        """
         if self.file(number).exists():
             return
         samples = [self.sample(number * BATCH + row) for row in range(BATCH)]
-        pixel_values, _ = self.collator.open_images([sample["image"] for sample in samples])
+        pixel_values, errors = self.collator.open_images([sample["image"] for sample in samples])
+        for sample, error in zip(samples, errors, strict=True):
+            if error is not None:
+                raise ValueError(f"{sample['id']}: {error} Draw the data anew.")
         seen = []
         hook = model.pheye.view_encoding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        model.get_image_features(pixel_values.to(model.device))
+        model.get_image_features(pixel_values)
         hook.remove()
         features = seen[0].unflatten(0, (BATCH, -1)).bfloat16()  # (B, V, N, D)
         temporary = self.file(number).with_suffix(".new")
-        save_file({"features": features.contiguous().cpu()}, temporary)
+        save_file({"features": features.contiguous()}, temporary)
         os.replace(temporary, self.file(number))
 
     def features(self, index: int) -> torch.Tensor:

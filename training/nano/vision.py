@@ -36,7 +36,7 @@ from .muon import optimizers_for, set_learning_rates
 VIEW = 224
 TILES = 3
 PAGES, SCENES, CROPS = 10, 2, 3  # of a batch; of each scene the global view and the crops with most letters
-ECHOES = 3  # times that a batch is used, its colours changed: drawing costs as much as half of the training
+ECHOES = 3  # times that a batch is used, its colours changed: drawing costs more than a step
 CHUNK = 8  # batches that a process draws at a time
 EASY, HARD = 400, 1000  # draws up to which pages are easy, and from which on they are as hard as they will be
 CAP_HEIGHTS, EASY_CAP_HEIGHT = (13, 44), 24  # of pages, in pixels of a view: least and most, and least at first
@@ -100,7 +100,7 @@ def scene_views(rng: random.Random, held_out: bool, crops: int) -> list[tuple[np
     return [found[0], *most[:crops]]
 
 
-def ease_of(draw: float, held_out: bool = False) -> float:
+def ease_of(draw: int, held_out: bool = False) -> float:
     """From 1, with which letters are found out about twice as fast, to 0."""
     return 0.0 if held_out else min(1.0, max(0.0, (HARD - draw) / (HARD - EASY)))
 
