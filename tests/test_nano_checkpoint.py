@@ -112,14 +112,14 @@ def new_words(count: int) -> list[str]:
 
 @pytest.mark.slow
 def test_it_reads_new_signs():
-    """The weights that ship are too early for the goal, 9 of 10 signs right: they read 15 of 36, and others nearly."""
+    """The weights that ship are too early for the goal, 9 of 10 signs right: they read 22 of 36, and others nearly."""
     texts = new_words(36)
     answers = read(NANO, signs(texts, seed=10))
     alike = [[likeness(answer, text) for text in texts] for answer in answers]
     own = mean(row[place] for place, row in enumerate(alike))
     others = mean(ratio for place, row in enumerate(alike) for other, ratio in enumerate(row) if other != place)
     assert own > others + 0.4, (answers, texts)
-    assert sum(answer == text for answer, text in zip(answers, texts, strict=True)) >= 11, (answers, texts)
+    assert sum(answer == text for answer, text in zip(answers, texts, strict=True)) >= 17, (answers, texts)
 
 
 @pytest.mark.slow

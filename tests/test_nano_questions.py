@@ -74,6 +74,6 @@ def test_captions_stand_alone():
 
 @pytest.mark.parametrize("stage", ["describe", "instruct", "tasks"])
 def test_pictures_of_a_stage_have_as_many_shapes_and_signs_as_it_says(stage):
-    drawn = [questions.sample(stage, random.Random(seed), tiles_per_side=1)[0] for seed in range(40)]
+    drawn = [questions.sample(stage, random.Random(seed))[0] for seed in range(60)]
     assert {len(picture.signs) for picture in drawn} == set(range(1, questions.MOST_SIGNS[stage] + 1))
     assert max(len(picture.shapes) for picture in drawn) == questions.MOST_SHAPES[stage]

@@ -6,7 +6,7 @@
 With nine crops, four fifths of a step of the training command go into the vision tower, which always gives the same
 for a picture while its LoRA does not train. Here a round encodes some new pictures, keeps their features (a megabyte
 each, in FOLDER/features) and takes several steps: the first on the new pictures, so that its loss is that of pictures
-never seen, the others on kept ones. No picture is used more than three times, and none a second time before many are
+never seen, the others on kept ones. No picture is used more than four times, and none a second time before many are
 kept: with ten uses of few pictures, blocks learnt those by heart. The same command again goes on from its last
 checkpoint; the features of a finished run may be deleted.
 """
@@ -31,9 +31,9 @@ from pheye.training.trained import choose_trained
 from .checkpoints import load_checkpoint, log, save_checkpoint
 
 BATCH = 8
-STEPS = 3  # of a round
+STEPS = 4  # of a round
 ALONE = 40  # rounds before pictures are used again, of one step each
-USES = 3  # of a picture, at most
+USES = 4  # of a picture, at most
 WARMUP = 20  # steps
 SAVE_EVERY, LOG_EVERY = 150, 30  # steps
 
