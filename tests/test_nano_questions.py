@@ -43,6 +43,11 @@ def test_questions_about_shapes():
         assert len(questions.shape_questions(random.Random(seed), picture(), 1)) == 1
 
 
+def test_there_is_a_question_where_no_colour_can_be_asked_for():
+    nothing = Picture(None, [], ["HI"], [])
+    assert all(len(questions.shape_questions(random.Random(seed), nothing, 1)) == 1 for seed in range(500))
+
+
 def test_the_question_about_signs():
     assert questions.sign_question(picture("HELLO YOU")) == (questions.SIGN, "HELLO YOU")
     assert questions.sign_question(picture("ONE", "TWO")) == (questions.SIGNS, "TWO, ONE")

@@ -80,12 +80,13 @@ def colour_question(kind: str, shapes: list[Shape]) -> Turn | None:
 
 
 def shape_questions(rng: random.Random, picture: Picture, count: int = SHAPE_QUESTIONS) -> list[Turn]:
-    """Up to `count` different questions, the first more often about a kind that is there than about another."""
+    """One to `count` different questions, the first more often about a kind that is there than about another."""
     kinds = [rng.choice(picture.shapes).kind if picture.shapes and rng.random() < 0.5 else rng.choice(KINDS)]
     kinds += rng.choices(KINDS, k=4 * count)
     makers = [count_question, presence_question, colour_question]
     turns = dict.fromkeys(rng.choice(makers)(kind, picture.shapes) for kind in kinds)
-    return [turn for turn in turns if turn is not None][:count]
+    asked = [turn for turn in turns if turn is not None][:count]
+    return asked or [count_question(kinds[0], picture.shapes)]  # no colour to ask for, and nothing else was drawn
 
 
 def sign_question(picture: Picture) -> Turn:
