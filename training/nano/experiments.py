@@ -5,9 +5,9 @@
     python -m pheye.training.nano.experiments --vision nano/vision/vision --language nano/language/language \
         --tiles-per-side 1 --ways no_lora every4th prefix --data nano/one/data.jsonl --output nano/blocks
 
-Ways that differ in what the views go through begin with the blocks of `--start`, which learnt without LoRA, and are
-the last stage; ways that differ in the blocks begin with new ones, here on pictures for one crop (`questions --stage
-tasks --tiles-per-side 1`). All take as many steps, with a seed on the same samples, and answer the same held-out
+Ways that differ in what the views go through begin with the blocks of `--start`, without its LoRA, and are the last
+stage; ways that differ in the blocks begin with new ones, here on pictures for one crop (`questions --stage tasks
+--tiles-per-side 1`). All take as many steps, with a seed on the same samples, and answer the same held-out
 questions. The output folder gets a result per run and, from all of them, experiments.md. A run that has a result is
 not done again.
 """
@@ -45,6 +45,7 @@ from .more_tiles import more_tiles
 
 WARMUP = 0.1  # share of the steps
 TOKENS = 16  # of an answer
+NO_LORA = {"global_lora_rank": 0, "local_lora_rank": 0}
 MATTER = "start", "vision", "language", "tiles_per_side", "data", "steps", "batch_size", "rate", "count"
 COSTS = "seconds_per_step", "seconds_per_question"
 
@@ -115,19 +116,18 @@ def build(way: Way, args: argparse.Namespace, seed: int) -> tuple[nn.Module, Phe
     tokenizer = AutoTokenizer.from_pretrained(args.start or args.language)
     processor = PheyeProcessor(PheyeImageProcessor(tiles_per_side=tiles_per_side), tokenizer)
     if args.start:
-        old = PheyeForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
-        model = more_tiles(old, tiles_per_side, with_lora=way.lora_sets > 0)
+        start = PheyeForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32, **NO_LORA)
+        model = more_tiles(start, tiles_per_side, with_lora=way.lora_sets > 0)
     elif way.is_prefix:
         vision_tower = CLIPVisionModel.from_pretrained(args.vision)
         return Prefix(vision_tower, AutoModelForCausalLM.from_pretrained(args.language)), processor
     else:
-        ranks = {} if way.lora_sets else {"global_lora_rank": 0, "local_lora_rank": 0}
         model = PheyeForConditionalGeneration.from_pretrained_parts(
             args.vision,
             args.language,
             tiles_per_side=tiles_per_side,
             cross_attention_interval=way.interval,
-            **ranks,
+            **({} if way.lora_sets else NO_LORA),
         )
     if way.lora_sets == 1:
         model.pheye.global_lora = model.pheye.local_lora
@@ -261,7 +261,7 @@ def report(results: list[dict], args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", type=Path, metavar="FOLDER", help="a Pheye without LoRA")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="a Pheye; its LoRA is left out")
     parser.add_argument("--vision", type=Path, metavar="FOLDER", help="in place of --start, for new blocks")
     parser.add_argument("--language", type=Path, metavar="FOLDER", help="the same")
     parser.add_argument("--tiles-per-side", type=int, choices=[1, 3], default=3, help="of the way that is full")
