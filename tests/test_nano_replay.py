@@ -103,3 +103,11 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(folder, monkeypatch):
         train(folder, "stopped", 3)
     found = train(folder, "stopped", 3)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_folder_takes_more_rounds_but_no_features_of_another_model(folder):
+    train(folder, "run", 1)
+    train(folder, "run", 2)
+    (folder / "model").rename(folder / "other")
+    with pytest.raises(ValueError, match=r"run with other settings: model \(model was '.*model', now '.*other'\)"):
+        replay.train(folder / "other", [str(folder / "data.json")], folder / "run", 2, learning_rate=1e-2)

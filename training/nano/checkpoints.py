@@ -1,4 +1,4 @@
-"""What both parts of stage 0 share: precision, a checkpoint that is whole or absent, and a log of JSON lines."""
+"""What stage 0 and replay share: precision, a folder of one run, a checkpoint that is whole or absent, and a log."""
 
 import json
 import os
@@ -17,6 +17,19 @@ def autocast(device: str) -> torch.autocast:
     found = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
     is_fast = device != "cpu" or found.get("avx512_bf16") or found.get("amx_bf16")
     return torch.autocast(device, torch.bfloat16, enabled=bool(is_fast))
+
+
+def claim(output: Path, **settings):
+    """Take `output` for a run, or go on with the run that began there; how long it is to be may change.
+
+    Raises:
+        ValueError: if the folder holds something else, or a run with other settings.
+    """
+    from pheye.training.train import claim_output, write_record  # much that processes that draw do not need
+
+    settings = json.loads(json.dumps(settings, default=str))
+    claim_output(output, settings)
+    write_record(output, settings, finished=False)
 
 
 def save_checkpoint(output: Path, model: nn.Module, optimizers: Sequence[Optimizer], step: int):

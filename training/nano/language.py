@@ -30,7 +30,7 @@ from pheye.training.collator import IGNORED, encode
 from pheye.training.data import CAPTION_INSTRUCTIONS
 
 from . import pictures, questions, words
-from .checkpoints import autocast, load_checkpoint, log, save_checkpoint
+from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
 from .muon import optimizers_for, set_learning_rates
 from .pictures import Picture, Shape
 
@@ -173,7 +173,7 @@ def batches(processor: PheyeProcessor, seed: int, steps: range, workers: int) ->
 
 def train(output: Path, steps: int, seed: int = 0, workers: int = 0, device: str = "cpu"):
     """Train for `steps` steps, go on from the last checkpoint if there is one, and save model and tokenizer."""
-    output.mkdir(parents=True, exist_ok=True)
+    claim(output, seed=seed)
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(seed)
     processor = PheyeProcessor(PheyeImageProcessor(), tokenizer)

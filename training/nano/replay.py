@@ -28,7 +28,7 @@ from pheye.training.collator import IGNORED, PheyeCollator
 from pheye.training.data import Mixture, read_mixture
 from pheye.training.trained import choose_trained
 
-from .checkpoints import load_checkpoint, log, save_checkpoint
+from .checkpoints import claim, load_checkpoint, log, save_checkpoint
 
 BATCH = 8
 STEPS = 4  # of a round
@@ -110,7 +110,7 @@ def schedule(rounds: int, seed: int) -> Iterator[tuple[int, bool, list[int]]]:
 
 def train(model: Path, data: list[str], output: Path, rounds: int, learning_rate: float = 7e-4, seed: int = 0):
     """Train for `rounds` rounds, go on from the last checkpoint if there is one, and save the model."""
-    output.mkdir(parents=True, exist_ok=True)
+    claim(output, model=model, data=data, learning_rate=learning_rate, seed=seed)
     processor = PheyeProcessor.from_pretrained(model)
     trained = PheyeForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
     has_lora = trained.config.global_lora_rank or trained.config.local_lora_rank

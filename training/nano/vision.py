@@ -29,7 +29,7 @@ from pheye.answering import default_device
 from pheye.image_processing_pheye import tile_boxes, tile_image
 
 from . import pictures
-from .checkpoints import autocast, load_checkpoint, log, save_checkpoint
+from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
 from .labels import HEADS, IGNORED, MOST_SHAPES, ViewLabels, view_labels
 from .muon import optimizers_for, set_learning_rates
 
@@ -226,7 +226,7 @@ def train(
 
     `together`: batches of a step; `start`: a Pheye, to begin with its tower instead of from nothing.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    claim(output, seed=seed, together=together, start=start)
     torch.manual_seed(seed)
     reader = Reader(vision_config())
     if start is not None:
