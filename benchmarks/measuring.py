@@ -88,8 +88,9 @@ def machine(device: torch.device | str = "cpu") -> str:
         cpu = Path("/proc/cpuinfo")
         found = re.search(r"^model name\s*: (.+)", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
         hardware = f"{os.cpu_count()} CPUs ({found.group(1) if found else platform.processor()})"
+    threads = torch.get_num_threads()
     return (
-        f"{hardware}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"{hardware}, {threads} thread{'s' if threads > 1 else ''}; Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}; commit {commit()}; "
         f"{datetime.date.today()}"
     )
