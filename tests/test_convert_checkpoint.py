@@ -819,6 +819,7 @@ def test_a_full_size_model_has_the_papers_number_of_parameters():
     assert sum(math.prod(shape) for shape in shapes.values()) == 2_350_063_136
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_and_cleans_up(tmp_path, capsys):
     benchmark.main(["--workdir", str(tmp_path), "--repeats", "1"], small_config())
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -91,6 +91,7 @@ def test_the_reader_learns_a_batch_by_heart(small):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_batches_drawn_by_other_processes_are_the_same_and_in_order(monkeypatch):
     monkeypatch.setattr(vision, "CHUNK", 1)
     expected = [vision.batch(index, 1, True) for index in (3, 4)]
