@@ -1,4 +1,4 @@
-"""What stage 0 and replay share: precision, a folder of one run, a checkpoint that is whole or absent, and a log."""
+"""What the commands here share: precision, a folder of one run, a checkpoint that is whole or absent, and a log."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def autocast(device: str) -> torch.autocast:
 
 
 def claim(output: Path, **settings):
-    """Take `output` for a run, or go on with the run that began there; how long it is to be may change.
+    """Take `output` for a run with `settings`, or go on with the run that began there with the same.
 
     Raises:
         ValueError: if the folder holds something else, or a run with other settings.

@@ -21,6 +21,7 @@ from pheye.answering import write_atomically
 from pheye.evaluation.tasks import CAPTION
 
 from . import pictures
+from .checkpoints import claim
 from .pictures import KINDS, Picture, Shape
 
 SIGN = "What is written on the sign?"
@@ -141,9 +142,13 @@ def write_chunk(first: int, count: int, stage: str, seed: int, tiles_per_side: i
 
 
 def write_data(output: Path, stage: str, count: int, seed: int = 0, workers: int = 2, tiles_per_side: int = 3) -> Path:
-    """The file of a data set of `count` pictures, drawn by `workers` processes."""
+    """The file of a data set of `count` pictures, drawn by `workers` processes.
+
+    Raises:
+        ValueError: if the folder holds something else, or another data set.
+    """
+    claim(output, stage=stage, count=count, seed=seed, tiles_per_side=tiles_per_side)
     starts = range(0, count, CHUNK)
-    output.mkdir(parents=True, exist_ok=True)
     chunk = partial(write_chunk, count=count, stage=stage, seed=seed, tiles_per_side=tiles_per_side, output=output)
     with multiprocessing.Pool(workers) as pool:
         list(tqdm(pool.imap_unordered(chunk, starts), total=len(starts), desc=f"drawing for {stage}", disable=None))
