@@ -1,8 +1,18 @@
 """Pheye: efficient high-resolution vision-language models as a Hugging Face Transformers plugin."""
 
 import importlib
+from importlib import metadata
+
+from packaging.version import Version
 
 __version__ = "0.1.0"
+
+OLDEST_TRANSFORMERS = "5.17.0"
+if Version(metadata.version("transformers")) < Version(OLDEST_TRANSFORMERS):
+    raise ImportError(
+        f"pheye needs transformers>={OLDEST_TRANSFORMERS}, but transformers=={metadata.version('transformers')} is "
+        "installed; upgrade it: pip install --upgrade transformers"
+    )
 
 _EXPORTS = {
     "PheyeConfig": "configuration_pheye",

@@ -3,7 +3,11 @@
 Source: "Efficient Architectures for High Resolution Vision-Language Models", arXiv 2501.02584.
 """
 
-from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PhiConfig, PreTrainedConfig
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.17.0", "Upgrade it: pip install --upgrade transformers")
+
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PhiConfig, PreTrainedConfig  # noqa: E402
 
 # The paper's models (section 3): xN has a block before every Nth layer; 448 and 672 are 2 and 3 crops a side.
 VARIANTS = {
@@ -131,8 +135,7 @@ class PheyeConfig(PreTrainedConfig):
     def modules_to_not_quantize(self) -> list[str]:
         """For transformers' quantization configs: full names of all but the language model's layers."""
         parts = ("vision_tower", "global_lora", "local_lora", "view_encoding", "cross_attention_blocks")
-        heads = ("language_model.lm_head", "language_model.embed_out")  # the latter in GPT-NeoX before 5.23
-        return [f"pheye.{name}" for name in (*parts, *heads)]
+        return [f"pheye.{name}" for name in (*parts, "language_model.lm_head")]
 
     @property
     def vocab_size(self) -> int:

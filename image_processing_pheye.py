@@ -1,5 +1,7 @@
 """Image preprocessing: one global view and k x k local crops of the whole image (section 3.1)."""
 
+# ruff: noqa: E402 - the check comes before what older releases lack
+
 import base64
 import os
 from collections.abc import Callable, Sequence
@@ -9,6 +11,10 @@ from io import BytesIO
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.17.0", "Upgrade it: pip install --upgrade transformers")
+
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (

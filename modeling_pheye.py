@@ -28,10 +28,15 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_pheye import HEAD_WIDTH, PheyeConfig
 
@@ -43,32 +48,30 @@ if TYPE_CHECKING:  # never run, but it makes every saved model carry these files
 IMAGE_INPUTS = ("pixel_values", "image_hidden_states")
 
 
+# What models take and give back as their cache: "cache" since transformers 5.24, "past_key_values" before. Arguments
+# here are called `cache`, and `takes_cache` accepts the older name as well, on every release.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+takes_cache = deprecate_kwarg("past_key_values", version="5.0.0", new_name="cache", raise_if_both_names=True)
+
+
 @dataclass
-class PheyeModelOutputWithPast(ModelOutput):
+class PheyeModelOutputWithPast(BaseModelOutputWithPast):
     """Outputs of `PheyeModel`.
 
-    last_hidden_state (R, T, D); past_key_values: the language model's cache, with the image's keys and values behind
-    its own; hidden_states, attentions: the language model's; cross_attentions: per block (R, H, T, N), with eager
-    attention only; image_hidden_states (B, N, D), where this call encoded or was given an image.
+    last_hidden_state (R, T, D); cache (past_key_values before transformers 5.24): the language model's cache, with the
+    image's keys and values behind its own; hidden_states, attentions: the language model's; cross_attentions: per
+    block (R, H, T, N), with eager attention only; image_hidden_states (B, N, D), where this call encoded or was given
+    an image.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
 
 
 @dataclass
-class PheyeCausalLMOutputWithPast(ModelOutput):
+class PheyeCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Outputs of `PheyeForConditionalGeneration`: loss, logits (R, T, vocabulary), else as the base model's."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
 
@@ -166,8 +169,6 @@ class PheyeImageCache(CacheLayer):
 
     def get_max_length(self) -> int:
         return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.23
 
     def get_seq_length(self) -> int:
         return 0
@@ -341,7 +342,7 @@ class PheyePreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["PheyeCrossAttentionBlock", "PheyeViewEncoding", "PheyeLora"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -554,7 +555,7 @@ class PheyeModel(PheyePreTrainedModel):
         inputs_embeds: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
         image_hidden_states: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool | None,
         **kwargs,
     ) -> tuple[ModelOutput, ImageContext]:
@@ -570,15 +571,15 @@ class PheyeModel(PheyePreTrainedModel):
             image_hidden_states = self.get_image_features(pixel_values).last_hidden_state
         if use_cache is None:
             use_cache = getattr(self.config.text_config, "use_cache", True) and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.text_config)
-        context = self._image_context(image_hidden_states, past_key_values, kwargs)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config.text_config)
+        context = self._image_context(image_hidden_states, cache, kwargs)
         outputs = language_model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=True,
+            **{CACHE: cache},
             **({} if context is None else {"image_context": context}),
             **kwargs,
         )
@@ -641,6 +642,7 @@ class PheyeModel(PheyePreTrainedModel):
                 f"{len(self.cross_attention_blocks)} cross-attention blocks did not see the image."
             )
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -648,7 +650,7 @@ class PheyeModel(PheyePreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_hidden_states: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -661,7 +663,7 @@ class PheyeModel(PheyePreTrainedModel):
             inputs_embeds,
             pixel_values,
             image_hidden_states,
-            past_key_values,
+            cache,
             use_cache,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -669,11 +671,11 @@ class PheyeModel(PheyePreTrainedModel):
         )
         return PheyeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=tuple(context.cross_attentions) if context.cross_attentions else None,
             image_hidden_states=context.image_hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
@@ -730,6 +732,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         """See `PheyeModel.get_image_features`."""
         return self.pheye.get_image_features(pixel_values, **kwargs)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -737,7 +740,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_hidden_states: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -770,7 +773,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
             inputs_embeds,
             pixel_values,
             image_hidden_states,
-            past_key_values,
+            cache,
             use_cache,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -785,11 +788,11 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         return PheyeCausalLMOutputWithPast(
             loss=loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=tuple(context.cross_attentions) if context.cross_attentions else None,
             image_hidden_states=context.image_hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _check_length(self, length: int):
@@ -819,13 +822,14 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
             model_kwargs["image_hidden_states"] = self.get_image_features(pixel_values).last_hidden_state
         if model_kwargs.get("image_hidden_states") is not None and chunked:
             image_hidden_states = model_kwargs.pop("image_hidden_states")
-            caches = self.pheye.image_caches(model_kwargs["past_key_values"])
+            caches = self.pheye.image_caches(model_kwargs[CACHE])
             for block, cache in zip(self.pheye.cross_attention_blocks, caches, strict=True):
                 cache.update(*block.project(image_hidden_states))
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration: bool = False, **kwargs):
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the names that it may take
+    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool = False, **kwargs):
         inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and inputs.get("use_cache", True):
             for name in IMAGE_INPUTS:

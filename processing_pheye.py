@@ -1,12 +1,13 @@
 """Processor: images and prompts to model inputs, and the only copy of the prompt template (appendix A)."""
 
+from .image_processing_pheye import PheyeImageProcessor  # first, because it refuses a transformers that is too old
+
+# isort: split
 from transformers import AutoTokenizer
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import TextInput
-
-from .image_processing_pheye import PheyeImageProcessor
 
 # Text parts of a message are joined; image parts leave no trace, since no image token enters the text. The answer
 # keeps its leading space inside the generation block, because byte-pair tokens carry the space in front of a word.

@@ -65,7 +65,7 @@ setup(
         "pillow>=10.3",
         "safetensors>=0.5",
         "torch>=2.6",
-        "transformers>=5.13,<6",
+        "transformers>=5.17.0,<6",
     ],
     extras_require={
         "train": TRAIN,

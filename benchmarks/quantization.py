@@ -104,12 +104,12 @@ class Contestant:
         reset_peak_memory()
         before = memory("VmRSS")
         start = now()
-        logits = self.model(text, image_hidden_states=image, past_key_values=cache, logits_to_keep=1).logits
+        logits = self.model(text, image_hidden_states=image, cache=cache, logits_to_keep=1).logits
         self.prefills.append(now() - start)
         for _ in range(STEPS):
             token = logits[:, -1:].argmax(-1)
             start = now()
-            logits = self.model(token, past_key_values=cache).logits
+            logits = self.model(token, cache=cache).logits
             self.steps.append(now() - start)
         if before is not None:
             self.peaks.append(memory("VmHWM") - before)

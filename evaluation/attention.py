@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from ..answering import InputError, default_device, exit_status, open_model, require, versions, write_atomically
 from ..caption import at_least
@@ -173,13 +174,12 @@ def token_attention(
 
     The prompt is read without its last token, which predicts the answer's first; ids have one row.
     """
-    cache = model(
-        prompt_ids[:, :-1], image_hidden_states=image_hidden_states, use_cache=True, logits_to_keep=1
-    ).past_key_values
+    cache = DynamicCache(config=model.config.text_config)
+    model(prompt_ids[:, :-1], image_hidden_states=image_hidden_states, cache=cache, use_cache=True, logits_to_keep=1)
     predicting = torch.cat([prompt_ids[:, -1:], answer_ids[:, :-1]], dim=1)  # (1, T)
     for chunk in predicting.split(CHUNK, dim=1):
         with recording(model) as records:
-            model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(chunk, cache=cache, use_cache=True, logits_to_keep=1)
         weights = torch.stack([record.cpu() for record in records], dim=1)  # (T, L, N)
         weights /= weights.sum(-1, keepdim=True)  # rows of half precision do not quite add up
         yield from weights.numpy()

@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+import warnings
 
 import pytest
 import torch
@@ -207,6 +208,31 @@ def test_the_image_of_a_given_cache_is_seen_without_use_cache(model, question):
     cache = model(ids[:, :4], question["pixel_values"]).past_key_values
     whole = model(ids[:, :5], question["pixel_values"], use_cache=False).logits[:, -1:]
     assert torch.allclose(model(ids[:, 4:5], past_key_values=cache, use_cache=False).logits, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_both_names_of_the_cache_are_taken_on_every_release(model, question, name):
+    ids, pixel_values = question["input_ids"], question["pixel_values"]
+    for part in (model, model.model):
+        cache = DynamicCache(config=model.config.text_config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            part(ids[:, :4], pixel_values, **{name: cache})
+            states = part(ids[:, 4:], **{name: cache})[0]
+        assert torch.allclose(states, part(ids, pixel_values)[0][:, 4:], atol=1e-4)
+        with pytest.raises(ValueError, match="`past_key_values` and `cache`"):
+            part(ids, cache=cache, past_key_values=cache)
+
+
+def test_the_cache_comes_back_under_the_names_that_the_language_model_uses(model, question):
+    bare = model.model.language_model(question["input_ids"], use_cache=True)
+    outputs = model(**question)
+    assert list(outputs.keys())[: len(bare)] == list(bare.keys())
+    cache = DynamicCache(config=model.config.text_config)
+    for name in ("cache", "past_key_values"):
+        assert hasattr(outputs, name) == hasattr(bare, name)
+        if hasattr(outputs, name):
+            assert getattr(model(**question, cache=cache), name) is cache
 
 
 def test_rows_of_a_cache_with_an_image_are_not_selected_silently(model, question):

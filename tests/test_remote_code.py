@@ -85,6 +85,19 @@ pheye.register()
 HIDDEN = set()
 """
 
+OLDEST = pheye.OLDEST_TRANSFORMERS
+TOO_OLD = "5.16.99"
+ENTRIES = [
+    "import pheye",
+    "import pheye.modeling_pheye",
+    *(
+        f"from transformers import {name}; {name}.from_pretrained('folder', trust_remote_code=True)"
+        for name in ("AutoConfig", "AutoModel", "AutoProcessor")
+    ),
+    "from transformers.models.auto.image_processing_auto import AutoImageProcessor as Auto; "
+    "Auto.from_pretrained('folder', trust_remote_code=True)",
+]
+
 EXPECTED_CLASSES = {
     "AutoConfig": ["configuration_pheye", "PheyeConfig"],
     "AutoModel": ["modeling_pheye", "PheyeForConditionalGeneration"],
@@ -407,3 +420,28 @@ def test_a_missing_weight_is_reported(tmp_path, model):
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(AssertionError, match=re.escape(name)):
         loaded_whole(PheyeForConditionalGeneration, tmp_path)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_transformers_that_are_too_old_are_refused_in_one_sentence(entry, model_folder, tmp_path):
+    (tmp_path / "folder").symlink_to(model_folder)
+    metadata = tmp_path / f"transformers-{TOO_OLD}.dist-info" / "METADATA"  # found before the one that is installed
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {TOO_OLD}\n")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", entry], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    (error,) = re.findall(r"^\w*Error: .*", done.stderr, re.MULTILINE)
+    assert re.match(rf"ImportError: .*transformers>={OLDEST}.*transformers=={TOO_OLD}", error)
+
+
+def test_the_oldest_release_is_the_same_for_pip_and_in_all_files():
+    root = TESTS.parent
+    requirement = re.search(r'"(transformers.*)"', (root / "setup.py").read_text()).group(1)
+    found = re.findall(r'"transformers(>=[\d.]+)"', "".join(file.read_text() for file in HUB_FILES))
+    assert len(found) == 2
+    assert {f"transformers{bound},<6" for bound in found} == {requirement} == {f"transformers>={OLDEST},<6"}
+    pinned = re.search(r"^transformers==(.+)$", (root / "constraints-oldest.txt").read_text(), re.MULTILINE).group(1)
+    assert pinned == OLDEST
