@@ -49,9 +49,11 @@ IMAGE_INPUTS = ("pixel_values", "image_hidden_states")
 
 
 # What models take and give back as their cache: "cache" since transformers 5.24, "past_key_values" before. Arguments
-# here are called `cache`, and `takes_cache` accepts the older name as well, on every release.
+# here are called `cache` on every release, and `takes_cache` accepts the older name too, with the library's own
+# warning where the library gives it; a version that has passed keeps it silent.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-takes_cache = deprecate_kwarg("past_key_values", version="5.0.0", new_name="cache", raise_if_both_names=True)
+END_OF_OLD_NAME = "5.40.0" if CACHE == "cache" else "5.0.0"
+takes_cache = deprecate_kwarg("past_key_values", END_OF_OLD_NAME, new_name="cache", raise_if_both_names=True)
 
 
 @dataclass

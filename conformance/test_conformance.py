@@ -67,6 +67,13 @@ if VERSION >= (5, 23):  # newer tests
             "loads in a new process without trust_remote_code, which refuses all code outside transformers"
         ),
     }
+if VERSION >= (5, 24):
+    EXCLUDED |= {
+        "PheyeModelTest.test_multimodal_outputs_are_returned": (
+            "wants the output field `image_outputs`, which came with 5.24; Pheye gives an image's features as "
+            "`image_hidden_states` on every release"
+        ),
+    }
 
 # The common tests look class names up in these tables of transformers' own models, which `register` does not reach.
 MODEL_MAPPING_NAMES["pheye"] = "PheyeModel"

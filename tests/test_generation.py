@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from pheye import PheyeForConditionalGeneration
+from pheye.modeling_pheye import CACHE
 
 from tiny import randomize, tiny_image, tiny_model, tiny_processor, tiny_text_config
 
@@ -215,11 +216,13 @@ def test_both_names_of_the_cache_are_taken_on_every_release(model, question, nam
     ids, pixel_values = question["input_ids"], question["pixel_values"]
     for part in (model, model.model):
         cache = DynamicCache(config=model.config.text_config)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             part(ids[:, :4], pixel_values, **{name: cache})
             states = part(ids[:, 4:], **{name: cache})[0]
         assert torch.allclose(states, part(ids, pixel_values)[0][:, 4:], atol=1e-4)
+        is_old_name = name == "past_key_values" and CACHE == "cache"
+        assert any("`past_key_values` is deprecated" in str(warning.message) for warning in warned) == is_old_name
         with pytest.raises(ValueError, match="`past_key_values` and `cache`"):
             part(ids, cache=cache, past_key_values=cache)
 
