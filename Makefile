@@ -1,42 +1,59 @@
-# Two environments: the newest of everything, and the oldest transformers supported. Both are made at first use.
+# Three environments, each made at first use: the releases that constraints.txt pins, the oldest transformers that is
+# supported, and whatever pip chooses today.
 PYTHON ?= python3
-NEW := .venv
-OLD := .venv-oldest
+PINNED := .venv
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
 
-.PHONY: demo test slow conformance oldest lint format
+PYTEST := python -m pytest -n 2
+# What a new release must not break: loading as the README does, the golden cases, generation and the pipelines.
+FIRST_USE := tests/test_remote_code.py tests/test_modeling_pheye.py tests/test_generation.py tests/test_pipeline_pheye.py
 
-demo: $(NEW)/.installed
-	$(NEW)/bin/python examples/demo.py
+.PHONY: demo test slow conformance oldest newest gpu lint format always
 
-test: $(NEW)/.installed
-	$(NEW)/bin/python -m pytest -n 2 -m "not slow"
+demo: $(PINNED)/.installed
+	$(PINNED)/bin/python examples/demo.py
 
-slow: $(NEW)/.installed
-	$(NEW)/bin/python -m pytest -n 2 -m slow
+test: $(PINNED)/.installed
+	$(PINNED)/bin/$(PYTEST) -m "not slow"
 
-conformance: $(NEW)/.installed
-	$(NEW)/bin/python conformance/run.py
+slow: $(PINNED)/.installed
+	$(PINNED)/bin/$(PYTEST) -m slow
 
-oldest: $(OLD)/.installed
-	$(OLD)/bin/python -m pytest -n 2 -m "not slow"
+conformance: $(PINNED)/.installed
+	$(PINNED)/bin/python conformance/run.py -n 2
 
-lint: $(NEW)/.installed
-	$(NEW)/bin/ruff format --check .
-	$(NEW)/bin/ruff check .
+oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/$(PYTEST) -m "not slow and not once"
 
-format: $(NEW)/.installed
-	$(NEW)/bin/ruff format .
-	$(NEW)/bin/ruff check --fix .
+newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/$(PYTEST) -m "not slow" $(FIRST_USE)
 
-$(NEW)/.installed: CONSTRAINTS := constraints.txt
-$(OLD)/.installed: CONSTRAINTS := constraints-oldest.txt
-$(NEW)/.installed: constraints.txt setup.py
-$(OLD)/.installed: constraints-oldest.txt setup.py
+# On a machine with an NVIDIA GPU, with the Python that has torch for it: no environment, no installation, no network.
+gpu:
+	$(PYTHON) benchmarks/gpu.py --output gpu-results
+
+lint: $(PINNED)/.installed
+	$(PINNED)/bin/ruff format --check .
+	$(PINNED)/bin/ruff check .
+
+format: $(PINNED)/.installed
+	$(PINNED)/bin/ruff format .
+	$(PINNED)/bin/ruff check --fix .
+
+$(PINNED)/.installed: CHOOSE := cat constraints.txt
+$(OLDEST)/.installed: CHOOSE := cat constraints-oldest.txt
+$(NEWEST)/.installed: CHOOSE := grep ^torch== constraints.txt
+$(PINNED)/.installed: constraints.txt setup.py
+$(OLDEST)/.installed: constraints-oldest.txt setup.py
+# What pip chooses changes from day to day: made anew unless it was made within twelve hours.
+$(NEWEST)/.installed: $(shell find $(NEWEST)/.installed -mmin -720 2>/dev/null | grep -q . || echo always)
 
 # torch first and alone: a later package must not choose another build of it.
 %/.installed:
-	$(PYTHON) -m venv $*
+	$(PYTHON) -m venv --clear $*
+	$(CHOOSE) > $*/constraints.txt
 	$*/bin/pip install --quiet --upgrade pip
-	$*/bin/pip install --quiet --constraint $(CONSTRAINTS) torch
-	$*/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable ".[test]"
+	$*/bin/pip install --quiet --constraint $*/constraints.txt torch
+	$*/bin/pip install --quiet --constraint $*/constraints.txt --editable ".[test]"
 	touch $@

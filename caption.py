@@ -155,13 +155,22 @@ def run(args: argparse.Namespace):
     requests = find_requests(args)
 
     device = args.device or state.device
-    commit, load = open_model(args.model, args.revision, args.dtype, device)
+    commit, open_whole = open_model(args.model, args.revision, args.dtype, device)
+
+    def load() -> tuple:
+        model, processor = open_whole()
+        if args.compile:
+            # Batches differ in size: the last one is smaller, and broken images are left out.
+            model.model.vision_tower.compile(dynamic=True)
+        return model, processor
+
     settings = {
         "model": args.model,
         "revision": commit or args.revision,
         "dtype": args.dtype,
         "prompt": args.prompt,
         **{name: getattr(args, name) for name in ("images", *DATASET_OPTIONS)},
+        **({"compile": True} if args.compile else {}),  # rounds differently in half precision
     }
     decoding = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": False}
     workers = args.workers
@@ -214,6 +223,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="such as cpu or cuda (default: each process takes one of its own)")
     parser.add_argument(
         "--workers", type=at_least(0), help="processes that open images, per device (default: 4; on a CPU none)"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the vision tower, which takes a minute and pays for many images",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
     dataset = parser.add_argument_group("datasets only")

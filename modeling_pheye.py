@@ -483,10 +483,12 @@ class PheyeModel(PheyePreTrainedModel):
             ups.append(up)
         (global_low, local_low), (global_up, local_up) = lows, ups
         low = join_views(F.pad(global_low, (0, len(local_up))), F.pad(local_low, (len(global_up), 0)))
-        up = torch.cat(ups).expand(len(rows), -1, -1)  # (B * V, ranks, D), and `low` is (B * V, N, ranks)
+        low, up = low.flatten(0, 1), torch.cat(ups)  # (B * V * N, ranks) and (ranks, D)
         if rows is output and not torch.is_grad_enabled():
-            return rows.baddbmm_(low, up)
-        rows = torch.baddbmm(rows, low, up)  # not in place: autograd would copy the gradient of what was changed
+            rows.view(-1, rows.shape[-1]).addmm_(low, up)
+            return rows
+        # Not in place: autograd would copy the gradient of what was changed.
+        rows = torch.addmm(rows.flatten(0, 1), low, up).view_as(rows)
         return (rows.transpose(1, 2) if isinstance(module, nn.Conv2d) else rows).reshape(output.shape)
 
     def _run_block(self, block: int | None, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

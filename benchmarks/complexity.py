@@ -52,7 +52,7 @@ def paper_ratios() -> dict[str, float]:
 def count(call: Callable[[], object]) -> int:
     """Floating-point operations of a call on the meta device."""
     # torch counts batched products that make a new tensor, not those that add to one.
-    in_place = {torch.ops.aten.baddbmm_: lambda y, a, b, **kwargs: 2 * math.prod(a) * b[-1]}
+    in_place = {torch.ops.aten.addmm_: lambda y, a, b, **kwargs: 2 * math.prod(a) * b[-1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.no_grad():
         call()
     return counter.get_total_flops()

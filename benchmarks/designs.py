@@ -1,6 +1,6 @@
 """Three ways to answer about an image with the same weights: ours, the published one, and a LLaVA-style model.
 
-Each has `generate`, and the modules at whose end an image is encoded (`encoded`) and logits are ready (`step`).
+Each has `generate`, and the module at whose end an image is encoded (`encoded`).
 """
 
 import copy
@@ -28,7 +28,7 @@ class Ours:
     """This package."""
 
     def __init__(self, model: PheyeForConditionalGeneration):
-        self.generate, self.encoded, self.step = model.generate, model.pheye.view_encoding, model
+        self.generate, self.encoded = model.generate, model.pheye.view_encoding
 
 
 class Published:

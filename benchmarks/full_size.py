@@ -2,11 +2,31 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CLIPVisionConfig, PhiConfig, PreTrainedModel
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration
 
 NOISE_SIZE = 1 << 20
+
+
+def chosen_config(variant: str) -> PheyeConfig:
+    """The configuration of a published model, or of a toy with which a benchmark can be tried in seconds."""
+    if variant != "toy":
+        return PheyeConfig.from_variant(variant)
+    return PheyeConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=224,
+            patch_size=56,
+        ),
+        text_config=PhiConfig(
+            vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
+        ),
+        tiles_per_side=2,
+    )
 
 
 def random_model(

@@ -1,15 +1,18 @@
 """How fast a Pheye of full size answers, beside the floors that the hardware sets.
 
     python -m pheye.benchmarks.generation --variant x4-672 [--dtype bfloat16] [--beams 4] [--batch 8] [--device cpu]
-        [--compare] [--plot FILE]
+        [--compare] [--compile] [--static] [--plot FILE]
 
 Random weights, made straight in their dtype. Parts are timed by stamping the clock at their borders (the end of the
 vision tower, each step's logits), all in one process and in turn; medians over `--repeats` rounds are printed as a
-table and, last, as one line of JSON. `--compare` adds the published way of computing and a LLaVA-style model of the
-same parts (see designs.py). `--plot` draws instead what an answer costs against the number of crops.
+table and, last, as one line of JSON. A first round that compiles, and on a GPU chooses kernels, does not count.
+`--compare` adds the published way of computing and a LLaVA-style model of the same parts (see designs.py), `--compile`
+a compiled vision tower, `--static` answers with a static cache, whose steps are compiled on a GPU. `--plot` draws
+instead what an answer costs against the number of crops.
 """
 
 import argparse
+import copy
 import json
 import statistics
 from collections import defaultdict
@@ -20,16 +23,20 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor
 
 from .designs import LlavaStyle, Ours, Published
-from .full_size import random_model
+from .full_size import chosen_config, random_model
 from .measuring import Stamps, machine, memory, now, reset_peak_memory, summary
 
 PROMPT_TOKENS = 65  # of the paper's section 2.2
 QUESTIONS = 8
 GEMM_SIZE = 4096
+GEMMS = 10  # in a row, because a GPU takes about as long to begin one as to finish it
+COPIED_BYTES = 1 << 30  # more than any cache holds
 PHOTO = (4000, 3000)
 PLOTTED_TOKENS = 20  # of an answer whose cost is drawn
 
@@ -74,19 +81,34 @@ def _sizes(linears: list[nn.Linear]) -> set[int]:
     return {linear.in_features for linear in linears}
 
 
+class StepClock(LogitsProcessor):
+    """The moments at which a step's logits are there, seen from outside of what `generate` may have compiled."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.times = device, []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        self.times.append(now(self.device))
+        return scores
+
+
 class Rounds:
     """Seconds of each part, over rounds in which all parts take turns."""
 
-    def __init__(self, model: PheyeForConditionalGeneration, tokens: int, static: bool = False):
-        self.model, self.device, self.tokens, self.static = model, model.device, tokens, static
+    def __init__(self, model: PheyeForConditionalGeneration, tokens: int, rows: int = 1):
+        self.model, self.device, self.tokens = model, model.device, tokens
         self.seconds = defaultdict(list)
         generator = torch.Generator().manual_seed(0)
         config = model.config
         size = config.vision_config.image_size
         self.pixels = torch.randn(1, config.views_per_image, 3, size, size, generator=generator).to(self.device)
         vocabulary = config.vocab_size - 1  # the last is LLaVA's image token
-        self.ids = torch.randint(vocabulary, (QUESTIONS, PROMPT_TOKENS), generator=generator).to(self.device)
+        rows = max(rows, QUESTIONS)
+        self.ids = torch.randint(vocabulary, (rows, PROMPT_TOKENS), generator=generator).to(self.device)
         self.features = model.get_image_features(self.pixels.to(model.dtype)).last_hidden_state
+        self.square = torch.randn(GEMM_SIZE, GEMM_SIZE, generator=generator).to(self.device, model.dtype)
+        self.copied = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=self.device)
+        self.copy = torch.empty_like(self.copied)
 
     def time(self, part: str, call, *args):
         start = now(self.device)
@@ -96,11 +118,12 @@ class Rounds:
     def answer(self, name: str, design, rows: int = 1, **inputs) -> torch.Tensor:
         """Generate for `rows` prompts and return the new ids; times encode (given pixels), prefill, step and whole."""
         options = {"max_new_tokens": self.tokens, "min_new_tokens": self.tokens, "do_sample": False}
-        if self.static and isinstance(design, Ours):
-            options["cache_implementation"] = "static"  # with which `generate` compiles the steps on a GPU
-        with Stamps(design.encoded, design.step, device=self.device) as stamps:
+        clock = StepClock(self.device)
+        with Stamps(design.encoded, device=self.device) as stamps:
+            options["logits_processor"] = LogitsProcessorList([clock])
             ids = design.generate(input_ids=self.ids[:rows], **options, **inputs)
-            intervals = stamps.intervals
+        stamps.times += clock.times
+        intervals = stamps.intervals
         if "pixel_values" in inputs:
             self.seconds[f"{name} encode"].append(intervals.pop(0))  # ends where the prefill begins
         self.seconds[f"{name} prefill"].append(intervals[0])
@@ -111,16 +134,24 @@ class Rounds:
     def ask_singly(self, ours: Ours) -> list[torch.Tensor]:
         """Each question in a run of its own, the image included."""
         answers, all_ids = [], self.ids
-        for self.ids in all_ids.split(1):
+        for self.ids in all_ids[:QUESTIONS].split(1):
             answers.append(self.answer("single", ours, pixel_values=self.pixels))
         self.ids = all_ids
         self.seconds["8 single runs"].append(sum(self.seconds["single whole"][-QUESTIONS:]))
         return torch.cat(answers)
 
-    def encoder_floors(self):
+    def encode(self, tower: nn.Module):
+        self.model.pheye.vision_tower = tower
+        self.model.get_image_features(self.pixels.to(self.model.dtype))
+
+    def floors(self):
         self.time("encoder's matrix products", multiply_as_encoder, self.model)
-        square = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=self.model.dtype, device=self.device)
-        self.time("square product", torch.mm, square, square)
+        self.time("square products", self._multiply_squares)
+        self.time("copy", self.copy.copy_, self.copied)
+
+    def _multiply_squares(self):
+        for _ in range(GEMMS):
+            torch.mm(self.square, self.square)
 
 
 def photo() -> Image.Image:
@@ -135,19 +166,33 @@ def measure(model: PheyeForConditionalGeneration, args: argparse.Namespace, star
     result = {"memory": peak_memory(model, start_memory)}
     ours = Ours(model)
     others = {"published": Published(model), "LLaVA-style": LlavaStyle(model)} if args.compare else {}
-    rounds = Rounds(model, args.tokens, args.static)
-    images = rounds.features.repeat(args.batch, 1, 1)
+    rounds = Rounds(model, args.tokens, max(args.batch))
     processor, picture = PheyeImageProcessor(tiles_per_side=model.config.tiles_per_side), photo()
-    for _ in range(args.repeats):
+    towers = {"": model.pheye.vision_tower}
+    if args.compile:
+        towers[", compiled tower"] = copy.copy(model.pheye.vision_tower)  # the same modules, called another way
+        towers[", compiled tower"].compile()
+    caches = {"": {}, **({", static cache": {"cache_implementation": "static"}} if args.static else {})}
+    warm_up = int(args.compile or args.static or model.device.type == "cuda")
+    for number in range(warm_up + args.repeats):
+        if number == warm_up:
+            rounds.seconds.clear()
         if not args.only_steps:
             rounds.time("preprocess a 12-megapixel picture", processor, picture)
+            for name, tower in towers.items():
+                rounds.time(f"encode{name}", rounds.encode, tower)
+            rounds.encode(towers[""])
             rounds.answer("ours", ours, pixel_values=rounds.pixels)
-            rounds.encoder_floors()
+            rounds.floors()
         rounds.time("weight streaming", stream_weights, model)
         rounds.answer(f"{args.beams} beams", ours, image_hidden_states=rounds.features, num_beams=args.beams)
-        rounds.answer("greedy", ours, image_hidden_states=rounds.features)
+        for name, cache in caches.items():
+            rounds.answer(f"greedy{name}", ours, image_hidden_states=rounds.features, **cache)
         rounds.time("weight streaming", stream_weights, model)
-        rounds.answer(f"batch {args.batch}", ours, rows=args.batch, image_hidden_states=images)
+        for batch in args.batch:
+            images = rounds.features.expand(batch, -1, -1)
+            for name, cache in caches.items():
+                rounds.answer(f"batch {batch}{name}", ours, rows=batch, image_hidden_states=images, **cache)
         if args.questions:
             together = rounds.answer("8 questions", ours, rows=QUESTIONS, pixel_values=rounds.pixels)
         for name, design in others.items():
@@ -157,11 +202,28 @@ def measure(model: PheyeForConditionalGeneration, args: argparse.Namespace, star
         result["same answers of 8"] = int(same.sum())
     result["seconds"] = {part: summary(values) for part, values in rounds.seconds.items()}
     result["ratios"] = ratios(rounds.seconds, args)
-    weight_bytes = sum(linear.weight.nbytes for linear in step_linears(model))
-    result["rates"] = {"weight streaming, GB/s": weight_bytes / min(rounds.seconds["weight streaming"]) / 1e9}
-    if not args.only_steps:
-        rate = 2 * GEMM_SIZE**3 / min(rounds.seconds["square product"])
-        result["rates"]["matrix products, GFLOP/s"] = rate / 1e9
+    result["rates"] = rates(model, rounds.seconds)
+    return result
+
+
+def rates(model: PheyeForConditionalGeneration, seconds: dict[str, list[float]]) -> dict[str, float]:
+    """What the hardware does at best, and the shares of it that decoding and encoding reach."""
+    weights = sum(linear.weight.nbytes for linear in step_linears(model))
+    result = {"weight streaming, GB/s": weights / min(seconds["weight streaming"]) / 1e9}
+    if "copy" not in seconds:
+        return result
+    copied = 2 * COPIED_BYTES / min(seconds["copy"])  # read and written
+    multiplied = GEMMS * 2 * GEMM_SIZE**3 / min(seconds["square products"])
+    result |= {"copy, GB/s": copied / 1e9, "square products, GFLOP/s": multiplied / 1e9}
+    with FlopCounterMode(display=False) as counter:
+        multiply_as_encoder(model)
+    for part, values in seconds.items():
+        name = part.removesuffix(" step")
+        if name.startswith("greedy") and part.endswith(" step"):
+            result[f"step / weights at the copy's rate, {name}"] = statistics.median(values) * copied / weights
+        elif part.startswith("encode") and "products" not in part:
+            share = counter.get_total_flops() / multiplied / statistics.median(values)
+            result[f"share of the square products' rate, {part}"] = share
     return result
 
 
@@ -170,18 +232,20 @@ def ratios(seconds: dict[str, list[float]], args: argparse.Namespace) -> dict[st
     parts = {
         "step / weight streaming": ("greedy step", "weight streaming"),
         f"step, {args.beams} beams / greedy": (f"{args.beams} beams step", "greedy step"),
-        "encode / its matrix products": ("ours encode", "encoder's matrix products"),
+        "encode / its matrix products": ("encode", "encoder's matrix products"),
+        "encode, compiled tower / its matrix products": ("encode, compiled tower", "encoder's matrix products"),
         "8 questions / 8 single runs": ("8 questions whole", "8 single runs"),
         "LLaVA-style prefill / ours": ("LLaVA-style prefill", "ours prefill"),
         "published step / ours": ("published step", "ours step"),
         "published encode / ours": ("published encode", "ours encode"),
         "encode / that of the bare ViT (LLaVA-style)": ("ours encode", "LLaVA-style encode"),
+        "step, static cache / step": ("greedy, static cache step", "greedy step"),
     }
     medians = {part: statistics.median(values) for part, values in seconds.items()}
     result = {name: medians[a] / medians[b] for name, (a, b) in parts.items() if a in medians and b in medians}
-    result[f"throughput of batch {args.batch} / batch 1"] = (
-        args.batch * medians["greedy step"] / medians[f"batch {args.batch} step"]
-    )
+    for batch in args.batch:
+        throughput = batch * medians["greedy step"] / medians[f"batch {batch} step"]
+        result[f"throughput of batch {batch} / batch 1"] = throughput
     return result
 
 
@@ -260,22 +324,25 @@ def print_tables(result: dict):
 
 def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="x4-672")
+    parser.add_argument("--variant", default="x4-672", help="or toy, to try the command")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--beams", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[8], help="images at once; several are measured in turn"
+    )
     parser.add_argument("--tokens", type=int, default=8, help="of an answer")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--attention", default="sdpa", help="such as eager, flex_attention or flash_attention_2")
-    parser.add_argument("--static", action="store_true", help="static cache, compiled on a GPU")
+    parser.add_argument("--compile", action="store_true", help="measure a compiled vision tower too")
+    parser.add_argument("--static", action="store_true", help="measure a static cache too, compiled on a GPU")
     parser.add_argument("--only-steps", action="store_true", help="leave out preprocessing and encoding")
     parser.add_argument("--compare", action="store_true", help="measure the published way and a LLaVA-style model too")
     parser.add_argument("--questions", action="store_true", help="measure 8 questions on one image too")
     parser.add_argument("--plot", metavar="FILE", help="draw the cost of an answer for 1 to 5 crops a side instead")
     args = parser.parse_args(argv)
     start_memory = memory("VmRSS")
-    config = config or PheyeConfig.from_variant(args.variant)
+    config = config or chosen_config(args.variant)
 
     print(f"{args.variant}, {args.dtype}; {machine(args.device)}\n")
     if args.plot:

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from pheye import PheyeConfig, PheyeForConditionalGeneration
 from pheye.training.trained import choose_trained, describe_trained
 
-from .full_size import random_model
+from .full_size import chosen_config, random_model
 from .measuring import Stamps, machine, memory, now, reset_peak_memory, summary
 
 PROMPT_TOKENS = 65  # of the paper's section 2.2
@@ -43,7 +43,7 @@ aten = torch.ops.aten
 # attention on a CPU.
 COUNTS = {
     **flop_registry,
-    aten.baddbmm_: flop_registry[aten.baddbmm],
+    aten.addmm_: flop_registry[aten.addmm],
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         aten._scaled_dot_product_flash_attention_backward
@@ -352,7 +352,7 @@ def print_tables(result: dict):
 
 def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="x4-672")
+    parser.add_argument("--variant", default="x4-672", help="or toy, to try the command")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the frozen parts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=1)
@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
     parser.add_argument("--profile", action="store_true", help="print the operators that a plain step runs, too")
     args = parser.parse_args(argv)
     start_memory = memory("VmRSS")
-    config = config or PheyeConfig.from_variant(args.variant)
+    config = config or chosen_config(args.variant)
 
     print(f"{args.variant}, {args.dtype}, batch {args.batch}; {machine(args.device)}")
     trainee = Trainee(config, args)

@@ -5,6 +5,8 @@ import pytest
 
 from pheye.evaluation.anls import anls, edit_distance
 
+pytestmark = pytest.mark.once
+
 
 def recursive_distance(first: str, second: str) -> int:
     @cache

@@ -6,6 +6,8 @@ pytest.importorskip("sacrebleu")
 
 from pheye.evaluation.bleu import bleu, bleu_of_tokens
 
+pytestmark = pytest.mark.once
+
 
 def random_corpus(seed: int):
     """Candidates from empty to longer than their references, of which there are one to five."""

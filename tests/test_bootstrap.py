@@ -3,6 +3,8 @@ import pytest
 
 from pheye.evaluation.bootstrap import confidence_interval
 
+pytestmark = pytest.mark.once
+
 
 def test_interval_is_that_of_the_normal_approximation():
     scores = np.random.default_rng(1).normal(0.5, 0.2, 400)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from accelerate import PartialState
 from PIL import Image
 from test_image_processing_pheye import serve
@@ -107,6 +108,18 @@ def test_folder(run, folder, captions):
     broken = next(row for row in rows if row["id"] == BROKEN)
     assert set(broken) == {"id", "image", "error"}
     assert "broken.png" in broken["error"]
+
+
+def test_a_compiled_vision_tower_gives_the_same_captions_from_two_graphs(run, folder, captions, monkeypatch):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compiled(self, **kw, backend="eager"))
+    status, rows, _ = run(folder, "--compile")
+    assert status == 0
+    assert by_id(rows) == {**captions, BROKEN: None}
+    # One for batches, one for a single image: the broken picture and the last one are alone in theirs.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_list_of_paths_and_urls(run, folder, captions, tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ import pytest
 
 from pheye.evaluation.cider import cider, cider_of_tokens
 
+pytestmark = pytest.mark.once
+
 
 def random_corpus(seed: int):
     """Few words, so that they repeat within captions and across images; candidates may be empty."""

@@ -8,6 +8,8 @@ from pheye.benchmarks import complexity
 
 from tiny import tiny_config
 
+pytestmark = pytest.mark.once
+
 
 def test_the_papers_figures():
     ratios = list(complexity.paper_ratios().values())

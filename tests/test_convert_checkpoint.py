@@ -28,6 +28,8 @@ from pheye.benchmarks import conversion as benchmark
 from hub_server import FakeHub
 from tiny import tiny_config, tiny_text_config, tiny_tokenizer, tiny_vision_config
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 CASES = ("x2-448", "x4-672")

@@ -23,6 +23,8 @@ from pheye.evaluation.detail import (
     tertiles,
 )
 
+pytestmark = pytest.mark.once
+
 
 def write(path, *lines):
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")

@@ -24,6 +24,8 @@ from pheye.evaluation.vqa import vqa_accuracy
 
 from hub_server import FakeHub
 
+pytestmark = pytest.mark.once
+
 NEW = 4  # tokens per answer
 
 

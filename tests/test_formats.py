@@ -14,6 +14,8 @@ from pheye.evaluation.evaluate import parse_arguments
 from pheye.evaluation.formats import Sample, found_images, read_samples, texts
 from pheye.evaluation.tasks import TASKS
 
+pytestmark = pytest.mark.once
+
 DARK, LIGHT, BROKEN = 40, 220, None  # pictures of one grey, and a file that is none
 
 

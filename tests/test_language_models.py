@@ -44,10 +44,10 @@ FAMILIES = {
 DROPPING_FAMILIES = {
     "bloom": {"n_head": 4, "n_layer": LAYERS},
     "falcon": {},
-    "gptj": {"n_embd": 64, "n_layer": LAYERS, "n_head": 4, "rotary_dim": 8},
     "gpt_neo": {"num_layers": LAYERS, "attention_types": [[["global"], LAYERS]], "num_heads": 4},
     "mpt": {"d_model": 64, "n_layers": LAYERS, "n_heads": 4},
 }
+GPTJ = {"n_embd": 64, "n_layer": LAYERS, "n_head": 4, "rotary_dim": 8}
 
 
 def text_config(family: str, kwargs: dict):
@@ -117,6 +117,18 @@ def test_family_that_would_drop_the_image_is_refused_by_name(family):
         model(**inputs())
     with pytest.raises(ValueError, match=name):
         model.generate(**inputs(), max_new_tokens=2)
+
+
+def test_family_that_began_to_pass_keywords_on_reads_the_image_or_is_refused():
+    model = build("gptj", GPTJ)  # since transformers 5.24
+    batch = inputs()
+    try:
+        logits = model(**batch).logits
+    except ValueError as error:
+        assert "GPTJForCausalLM cannot be Pheye's language model" in str(error)
+    else:
+        batch["pixel_values"] = batch["pixel_values"].flip(0)
+        assert (logits - model(**batch).logits).abs().max() > 1e-2
 
 
 def test_model_without_a_list_of_layers_is_refused_by_name():

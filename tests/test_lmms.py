@@ -29,6 +29,8 @@ from pheye.evaluation.lmms import Pheye, RefusedTask, cut, decoding, only_pictur
 
 from tiny import tiny_image
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 NEW = 8  # tokens per answer
 QUESTIONS = [

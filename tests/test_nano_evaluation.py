@@ -12,6 +12,8 @@ from pheye.training.nano import questions, words
 
 from tiny import tiny_model, tiny_processor
 
+pytestmark = pytest.mark.once
+
 
 def row(answer: str | None, reference: str, kind: str = SIGN, tertile: str = "small", question: str = "") -> dict:
     given = {"error": "broken"} if answer is None else {"answer": answer}

@@ -15,6 +15,8 @@ from pheye.training.nano.experiments import WAYS, build, main
 
 from tiny import tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer, tiny_vision_config
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> dict[str, Path]:

@@ -1,10 +1,13 @@
 """Dense labels of views, against a picture laid out by hand."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from pheye.training.nano.labels import CLASSES, GRID, HEADS, IGNORED, SPACE, view_labels
 from pheye.training.nano.pictures import COLOURS, KINDS, Letter, Picture, Shape, corner_points
+
+pytestmark = pytest.mark.once
 
 A, B, C = 1, 2, 3
 PATCH = 14

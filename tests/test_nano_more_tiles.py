@@ -11,6 +11,8 @@ from pheye.training.nano.more_tiles import SPREAD, more_tiles
 
 from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
 
+pytestmark = pytest.mark.once
+
 VECTORS = "pheye.view_encoding.view_embedding.weight"
 
 

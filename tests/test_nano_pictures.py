@@ -8,6 +8,8 @@ from PIL import Image
 
 from pheye.training.nano import fonts, pictures, words
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_words_for_testing_never_occur_in_training(held_out):

@@ -9,6 +9,8 @@ from pheye.training.data import Mixture, Source
 from pheye.training.nano import questions
 from pheye.training.nano.pictures import Letter, Picture, Shape
 
+pytestmark = pytest.mark.once
+
 
 def shape(kind: str, colour: str, x: float) -> Shape:
     return Shape(kind, colour, [(x, 0.0)])

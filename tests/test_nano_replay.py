@@ -13,6 +13,8 @@ from pheye.training.nano import replay
 
 from tiny import tiny_image, tiny_model, tiny_processor
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):

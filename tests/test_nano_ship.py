@@ -14,6 +14,8 @@ from pheye.training.nano import ship
 
 from tiny import tiny_model, tiny_processor
 
+pytestmark = pytest.mark.once
+
 
 def write_log(folder: Path, rows: list[dict]):
     folder.mkdir()

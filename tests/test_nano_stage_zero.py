@@ -19,6 +19,8 @@ from pheye.training.nano.muon import Muon, optimizers_for
 
 from tiny import tiny_model, tiny_text_config
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def small(monkeypatch):

@@ -2,6 +2,8 @@ import pytest
 
 from pheye.evaluation.ptb import tokenize
 
+pytestmark = pytest.mark.once
+
 # Recorded from pycocoevalcap 1.2's PTBTokenizer, which runs Stanford's in Java.
 JAVA = {
     'A man holds a sign that says "STOP".': "a man holds a sign that says stop",

@@ -14,6 +14,8 @@ from pheye.reference import Reference, attention, draw_test_picture, layer_norm
 
 from tiny import tiny_config, tiny_text_config, tiny_vision_config
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 CASES = ("x2-448", "x4-672")
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]

@@ -429,9 +429,7 @@ def test_transformers_that_are_too_old_are_refused_in_one_sentence(entry, model_
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {TOO_OLD}\n")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", entry], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", entry], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     (error,) = re.findall(r"^\w*Error: .*", done.stderr, re.MULTILINE)
     assert re.match(rf"ImportError: .*transformers>={OLDEST}.*transformers=={TOO_OLD}", error)

@@ -5,6 +5,8 @@ import pytest
 from pheye.training.data import Source
 from pheye.training.stages import STAGES, completed, stage_sources
 
+pytestmark = pytest.mark.once
+
 
 def named(*names: str, **fields) -> list[Source]:
     return [Source(f"/data/{name}.json", name, **fields) for name in names]

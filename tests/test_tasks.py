@@ -7,6 +7,8 @@ import pytest
 from pheye.evaluation.tasks import TASKS, exact_match, option_accuracy
 from pheye.training import stages
 
+pytestmark = pytest.mark.once
+
 
 def test_prompts_are_those_of_the_paper():
     assert TASKS["textvqa"].prompt_for("What brand? ") == (

@@ -31,7 +31,7 @@ TEXT = training.PROMPT_TOKENS + training.ANSWER_TOKENS
 # What torch's counter leaves out, from shapes: products that add in place, attention on a CPU (two products), and its
 # backward pass (five: one again, and two gradients for each).
 LEFT_OUT = {
-    aten.baddbmm_: lambda y, a, b, **kwargs: 2 * math.prod(a) * b[-1],
+    aten.addmm_: lambda y, a, b, **kwargs: 2 * math.prod(a) * b[-1],
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: 4 * math.prod(q) * k[2],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, *args, **kwargs: (
         10 * math.prod(q) * k[2]

@@ -18,6 +18,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from pheye import PheyeConfig, PheyeForConditionalGeneration
 from pheye.training import train
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "training" / "configs"
 CLUSTER = ["--num_machines", "4", "--num_processes", "32", "--main_process_ip", "10.0.0.1", "--machine_rank", "3"]

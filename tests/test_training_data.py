@@ -27,6 +27,8 @@ from pheye.training.data import (
 
 from tiny import tiny_image
 
+pytestmark = pytest.mark.once
+
 
 def conversation(*turns: tuple[str, str]) -> list[dict]:
     return [{"from": role, "value": text} for turn in turns for role, text in zip(("human", "gpt"), turn, strict=True)]

@@ -4,6 +4,8 @@ import pytest
 
 from pheye.evaluation.vqa import normalize_words, strip_punctuation, vqa_accuracy
 
+pytestmark = pytest.mark.once
+
 
 def test_a_third_for_each_matching_answer_averaged_over_leaving_one_out():
     # Left out is one that matches (n times) or one that does not (10 - n times).

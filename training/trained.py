@@ -5,13 +5,16 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, LoraModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pheye import PheyeForConditionalGeneration
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, LoraModel
 
 # The paper's choice (spec section 8): all that stands between the two pretrained models.
 PAPER = r"pheye\.(cross_attention_blocks|global_lora|local_lora|view_encoding)\."
@@ -29,7 +32,7 @@ def add_language_model_lora(
     alpha: float = 32,
     dropout: float = 0.05,
     target: str = LANGUAGE_MODEL_LORA,
-) -> LoraModel:
+) -> "LoraModel":
     """Put PEFT's LoRA on the linears of the language model whose full names match `target`; `model` stays what it is.
 
     `merge_and_unload()` of what is returned adds the updates to the weights and takes LoRA away again.
@@ -37,6 +40,8 @@ def add_language_model_lora(
     Raises:
         ValueError: if no linear matches.
     """  # fmt: skip
+    from peft import LoraConfig, LoraModel
+
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target)
     return LoraModel(model, {LORA_NAME: config}, LORA_NAME)
 
@@ -98,7 +103,7 @@ def trained_state(model: PheyeForConditionalGeneration) -> dict[str, torch.Tenso
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_trained(state: dict[str, torch.Tensor], folder: str | os.PathLike, lora: LoraConfig | None = None):
+def save_trained(state: dict[str, torch.Tensor], folder: str | os.PathLike, lora: "LoraConfig | None" = None):
     """Write `state`, which is that of `trained_state`, to `folder`, with the settings of the language model's LoRA."""
     metadata = {"format": "pt"}
     if lora is not None:
