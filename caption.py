@@ -149,6 +149,15 @@ def find_requests(args: argparse.Namespace) -> list[Request]:
 # --- The command ---
 
 
+@torch.no_grad()
+def compile_vision_tower(model, images: int):
+    """Compile for batches of so many images; smaller ones, such as the last, are encoded as they would be without."""
+    model.model.vision_tower.compile(dynamic=False)
+    size = model.config.vision_config.image_size
+    model.get_image_features(torch.zeros(images, model.config.views_per_image, 3, size, size, device=model.device))
+    torch.compiler.set_stance("eager_on_recompile")
+
+
 def run(args: argparse.Namespace):
     """Write the captions."""
     state = process_state(cpu=args.device == "cpu")
@@ -160,8 +169,7 @@ def run(args: argparse.Namespace):
     def load() -> tuple:
         model, processor = open_whole()
         if args.compile:
-            # Batches differ in size: the last one is smaller, and broken images are left out.
-            model.model.vision_tower.compile(dynamic=True)
+            compile_vision_tower(model, args.batch_size)
         return model, processor
 
     settings = {
@@ -227,7 +235,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the vision tower, which takes a minute and pays for many images",
+        help="compile the vision tower first: takes minutes, pays for many images",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
     dataset = parser.add_argument_group("datasets only")

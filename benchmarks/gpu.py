@@ -44,13 +44,21 @@ def tests(name: str, limit: int, pattern: str) -> Part:
 
 
 def benchmark(name: str, limit: int, module: str, *options: str) -> Part:
-    toy = ["--variant", "toy", "--device", "cpu", "--repeats", "1"]
+    toy = [
+        "--variant",
+        "toy",
+        "--device",
+        "cpu",
+        "--repeats",
+        "1",
+        *(["--tokens", "3"] if module == "generation" else []),
+    ]
     return Part(name, limit, ["-m", f"pheye.benchmarks.{module}", "--device", "cuda", *options], toy)
 
 
 PARTS = [
     tests("golden", 90, "golden"),
-    tests("attention and compilation", 120, "attention or compiled"),
+    tests("attention and compilation", 150, "attention or compiled"),
     tests("generation, devices, training", 90, "not golden and not attention and not compiled"),
     benchmark("x4-672", 90, "generation", *SIZES, "--compare", "--batch", "1", "8", "64", "--repeats", "3"),
     benchmark(

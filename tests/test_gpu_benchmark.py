@@ -56,7 +56,9 @@ def test_parts_for_which_no_time_is_left_are_said_not_to_have_begun(monkeypatch,
 
 
 def test_single_parts_run_in_a_rehearsal_and_see_the_package_that_is_not_installed(monkeypatch, tmp_path, capsys):
-    program = "import os, sys, pheye; print(os.path.realpath(pheye.__file__), os.environ['PHEYE_REHEARSE'], *sys.argv[1:])"
+    program = (
+        "import os, sys, pheye; print(os.path.realpath(pheye.__file__), os.environ['PHEYE_REHEARSE'], *sys.argv[1:])"
+    )
     first, second = parts("1 / 0", program)
     monkeypatch.setattr(gpu, "PARTS", [first, second._replace(rehearsed=["toy"])])
     monkeypatch.setenv("PYTHONPATH", "")
