@@ -7,7 +7,8 @@ NEWEST := .venv-newest
 
 PYTEST := python -m pytest -n 2
 # What a new release must not break: loading as the README does, the golden cases, generation and the pipelines.
-FIRST_USE := tests/test_remote_code.py tests/test_modeling_pheye.py tests/test_generation.py tests/test_pipeline_pheye.py
+FIRST_USE := tests/test_docs.py tests/test_remote_code.py tests/test_modeling_pheye.py tests/test_generation.py \
+	tests/test_pipeline_pheye.py
 
 .PHONY: demo test slow conformance oldest newest gpu lint format always
 

@@ -23,7 +23,8 @@ TEST = [
     "trl>=1.15",
 ]
 DEMO = ["scikit-image>=0.22"]
-LMMS = ["lmms-eval>=0.7"]  # in an environment of its own: docs/evaluation.md
+# In an environment of its own: docs/evaluation.md. lmms-eval 0.7.3 imports a module that filelock 4.3 lacks.
+LMMS = ["lmms-eval>=0.7", "filelock<4.3"]
 NANO = [
     *DEMO,
     "font-amatic-sc",
