@@ -28,7 +28,7 @@ oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/$(PYTEST) -m "not slow and not once"
 
 newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/$(PYTEST) -m "not slow" $(FIRST_USE)
+	$(NEWEST)/bin/$(PYTEST) -m "not slow and not once" $(FIRST_USE)
 
 # On a machine with an NVIDIA GPU, with the Python that has torch for it: no environment, no installation, no network.
 gpu:
@@ -50,11 +50,11 @@ $(OLDEST)/.installed: constraints-oldest.txt setup.py
 # What pip chooses changes from day to day: made anew unless it was made within twelve hours.
 $(NEWEST)/.installed: $(shell find $(NEWEST)/.installed -mmin -720 2>/dev/null | grep -q . || echo always)
 
-# torch first and alone: a later package must not choose another build of it.
+# torch first and alone: a later package must not choose another build of it. Modules are compiled when they are used.
 %/.installed:
 	$(PYTHON) -m venv --clear $*
 	$(CHOOSE) > $*/constraints.txt
 	$*/bin/pip install --quiet --upgrade pip
-	$*/bin/pip install --quiet --constraint $*/constraints.txt torch
-	$*/bin/pip install --quiet --constraint $*/constraints.txt --editable ".[test]"
+	$*/bin/pip install --quiet --no-compile --constraint $*/constraints.txt torch
+	$*/bin/pip install --quiet --no-compile --constraint $*/constraints.txt --editable ".[test]"
 	touch $@

@@ -266,6 +266,7 @@ def test_options_out_of_range(run, folder, option, capsys):
 # --- As a command ---
 
 
+@pytest.mark.once
 def test_two_processes_write_the_file_that_one_writes(run, folder, model_folder, tmp_path):
     run(folder)
     # With --cpu, accelerate starts several processes by mpirun only; where no GPU is seen, this does it too.

@@ -32,6 +32,7 @@ def test_python_blocks_run(page, model_folder, tmp_path):
             assert "your-name/my-pheye" in hub.repos
 
 
+@pytest.mark.once
 def test_demo_answers_and_draws_where_it_looks(tmp_path):
     demo = [sys.executable, ROOT / "examples" / "demo.py", "--output", tmp_path, "--signs", "2"]
     result = subprocess.run(demo, capture_output=True, text=True)

@@ -97,6 +97,7 @@ def test_stamps_are_taken_where_modules_end():
     assert len(stamps.times) == 5  # no hook is left
 
 
+@pytest.mark.once
 def test_command_prints_all_ratios_and_one_line_of_json_last(capsys):
     generation.main(["--repeats", "1", "--dtype", "float32", "--compare", "--questions"], tiny_config())
     output = capsys.readouterr().out
@@ -138,6 +139,7 @@ def test_attention_and_cache_can_be_chosen(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["attention"] == "eager"
 
 
+@pytest.mark.once
 def test_plot_is_drawn(tmp_path, capsys):
     path = tmp_path / "costs.png"
     generation.main(["--repeats", "1", "--dtype", "float32", "--tokens", "3", "--plot", str(path)], tiny_config())

@@ -252,6 +252,7 @@ STEPS = [
 STEPS += ["--learning_rate", "1e-2", "--save_total_limit", "10"]  # 8 steps of two batches each
 
 
+@pytest.mark.once
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(base, data, tmp_path):
     train.run(command(base, data, tmp_path / "undisturbed", *STEPS))
     expected = (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
@@ -280,6 +281,7 @@ def test_a_finished_run_is_left_as_it_is(base, data, tmp_path, capsys):
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.once
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(base, data, tmp_path, monkeypatch):
     output, save, calls = tmp_path / "out", torch.save, []
 
@@ -329,6 +331,7 @@ def test_weights_that_became_nan_are_not_saved(base, data, tmp_path, monkeypatch
     assert last_checkpoint(output).name == "checkpoint-1"
 
 
+@pytest.mark.once
 def test_pictures_that_cannot_be_read_are_skipped_counted_and_listed(base, tmp_path, capsys):
     data, output = write_data(tmp_path, 16), tmp_path / "out"
     (tmp_path / "3.png").write_bytes(b"broken")
@@ -341,6 +344,7 @@ def test_pictures_that_cannot_be_read_are_skipped_counted_and_listed(base, tmp_p
     assert all(tensor.isfinite().all() for tensor in weights(output).values())
 
 
+@pytest.mark.once
 def test_too_many_unreadable_pictures_are_an_error(base, tmp_path):
     data = write_data(tmp_path, 110)
     for index in range(5):
