@@ -97,7 +97,6 @@ def test_stamps_are_taken_where_modules_end():
     assert len(stamps.times) == 5  # no hook is left
 
 
-@pytest.mark.once
 def test_command_prints_all_ratios_and_one_line_of_json_last(capsys):
     generation.main(["--repeats", "1", "--dtype", "float32", "--compare", "--questions"], tiny_config())
     output = capsys.readouterr().out

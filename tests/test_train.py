@@ -252,7 +252,6 @@ STEPS = [
 STEPS += ["--learning_rate", "1e-2", "--save_total_limit", "10"]  # 8 steps of two batches each
 
 
-@pytest.mark.once
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(base, data, tmp_path):
     train.run(command(base, data, tmp_path / "undisturbed", *STEPS))
     expected = (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
@@ -281,7 +280,6 @@ def test_a_finished_run_is_left_as_it_is(base, data, tmp_path, capsys):
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.once
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(base, data, tmp_path, monkeypatch):
     output, save, calls = tmp_path / "out", torch.save, []
 
