@@ -44,7 +44,7 @@ def tests(name: str, limit: int, pattern: str) -> Part:
 
 
 def benchmark(name: str, limit: int, module: str, *options: str) -> Part:
-    toy = "--variant toy --device cpu --repeats 1".split()
+    toy = ["--variant", "toy", "--device", "cpu", "--repeats", "1"]
     if module == "generation":
         toy += ["--tokens", "3"]
     return Part(name, limit, ["-m", f"pheye.benchmarks.{module}", "--device", "cuda", *options], toy)
