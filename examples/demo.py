@@ -15,8 +15,8 @@ from skimage import data
 
 from pheye import PheyeForConditionalGeneration, PheyeImageToTextPipeline, PheyeProcessor
 from pheye.evaluation.attention import explain
-from pheye.training.nano import pictures, words
-from pheye.training.nano.questions import CAPTION, SIGN
+from pheye.nano import pictures, words
+from pheye.nano.questions import CAPTION, SIGN
 
 NANO = Path(__file__).parent.parent / "checkpoints" / "pheye-nano"
 CAP_HEIGHTS = 0.03, 0.06  # of the letters, over the picture's height

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pheye import PheyeForConditionalGeneration
+from pheye.nano import replay
 from pheye.training.collator import PheyeCollator
 from pheye.training.data import Mixture, read_mixture
-from pheye.training.nano import replay
 
 from tiny import tiny_image, tiny_model, tiny_processor
 

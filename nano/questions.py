@@ -1,6 +1,6 @@
 """Questions about drawn pictures with their answers, as data sets in LLaVA's format for the training command.
 
-    python -m pheye.training.nano.questions --output FOLDER --stage describe|instruct|tasks --count 20000
+    python -m pheye.nano.questions --output FOLDER --stage describe|instruct|tasks --count 20000
         [--tiles-per-side 3]
 
 writes FOLDER/data.jsonl and the pictures. A data set is a function of its stage, seed and number of tiles; the same
@@ -17,9 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pheye.answering import write_atomically
-from pheye.evaluation.tasks import CAPTION
-
+from ..answering import write_atomically
+from ..evaluation.tasks import CAPTION
 from . import pictures
 from .checkpoints import claim
 from .pictures import KINDS, Picture, Shape

@@ -15,13 +15,13 @@ from transformers import pipeline
 
 import pheye
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
-from pheye.training.nano import language, pictures, words
-from pheye.training.nano.questions import SIGN
+from pheye.nano import language, pictures, words
+from pheye.nano.questions import SIGN
 
 from hub_server import FakeHub
 from tiny import tiny_image
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 NANO = ROOT / "checkpoints" / "pheye-nano"
 CODE = sorted(file.name for file in ROOT.glob("*_pheye.py"))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
-from pheye.training.nano.more_tiles import SPREAD, more_tiles
+from pheye.nano.more_tiles import SPREAD, more_tiles
 
 from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
 
@@ -66,7 +66,7 @@ def test_new_lora_changes_nothing_until_it_has_learnt():
 def test_the_command_makes_a_folder_that_answers(tmp_path):
     tiny_model(tiles_per_side=1).save_pretrained(tmp_path / "one")
     tiny_processor(tiny_config(tiles_per_side=1)).save_pretrained(tmp_path / "one")
-    command = [sys.executable, "-m", "pheye.training.nano.more_tiles", "--model", tmp_path / "one"]
+    command = [sys.executable, "-m", "pheye.nano.more_tiles", "--model", tmp_path / "one"]
     subprocess.run([*command, "--output", tmp_path / "nine", "--lora"], check=True)
     model = PheyeForConditionalGeneration.from_pretrained(tmp_path / "nine")
     inputs = PheyeProcessor.from_pretrained(tmp_path / "nine")(images=tiny_image(), text="What?", return_tensors="pt")

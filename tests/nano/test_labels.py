@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pheye.training.nano.labels import CLASSES, GRID, HEADS, IGNORED, SPACE, view_labels
-from pheye.training.nano.pictures import COLOURS, KINDS, Letter, Picture, Shape, corner_points
+from pheye.nano.labels import CLASSES, GRID, HEADS, IGNORED, SPACE, view_labels
+from pheye.nano.pictures import COLOURS, KINDS, Letter, Picture, Shape, corner_points
 
 pytestmark = pytest.mark.once
 

@@ -1,6 +1,6 @@
 """Stage 0 for the eyes: pre-train a small CLIP-style vision transformer on dense labels, then freeze it.
 
-    python -m pheye.training.nano.vision --output FOLDER [--steps 6000]
+    python -m pheye.nano.vision --output FOLDER [--steps 6000]
 
 The same command again goes on from its last checkpoint. The labels are read off by one linear layer over the states
 that Pheye uses, those before the post-LayerNorm; that layer is thrown away afterwards.
@@ -24,10 +24,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from pheye import PheyeForConditionalGeneration
-from pheye.answering import default_device
-from pheye.image_processing_pheye import tile_boxes, tile_image
-
+from .. import PheyeForConditionalGeneration
+from ..answering import default_device
+from ..image_processing_pheye import tile_boxes, tile_image
 from . import pictures
 from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
 from .labels import HEADS, IGNORED, MOST_SHAPES, ViewLabels, view_labels

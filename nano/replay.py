@@ -1,6 +1,6 @@
 """A stage for a processor: blocks and view encoding learn from features of pictures that are kept and used again.
 
-    python -m pheye.training.nano.replay --model nano/base2 --data nano/instruct/data.jsonl --output nano/stage2
+    python -m pheye.nano.replay --model nano/base2 --data nano/instruct/data.jsonl --output nano/stage2
         [--rounds 500]
 
 With nine crops, four fifths of a step of the training command go into the vision tower, which always gives the same
@@ -23,11 +23,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pheye import PheyeForConditionalGeneration, PheyeProcessor
-from pheye.training.collator import IGNORED, PheyeCollator
-from pheye.training.data import Mixture, read_mixture
-from pheye.training.trained import choose_trained
-
+from .. import PheyeForConditionalGeneration, PheyeProcessor
+from ..training.collator import IGNORED, PheyeCollator
+from ..training.data import Mixture, read_mixture
+from ..training.trained import choose_trained
 from .checkpoints import claim, load_checkpoint, log, save_checkpoint
 
 BATCH = 8

@@ -1,6 +1,6 @@
 """Let a Pheye that was trained on few crops see more of them, or give it LoRA.
 
-    python -m pheye.training.nano.more_tiles --model nano/stage1 --output nano/base2 [--tiles-per-side 3] [--lora]
+    python -m pheye.nano.more_tiles --model nano/stage1 --output nano/base2 [--tiles-per-side 3] [--lora]
 
 Learning to read from one crop costs a quarter of learning it from nine, and most of what is learnt is the same. With
 one crop both views show the same, and blocks may come to read the global one, where nothing small can be read once
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeProcessor
+from .. import PheyeConfig, PheyeForConditionalGeneration, PheyeProcessor
 
 SPREAD = 0.25  # of the numbers that tell rows and columns of new crops apart; features have a spread of about 1
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
-from pheye.modeling_pheye import transformer_layers
+from ..modeling_pheye import transformer_layers
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the Newton-Schulz iteration that torch.optim.Muon takes
 ITERATIONS = 5

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from pheye import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
-from pheye.training.nano import language, questions, vision
-from pheye.training.nano.labels import GRID, HEADS
-from pheye.training.nano.muon import Muon, optimizers_for
+from pheye.nano import language, questions, vision
+from pheye.nano.labels import GRID, HEADS
+from pheye.nano.muon import Muon, optimizers_for
 
 from tiny import tiny_model, tiny_text_config
 
@@ -220,7 +220,7 @@ def test_both_parts_become_a_pheye_by_the_documented_command(small, tmp_path, mo
     vision.train(tmp_path / "vision", 1)
     language.train(tmp_path / "language", 1)
     parts = ["--vision", tmp_path / "vision" / "vision", "--language-model", tmp_path / "language" / "language"]
-    example = Path(__file__).parent.parent / "examples" / "new_model.py"
+    example = Path(__file__).parent.parent.parent / "examples" / "new_model.py"
     subprocess.run([sys.executable, example, *parts, "--output", tmp_path / "base", "--interval", "2"], check=True)
     model = PheyeForConditionalGeneration.from_pretrained(tmp_path / "base")
     processor = PheyeProcessor.from_pretrained(tmp_path / "base")

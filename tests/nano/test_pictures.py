@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pheye.training.nano import fonts, pictures, words
+from pheye.nano import fonts, pictures, words
 
 pytestmark = pytest.mark.once
 

@@ -1,6 +1,6 @@
 """How well Pheye-nano reads and counts, on drawn pictures with words, fonts and photographs that it never saw.
 
-    python -m pheye.evaluation.nano --model FOLDER_OR_ID --output FOLDER [--count 1000] [--reduced 448 224]
+    python -m pheye.nano.evaluation --model FOLDER_OR_ID --output FOLDER [--count 1000] [--reduced 448 224]
 
 writes into FOLDER the answers, nano.json, the tables nano.md and their plot nano.png: exact reading of the sign, share
 of wrong characters, questions about shapes; the same by tertile of letter height, with the picture first reduced to
@@ -31,11 +31,11 @@ from ..answering import (
 )
 from ..benchmarks.measuring import machine
 from ..caption import at_least
+from ..evaluation.anls import edit_distance
+from ..evaluation.attention import global_shares
+from ..evaluation.bootstrap import confidence_interval
+from ..evaluation.detail import TERTILES
 from ..image_processing_pheye import resize
-from .anls import edit_distance
-from .attention import global_shares
-from .bootstrap import confidence_interval
-from .detail import TERTILES
 
 SEED = 2501
 LETTERS = 3, 7  # of the word on the sign, fewest and most
@@ -67,7 +67,7 @@ def draw(index: int, zoom: int = 1):
 
     With `zoom` it has so many times fewer pixels a side, and so many times higher letters, as in one of the crops.
     """
-    from pheye.training.nano import pictures, words
+    from . import pictures, words
 
     rng = random.Random(f"held out {SEED} {index}")
     text = words.word(rng, True, *LETTERS)
@@ -77,7 +77,7 @@ def draw(index: int, zoom: int = 1):
 
 def held_out_samples(count: int, zoom: int = 1) -> list[Sample]:
     """The first `count` held-out pictures."""
-    from pheye.training.nano import questions
+    from . import questions
 
     samples = []
     for index in range(count):
@@ -89,7 +89,7 @@ def held_out_samples(count: int, zoom: int = 1) -> list[Sample]:
 
 def requests_of(samples: Sequence[Sample], reduced: int | None) -> list[Request]:
     """Both questions about each picture; about a reduced one only that for the sign."""
-    from pheye.training.nano.questions import SIGN as QUESTION
+    from .questions import SIGN as QUESTION
 
     groups = tertiles_of(samples)
     requests = []
@@ -216,7 +216,7 @@ def plot(result: dict, path: Path):
 
 REPORT = """# Pheye-nano on held-out pictures
 
-`python -m pheye.evaluation.nano --model {model} --output FOLDER --count {count}`; {machine}.
+`python -m pheye.nano.evaluation --model {model} --output FOLDER --count {count}`; {machine}.
 
 Signs with one word, real or made-up, of {letters[0]} to {letters[1]} letters; capitals of {lowest} to {highest} % of
 the picture's height. Words, fonts and photographs that training never showed. Intervals are over the pictures
@@ -260,7 +260,7 @@ def report(result: dict) -> str:
 
 def looked_at(samples: Sequence[Sample]) -> Iterator[dict]:
     """Pictures for the attention, drawn one at a time."""
-    from pheye.training.nano.questions import SIGN as QUESTION
+    from .questions import SIGN as QUESTION
 
     for sample, group in zip(samples, tertiles_of(samples), strict=True):
         yield {"_line": sample.index, "image": sample.image(), "prompt": QUESTION, "tertile": group}
@@ -303,7 +303,7 @@ def run(args: argparse.Namespace):
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m pheye.evaluation.nano",
+        prog="python -m pheye.nano.evaluation",
         description="Score a Pheye on drawn pictures that training never showed.",
     )
     parser.add_argument("--model", required=True, metavar="FOLDER_OR_ID")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import pheye
 from pheye import PheyeForConditionalGeneration
-from pheye.training.nano import ship
+from pheye.nano import ship
 
 from tiny import tiny_model, tiny_processor
 

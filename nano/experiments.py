@@ -1,8 +1,8 @@
 """The paper's claims at a size anyone can run: the same frozen parts, joined and trained in several ways.
 
-    python -m pheye.training.nano.experiments --start nano/stage2 --ways full k1 one_lora no_lora \
+    python -m pheye.nano.experiments --start nano/stage2 --ways full k1 one_lora no_lora \
         --data nano/tasks/data.jsonl --output nano/views [--steps 500] [--seeds 2] [--count 500]
-    python -m pheye.training.nano.experiments --vision nano/vision/vision --language nano/language/language \
+    python -m pheye.nano.experiments --vision nano/vision/vision --language nano/language/language \
         --tiles-per-side 1 --ways no_lora every4th prefix --data nano/one/data.jsonl --output nano/blocks
 
 Ways that differ in what the views go through begin with the blocks of `--start`, without its LoRA, and are the last
@@ -33,14 +33,13 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from pheye import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
-from pheye.answering import answer, default_device, write_atomically
-from pheye.benchmarks.measuring import machine
-from pheye.evaluation.nano import SHAPES, SIGN, Sample, held_out_samples, percent, requests_of, scores
-from pheye.training.collator import IGNORED, PheyeCollator
-from pheye.training.data import Mixture, Source
-from pheye.training.trained import choose_trained
-
+from .. import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
+from ..answering import answer, default_device, write_atomically
+from ..benchmarks.measuring import machine
+from ..training.collator import IGNORED, PheyeCollator
+from ..training.data import Mixture, Source
+from ..training.trained import choose_trained
+from .evaluation import SHAPES, SIGN, Sample, held_out_samples, percent, requests_of, scores
 from .more_tiles import more_tiles
 
 WARMUP = 0.1  # share of the steps
@@ -210,7 +209,7 @@ def run(name: str, seed: int, samples: list[Sample], args: argparse.Namespace) -
 
 REPORT = """# Pheye-nano in several ways
 
-`python -m pheye.training.nano.experiments`, {steps} steps of {batch} samples of {data} at a learning rate of {rate},
+`python -m pheye.nano.experiments`, {steps} steps of {batch} samples of {data} at a learning rate of {rate},
 from {start}; {seeds} seeds (mean, and each), {count} held-out pictures with two questions each, k = {tiles};
 {machine}. Signs are read if no character is wrong: all, and by tertile of letter height. The loss is the mean of the
 last tenth of the steps.

@@ -25,7 +25,7 @@ def claim(output: Path, **settings):
     Raises:
         ValueError: if the folder holds something else, or a run with other settings.
     """
-    from pheye.training.train import claim_output, write_record  # much that processes that draw do not need
+    from ..training.train import claim_output, write_record  # much that processes that draw do not need
 
     settings = json.loads(json.dumps(settings, default=str))
     claim_output(output, settings)

@@ -1,6 +1,6 @@
 """Put a trained Pheye-nano into the repository.
 
-    python -m pheye.training.nano.ship --runs nano/vision nano/language nano/stage1 nano/stage2 nano/stage3 \
+    python -m pheye.nano.ship --runs nano/vision nano/language nano/stage1 nano/stage2 nano/stage3 \
         --output checkpoints/pheye-nano
 
 The model is that of the last run, stored in bfloat16 and loaded in float32, in which every processor computes. Beside
@@ -17,10 +17,10 @@ import torch
 from matplotlib.figure import Figure
 
 import pheye
-from pheye import PheyeForConditionalGeneration, PheyeProcessor
-from pheye.answering import write_atomically
-from pheye.training.trainer import last_checkpoint
 
+from .. import PheyeForConditionalGeneration, PheyeProcessor
+from ..answering import write_atomically
+from ..training.trainer import last_checkpoint
 from .checkpoints import LOG
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import CLIPVisionModel, PhiForCausalLM
 
-from pheye.evaluation.nano import SIGN
-from pheye.training.nano import questions
-from pheye.training.nano.experiments import WAYS, build, main
+from pheye.nano import questions
+from pheye.nano.evaluation import SIGN
+from pheye.nano.experiments import WAYS, build, main
 
 from tiny import tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer, tiny_vision_config
 

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
+from pheye.nano import questions
+from pheye.nano.pictures import Letter, Picture, Shape
 from pheye.training.data import Mixture, Source
-from pheye.training.nano import questions
-from pheye.training.nano.pictures import Letter, Picture, Shape
 
 pytestmark = pytest.mark.once
 

@@ -1,6 +1,6 @@
 """Stage 0 for the words: a byte-level BPE tokenizer and a small language model, trained on the texts it needs.
 
-    python -m pheye.training.nano.language --output FOLDER [--steps 6000]
+    python -m pheye.nano.language --output FOLDER [--steps 6000]
 
 The texts are Pheye's prompts with answers about pictures that nobody drew. Most of them give the answer away in the
 instruction, for the model to copy letter by letter or to find among what it is told: if it cannot do so when it is
@@ -23,12 +23,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.utils.data import DataLoader, Dataset
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from pheye.answering import default_device
-from pheye.image_processing_pheye import PheyeImageProcessor
-from pheye.processing_pheye import PheyeProcessor
-from pheye.training.collator import IGNORED, encode
-from pheye.training.data import CAPTION_INSTRUCTIONS
-
+from ..answering import default_device
+from ..image_processing_pheye import PheyeImageProcessor
+from ..processing_pheye import PheyeProcessor
+from ..training.collator import IGNORED, encode
+from ..training.data import CAPTION_INSTRUCTIONS
 from . import pictures, questions, words
 from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
 from .muon import optimizers_for, set_learning_rates
