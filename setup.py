@@ -59,7 +59,15 @@ setup(
     python_requires=">=3.11",
     cmdclass={"build_py": BuildModules},
     package_dir={"pheye": "."},
-    packages=["pheye", "pheye.benchmarks", "pheye.evaluation", "pheye.nano", "pheye.training"],
+    packages=[
+        "pheye",
+        "pheye.answering",
+        "pheye.benchmarks",
+        "pheye.common",
+        "pheye.evaluation",
+        "pheye.nano",
+        "pheye.training",
+    ],
     install_requires=[
         "huggingface_hub>=1.5",
         "peft>=0.18",

@@ -28,9 +28,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor
 
+from ..common.machine import machine
 from .designs import LlavaStyle, Ours, Published
 from .full_size import chosen_config, random_model
-from .measuring import Stamps, machine, memory, now, reset_peak_memory, summary
+from .measuring import Stamps, memory, now, reset_peak_memory, summary
 
 PROMPT_TOKENS = 65  # of the paper's section 2.2
 QUESTIONS = 8

@@ -20,8 +20,9 @@ from pathlib import Path
 from pheye import PheyeConfig
 from pheye.convert_checkpoint import main as convert
 
+from ..common.machine import machine
 from .conversion import POLL_SECONDS, evict, make_full_size, memory_beyond_page_cache
-from .measuring import machine, summary
+from .measuring import summary
 
 # Imports are not part of loading; a line on standard output says when they are done, another what was measured.
 LOAD = """

@@ -1,16 +1,11 @@
 """What the benchmarks share: clocks at the borders of a model's parts, memory, and the line about the machine."""
 
-import datetime
-import os
-import platform
 import re
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 
 
@@ -69,28 +64,3 @@ def reset_peak_memory():
     """Begin VmHWM anew."""
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def commit() -> str:
-    """The commit of this checkout, with a + where files differ from it; "unknown" outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=7", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def machine(device: torch.device | str = "cpu") -> str:
-    """Hardware, versions, commit and date, for a benchmark's output."""
-    if torch.device(device).type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        cpu = Path("/proc/cpuinfo")
-        found = re.search(r"^model name\s*: (.+)", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
-        hardware = f"{os.cpu_count()} CPUs ({found.group(1) if found else platform.processor()})"
-    threads = torch.get_num_threads()
-    return (
-        f"{hardware}, {threads} thread{'s' if threads > 1 else ''}; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}; commit {commit()}; "
-        f"{datetime.date.today()}"
-    )

@@ -18,7 +18,8 @@ from PIL import Image
 from pheye import PheyeImageProcessor
 from pheye.image_processing_pheye import load_image, resize
 
-from .measuring import machine, now, summary
+from ..common.machine import machine
+from .measuring import now, summary
 
 WIDTH, HEIGHT = 4000, 3000
 VIEW, TILES = 224, 3

@@ -22,8 +22,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration
 
+from ..common.machine import machine
 from .full_size import random_model
-from .measuring import machine, memory, now, reset_peak_memory, summary
+from .measuring import memory, now, reset_peak_memory, summary
 
 TEXT_TOKENS = 65
 STEPS = 2  # decoding steps after each prefill

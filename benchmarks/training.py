@@ -29,8 +29,9 @@ from torch.utils.flop_counter import flop_registry
 from pheye import PheyeConfig, PheyeForConditionalGeneration
 from pheye.training.trained import choose_trained, describe_trained
 
+from ..common.machine import machine
 from .full_size import chosen_config, random_model
-from .measuring import Stamps, machine, memory, now, reset_peak_memory, summary
+from .measuring import Stamps, memory, now, reset_peak_memory, summary
 
 PROMPT_TOKENS = 65  # of the paper's section 2.2
 ANSWER_TOKENS = 30

@@ -30,8 +30,10 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from ..answering import InputError, default_device, exit_status, open_model, require, versions, write_atomically
-from ..caption import at_least
+from ..answering.engine import open_model
+from ..common.command import InputError, at_least, default_device, exit_status, require
+from ..common.files import write_atomically
+from ..common.machine import versions
 from ..image_processing_pheye import load_image, resize, tile_boxes, to_rgb
 from .detail import TERTILES, read_lines, tertiles
 

@@ -33,7 +33,8 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from ..answering import InputError, exit_status, require, write_atomically
+from ..common.command import InputError, exit_status, require
+from ..common.files import write_atomically
 
 TERTILES = ("small", "medium", "large")
 ROWS = "rows.jsonl"  # in the folder of an evaluation

@@ -18,19 +18,11 @@ from pathlib import Path
 
 import torch
 
-from ..answering import (
-    InputError,
-    Request,
-    answer,
-    encode,
-    exit_status,
-    open_model,
-    process_state,
-    require,
-    versions,
-    write_atomically,
-)
-from ..caption import at_least
+from ..answering.engine import answer, open_model
+from ..answering.rows import Request, encode
+from ..common.command import InputError, at_least, exit_status, process_state, require
+from ..common.files import write_atomically
+from ..common.machine import versions
 from .bootstrap import confidence_interval
 from .detail import Boxes, answer_areas, by_detail, read_boxes, tertiles
 from .formats import Sample, found_images, read_samples

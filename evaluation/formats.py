@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..answering import InputError, require
-from ..caption import cell_image, open_dataset
+from ..common.command import InputError, require
+from ..common.tables import cell_image, open_dataset
 from .tasks import Task, letters
 
 LINES = (".jsonl", ".jsonlines")

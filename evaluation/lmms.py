@@ -18,7 +18,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ..answering import InputError, Request, answer_batches, open_model, process_state
+from ..answering.engine import answer_batches, open_model
+from ..answering.rows import Request
+from ..common.command import InputError, process_state
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
 
 try:

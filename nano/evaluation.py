@@ -19,18 +19,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..answering import (
-    Request,
-    answer,
-    default_device,
-    exit_status,
-    open_model,
-    require,
-    versions,
-    write_atomically,
-)
-from ..benchmarks.measuring import machine
-from ..caption import at_least
+from ..answering.engine import answer, open_model
+from ..answering.rows import Request
+from ..common.command import at_least, default_device, exit_status, require
+from ..common.files import write_atomically
+from ..common.machine import machine, versions
 from ..evaluation.anls import edit_distance
 from ..evaluation.attention import global_shares
 from ..evaluation.bootstrap import confidence_interval

@@ -34,8 +34,10 @@ from transformers import (
 )
 
 from .. import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
-from ..answering import answer, default_device, write_atomically
-from ..benchmarks.measuring import machine
+from ..answering.engine import answer
+from ..common.command import default_device
+from ..common.files import write_atomically
+from ..common.machine import machine
 from ..training.collator import IGNORED, PheyeCollator
 from ..training.data import Mixture, Source
 from ..training.trained import choose_trained

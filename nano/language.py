@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.utils.data import DataLoader, Dataset
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from ..answering import default_device
+from ..common.command import default_device
 from ..image_processing_pheye import PheyeImageProcessor
 from ..processing_pheye import PheyeProcessor
 from ..training.collator import IGNORED, encode

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..answering import write_atomically
+from ..common.files import write_atomically
 from ..evaluation.tasks import CAPTION
 from . import pictures
 from .checkpoints import claim

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import pheye
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
-from ..answering import write_atomically
+from ..common.files import write_atomically
 from ..training.trainer import last_checkpoint
 from .checkpoints import LOG
 

@@ -25,7 +25,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from .. import PheyeForConditionalGeneration
-from ..answering import default_device
+from ..common.command import default_device
 from ..image_processing_pheye import tile_boxes, tile_image
 from . import pictures
 from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint

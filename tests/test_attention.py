@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pheye import modeling_pheye
-from pheye.answering import InputError
+from pheye.common.command import InputError
 from pheye.evaluation import attention
 from pheye.evaluation.attention import (
     Answer,

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from PIL import Image
 from test_image_processing_pheye import serve
 
-from pheye import caption
+from pheye.answering import caption
 
 from tiny import tiny_image
 
@@ -273,7 +273,7 @@ def test_two_processes_write_the_file_that_one_writes(run, folder, model_folder,
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     output = tmp_path / "two.jsonl"
     options = ["--model", model_folder, "--images", folder, "--output", output, "--max_new_tokens", NEW]
-    command = [sys.executable, "-m", *launch, "-m", "pheye.caption", *options, "--batch_size", 1]
+    command = [sys.executable, "-m", *launch, "-m", "pheye.answering.caption", *options, "--batch_size", 1]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pheye.answering import InputError
+from pheye.common.command import InputError
 from pheye.evaluation.detail import (
     Box,
     accuracy_by_tertile,

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from PIL import Image
 from test_formats import TOYS, Toy, nocaps_toy, pictures, textvqa_toy, vqa_toy, write
 
-from pheye import answering
+from pheye.answering import engine
 from pheye.evaluation import evaluate
 from pheye.evaluation.bleu import bleu
 from pheye.evaluation.cider import cider
@@ -62,7 +62,7 @@ def answers(monkeypatch):
             return [dark if pixels.mean() < 0 else light for pixels in pixel_values]
 
         given = []
-        monkeypatch.setattr(answering, "generate", generate)
+        monkeypatch.setattr(engine, "generate", generate)
         return given
 
     return answers
@@ -290,7 +290,7 @@ def test_a_part_becomes_the_whole(run, answers, tmp_path):
 def test_an_interrupted_run_goes_on(run, answers, monkeypatch, tmp_path):
     answers("red", "cat")
     options = write(many(textvqa_toy(), 7), tmp_path)
-    generate, calls = answering.generate, []
+    generate, calls = engine.generate, []
 
     def dies(*args):
         calls.append(1)
@@ -298,7 +298,7 @@ def test_an_interrupted_run_goes_on(run, answers, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return generate(*args)
 
-    monkeypatch.setattr(answering, "generate", dies)
+    monkeypatch.setattr(engine, "generate", dies)
     with pytest.raises(KeyboardInterrupt):
         run("textvqa", *options)
     part = tmp_path / "out" / "rows.jsonl.part-0"

@@ -9,7 +9,7 @@ import pytest
 from accelerate import PartialState
 from PIL import Image
 
-from pheye.answering import InputError
+from pheye.common.command import InputError
 from pheye.evaluation.evaluate import parse_arguments
 from pheye.evaluation.formats import Sample, found_images, read_samples, texts
 from pheye.evaluation.tasks import TASKS

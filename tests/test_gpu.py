@@ -314,7 +314,7 @@ def test_dropout_leaves_the_share_that_it_says_and_the_mean():
 def test_captions_from_workers_and_pinned_memory_are_those_without(tmp_path):
     from accelerate import PartialState
 
-    from pheye import caption
+    from pheye.answering import caption
 
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "model")

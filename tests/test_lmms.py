@@ -23,7 +23,9 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from pheye.answering import InputError, Request, answer
+from pheye.answering.engine import answer
+from pheye.answering.rows import Request
+from pheye.common.command import InputError
 from pheye.evaluation import lmms
 from pheye.evaluation.lmms import Pheye, RefusedTask, cut, decoding, only_picture, prompt_of
 

@@ -1,7 +1,7 @@
 """Captions for a folder, a list or a dataset of images, as lines of JSON.
 
-    python -m pheye.caption --model FOLDER_OR_ID --images FOLDER|LIST.txt|DATASET --output captions.jsonl
-    accelerate launch --num_processes 8 -m pheye.caption ...
+    python -m pheye.answering.caption --model FOLDER_OR_ID --images FOLDER|LIST.txt|DATASET --output captions.jsonl
+    accelerate launch --num_processes 8 -m pheye.answering.caption ...
 
 A row holds `id`, `image` and `caption`, or `error` in place of the caption where an image cannot be read. After a
 kill, the same command goes on where the rows end, with any number of processes. To try images with an error once
@@ -17,19 +17,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pheye.answering import (
-    InputError,
-    Request,
-    answer,
-    check_requests,
-    exit_status,
-    open_model,
-    process_state,
-    require,
-)
+from ..common.command import InputError, at_least, exit_status, process_state, require
+from ..common.tables import cell_image, is_saved_dataset, open_dataset
+from .engine import answer, open_model
+from .rows import Request, check_requests
 
 URL = ("http://", "https://")
+
+
 DATASET_OPTIONS = ("split", "image_column", "id_column", "config", "data_files")
+
 
 # --- Where the images come from ---
 
@@ -94,38 +91,6 @@ def dataset_requests(source: str, args: argparse.Namespace) -> list[Request]:
         Request(row_id, functools.partial(cell_image, images, column, row), args.prompt, {"image": row})
         for row, row_id in enumerate(ids)
     ]
-
-
-def cell_image(dataset, column: str, row: int) -> str | bytes | None:
-    """The encoded picture in a cell, or where it is."""
-    cell = dataset[row][column]
-    return (cell["bytes"] or cell["path"]) if isinstance(cell, dict) else cell
-
-
-def open_dataset(datasets, source: str, args: argparse.Namespace):
-    """A folder that `save_to_disk` wrote, or whatever `load_dataset` knows."""
-    try:
-        if not os.path.isdir(source):
-            with process_state().main_process_first():  # the others find it downloaded
-                dataset = datasets.load_dataset(
-                    source, args.config, data_files=args.data_files, split=args.split or "train"
-                )
-        else:
-            dataset = datasets.load_from_disk(source)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{source!r} is neither a folder, nor a list, nor a dataset that loads: {error}") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        split = args.split or "train"
-        if split not in dataset:
-            raise InputError(f"{source} has no split {split!r}; choose --split from {', '.join(dataset)}.")
-        dataset = dataset[split]
-    elif os.path.isdir(source) and args.split not in (None, str(dataset.split)):
-        raise InputError(f"{source} holds no splits; leave --split {args.split} out.")
-    return dataset.with_format(None)
-
-
-def is_saved_dataset(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def find_requests(args: argparse.Namespace) -> list[Request]:
@@ -196,22 +161,11 @@ def run(args: argparse.Namespace):
     )
 
 
-def at_least(minimum: int):
-    """A parser of integers."""
-
-    def parse(text: str) -> int:
-        if not text.strip().lstrip("-").isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {minimum}")
-        return int(text)
-
-    return parse
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    from pheye.pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
-    from pheye.processing_pheye import CAPTION_INSTRUCTION
+    from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
+    from ..processing_pheye import CAPTION_INSTRUCTION
 
-    parser = argparse.ArgumentParser(prog="python -m pheye.caption", description="Caption many images.")
+    parser = argparse.ArgumentParser(prog="python -m pheye.answering.caption", description="Caption many images.")
     parser.add_argument("--model", required=True, metavar="FOLDER_OR_ID")
     parser.add_argument(
         "--images",

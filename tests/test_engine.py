@@ -11,8 +11,11 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from pheye import answering
-from pheye.answering import InputError, Request, answer
+from pheye.answering import engine, rows
+from pheye.answering.engine import answer
+from pheye.answering.rows import Request
+from pheye.common import command, files
+from pheye.common.command import InputError
 
 from tiny import tiny_image
 
@@ -190,14 +193,14 @@ def kill_at(name: str, count: int, when: str):
         return call
 
     if name == "write":
-        enter = answering.Part.__enter__
+        enter = rows.Part.__enter__
 
         def wrapped(part):
             enter(part)
             part.file = TornFile(part.file, killing(type(part.file).write))
             return part
 
-        answering.Part.__enter__ = wrapped
+        rows.Part.__enter__ = wrapped
     elif name == "os.unlink":
         Path.unlink = killing(Path.unlink)
     else:
@@ -275,12 +278,12 @@ class Turn:
 
 def test_a_run_of_three_processes_is_continued_by_one(start, expected, tmp_path, monkeypatch, model):
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "process_state", lambda: Turn(0, 3))
+        patch.setattr(engine, "process_state", lambda: Turn(0, 3))
         with pytest.raises(InputError, match=r"4 of 7 rows are missing.*all machines see"):
             start()
         # The others began when no row was there.
         own = (tmp_path / "out.jsonl.part-0").rename(tmp_path / "aside")
-        patch.setattr(answering, "process_state", lambda: Turn(2, 3))
+        patch.setattr(engine, "process_state", lambda: Turn(2, 3))
         start()
         own.rename(tmp_path / "out.jsonl.part-0")
     assert [len(read(tmp_path / f"out.jsonl.part-{process}")) for process in (0, 2)] == [3, 2]
@@ -293,15 +296,15 @@ def test_a_run_of_three_processes_is_continued_by_one(start, expected, tmp_path,
 
 
 def test_a_process_that_does_not_see_the_record_stops(start, monkeypatch):
-    monkeypatch.setattr(answering, "process_state", lambda: Turn(1, 2))
-    monkeypatch.setattr(answering, "NETWORK_DELAY", 0)
+    monkeypatch.setattr(engine, "process_state", lambda: Turn(1, 2))
+    monkeypatch.setattr(rows, "NETWORK_DELAY", 0)
     with pytest.raises(InputError, match="all machines see"):
         start()
 
 
 def test_two_processes_never_write_one_part(start, tmp_path):
     start([Request(0, None, "What?")])
-    with answering.Part(tmp_path / "out.jsonl.part-0", 0):
+    with rows.Part(tmp_path / "out.jsonl.part-0", 0):
         child = os.fork()
         if not child:
             try:
@@ -318,7 +321,7 @@ def test_processes_that_accelerate_does_not_see_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     PartialState._shared_state.update(_cpu=True, backend=None, device="cpu", distributed_type="NO", num_processes=1)
     with pytest.raises(InputError, match="2 processes were launched, but accelerate sees 1"):
-        answering.process_state()
+        command.process_state()
 
 
 # --- What is there already ---
@@ -367,7 +370,7 @@ def test_other_settings_are_refused(start, tmp_path, changed, difference, finish
 
 def test_other_versions_and_batches_are_only_warned_about(start, expected, tmp_path, monkeypatch):
     run_killed(start, "os.fsync", 3, "after")
-    monkeypatch.setattr(answering, "versions", lambda: {"torch": "1.0"})
+    monkeypatch.setattr(engine, "versions", lambda: {"torch": "1.0"})
     with pytest.warns(UserWarning, match=r"versions was .*batch_size was 2 and is now 4"):
         assert read(start(batch_size=4)) == expected
 
@@ -434,7 +437,7 @@ def full_disk(room: int):
 
 @pytest.mark.parametrize("room", [0, 1, 100, 400])
 def test_a_full_disk_leaves_whole_rows_and_names_the_remedy(start, expected, tmp_path, monkeypatch, room):
-    enter, write = answering.Part.__enter__, full_disk(room)
+    enter, write = rows.Part.__enter__, full_disk(room)
 
     def wrapped(part):
         enter(part)
@@ -442,7 +445,7 @@ def test_a_full_disk_leaves_whole_rows_and_names_the_remedy(start, expected, tmp
         return part
 
     with monkeypatch.context() as patch:
-        patch.setattr(answering.Part, "__enter__", wrapped)
+        patch.setattr(rows.Part, "__enter__", wrapped)
         with pytest.raises(OSError, match=r"part-0 could not be written: No space.* Free some space and run") as error:
             start()
     part = (tmp_path / "out.jsonl.part-0").read_bytes()
@@ -476,7 +479,7 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):
 
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(OSError, match="Free some space"):
-        answering.write_atomically(tmp_path / "file", chunks())
+        files.write_atomically(tmp_path / "file", chunks())
     assert names(tmp_path) == {"file"}
     assert (tmp_path / "file").read_bytes() == b"old"
 
@@ -485,6 +488,6 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(answering.importlib, "import_module", missing)
+    monkeypatch.setattr(command.importlib, "import_module", missing)
     with pytest.raises(InputError, match=r'needs accelerate: run pip install "pheye\[eval\]"'):
-        answering.require("accelerate")
+        command.require("accelerate")

@@ -1,0 +1,181 @@
+"""Answers to many prompts about many images: in batches, on every device, and whole again after a kill.
+
+Each process answers a share of the requests and appends rows, lines of JSON, to a part file of its own beside the
+output; when all have finished, the parts become the output, in the order of the requests. A row counts as soon as its
+line is whole, so the same call after a kill goes on where the rows end, with any number of processes.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+from ..common.command import InputError, process_state
+from ..common.machine import versions
+from .rows import Part, Request, Run, check_requests, row
+
+
+def open_model(
+    model: str, revision: str | None, dtype: str, device: torch.device | str
+) -> tuple[str | None, Callable[[], tuple]]:
+    """The commit of a model's repository, None for a folder; and a function that loads the model onto `device`, and
+    its processor. The classes are this package's: no code of the repository is run.
+
+    Raises:
+        InputError: if it is another kind of model.
+    """
+    from transformers.utils import cached_file
+
+    file = Path(cached_file(model, "config.json", revision=revision))
+    commit = file.parent.name if file.parent.parent.name == "snapshots" else None
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    if kind != "pheye":
+        raise InputError(f"{model} is a {kind} model; give the folder or Hub id of a Pheye.")
+    where = {"revision": commit or revision}
+
+    def load() -> tuple:
+        from .. import PheyeForConditionalGeneration, PheyeProcessor
+
+        loaded = PheyeForConditionalGeneration.from_pretrained(model, dtype=dtype, **where)
+        return loaded.to(device), PheyeProcessor.from_pretrained(model, **where)
+
+    return commit, load
+
+
+def answer(
+    load: Callable[[], tuple],
+    requests: Sequence[Request],
+    output: str | os.PathLike,
+    *,
+    batch_size: int,
+    generate_kwargs: dict,
+    settings: dict,
+    workers: int = 0,
+    answer_name: str = "answer",
+) -> Path:
+    """Write one line of JSON per request into `output`: `id`, its `fields`, and the answer, or `error` if the image
+    cannot be read. Every process of a launch makes this call.
+
+    Args:
+        load: gives the model, on its device, and the processor; called only where something is left to answer.
+        generate_kwargs: decoding arguments, one answer per request.
+        settings: what else the answers depend on, recorded in `<output>.run.json`; rows of a run with other settings
+            are never continued.
+        workers: processes that open and preprocess images while the model computes.
+        answer_name: key of the answer in a row.
+
+    Raises:
+        InputError: if ids are not unique, or the files beside `output` belong to another run.
+        OSError: if a row cannot be written; the rows before it are whole.
+    """
+    check_requests(requests)
+    if batch_size < 1 or workers < 0:
+        raise InputError(f"batch_size={batch_size} must be at least 1 and workers={workers} at least 0.")
+    if generate_kwargs.get("num_return_sequences", 1) != 1:
+        raise InputError("num_return_sequences must be 1: a row holds one answer.")
+    state = process_state()
+    run = Run(Path(output))
+    settings = {**settings, "generate_kwargs": generate_kwargs}
+    run.start(state, settings, {"versions": versions(), "batch_size": batch_size, "processes": state.num_processes})
+    rows, ends = run.read()
+    pending = [index for index, request in enumerate(requests) if request.id not in rows]
+    # Prompts of like length need little padding; the longest come first, so that memory runs out early if at all.
+    pending.sort(key=lambda index: -len(requests[index].prompt))
+    share = pending[state.process_index :: state.num_processes]
+    state.wait_for_everyone()  # all have read before anybody writes
+    if share:
+        path = run.part(state.process_index)
+        with Part(path, ends.get(path, 0)) as part:
+            model, processor = load()
+            asked = [requests[index] for index in share]
+            with progress(len(share), run.output, state) as bar:
+                for answered in answer_batches(model, processor, asked, batch_size, workers, generate_kwargs):
+                    part.append([row(request, answer_name, *result) for request, *result in answered])
+                    bar.update(len(answered))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        if pending or run.parts():
+            run.merge(requests, state.num_processes)
+        else:
+            print(f"{run.output} is finished: {len(requests)} rows; nothing to do.", file=sys.stderr)
+    state.wait_for_everyone()
+    return run.output
+
+
+def progress(images: int, output: Path, state: "PartialState") -> tqdm:
+    """A bar over the main process's own share: what the others have done is known only at the end."""
+    others = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
+    return tqdm(total=images, desc=output.name + others, unit=" images", disable=not state.is_main_process)
+
+
+# --- Images to answers ---
+
+
+class Pictures(torch.utils.data.Dataset):
+    """`pixel_values` (V, 3, height, width) of each request's image, or a text: what is wrong with it."""
+
+    def __init__(self, processor, requests: Sequence[Request]):
+        self.processor, self.requests = processor, requests
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __getitem__(self, index: int) -> torch.Tensor | str:
+        try:
+            image = self.requests[index].image
+            image = image() if callable(image) else image
+            if image is None:
+                raise ValueError("There is no image.")
+            return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: Pillow, for a broken AVIF
+            # Without addresses, which would make the row of a broken image another one in each run.
+            return re.sub(r"<_io.BytesIO object at \w+>", "the data", str(error)) or type(error).__name__
+
+
+def collate(pictures: list[torch.Tensor | str]) -> tuple[list[str | None], torch.Tensor | None]:
+    """Per picture what is wrong with it, or None; and the others' `pixel_values` (B, V, 3, height, width), if any."""
+    errors = [picture if isinstance(picture, str) else None for picture in pictures]
+    whole = [picture for picture in pictures if not isinstance(picture, str)]
+    return errors, torch.stack(whole) if whole else None
+
+
+def answer_batches(
+    model, processor, requests: Sequence[Request], batch_size: int, workers: int, generate_kwargs: dict
+) -> Iterator[list[tuple[Request, str | None, str | None]]]:
+    """Batch by batch: each request with its answer or its image's error, the other being None."""
+    loader = torch.utils.data.DataLoader(
+        Pictures(processor, requests),
+        batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=model.device.type == "cuda",
+    )
+    start = 0
+    for errors, pixel_values in loader:
+        batch = requests[start : start + len(errors)]
+        start += len(errors)
+        prompts = [request.prompt for request, error in zip(batch, errors, strict=True) if error is None]
+        answers = iter(generate(model, processor, prompts, pixel_values, generate_kwargs) if prompts else [])
+        yield [
+            (request, next(answers) if error is None else None, error)
+            for request, error in zip(batch, errors, strict=True)
+        ]
+
+
+def generate(model, processor, prompts: list[str], pixel_values: torch.Tensor, generate_kwargs: dict) -> list[str]:
+    """One answer per prompt and image."""
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+    inputs = processor(text=texts, return_tensors="pt").to(model.device)
+    pixel_values = pixel_values.to(model.device, non_blocking=True)
+    ids = model.generate(**inputs, pixel_values=pixel_values, **generate_kwargs, return_dict_in_generate=False)
+    answers = processor.post_process_image_text_to_text(ids[:, inputs["input_ids"].shape[1] :])
+    return [answer.lstrip() for answer in answers]

@@ -1,0 +1,234 @@
+"""Rows that survive a kill: each process appends lines of JSON to a part file, and the parts become the output."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+if TYPE_CHECKING:
+    from accelerate import PartialState
+from ..common.command import InputError
+from ..common.files import differences, explained, write_atomically
+
+NETWORK_DELAY = 90  # seconds until a file written on one machine must be seen by the others
+
+
+@dataclass
+class Request:
+    """One prompt about one image.
+
+    id: text or integer, unique within a run; image: whatever the processor opens, or a function without arguments that
+    gives it; prompt: the user's turn, without the template; fields: copied into the row.
+    """
+
+    id: str | int
+    image: object
+    prompt: str
+    fields: dict = field(default_factory=dict)
+
+
+def check_requests(requests: Sequence[Request]):
+    """Raise InputError unless there are requests, each with an id of its own and a prompt."""
+    if not len(requests):
+        raise InputError("There is nothing to answer: the list of requests is empty.")
+    seen = set()
+    for request in requests:
+        if isinstance(request.id, bool) or not isinstance(request.id, (str, int)):
+            raise InputError(
+                f"The id {request.id!r} is a {type(request.id).__name__}; it must be a text or an integer."
+            )
+        if request.id in seen:
+            raise InputError(f"The id {request.id!r} occurs more than once; give each request an id of its own.")
+        if not request.prompt:
+            raise InputError(f"The prompt of {request.id!r} is empty; give the model something to answer.")
+        seen.add(request.id)
+
+
+def row(request: Request, answer_name: str, text: str | None, error: str | None) -> dict:
+    result = {answer_name: text} if error is None else {"error": error}
+    return {"id": request.id, **request.fields, **result}
+
+
+def encode(row: dict) -> bytes:
+    """`row` as a line."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # from a file name that is not UTF-8
+        return json.dumps(row).encode() + b"\n"
+
+
+def scan(path: Path) -> tuple[dict[str | int, int], int]:
+    """Where the row of each id begins, and where the whole rows end: a kill may have torn the last line."""
+    offsets, end = {}, 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row_id = json.loads(line)["id"] if line.endswith(b"\n") else None
+            except (KeyError, TypeError, ValueError):
+                break
+            if row_id is None:
+                break
+            offsets[row_id] = end
+            end += len(line)
+    return offsets, end
+
+
+class Part:
+    """The file that one process appends rows to, from `end` on; what stands behind is cut off."""
+
+    def __init__(self, path: Path, end: int):
+        self.path, self.end = path, end
+
+    def __enter__(self) -> "Part":
+        # Unbuffered, so that nothing is left to be written after an error.
+        self.file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        self._lock()
+        self.file.truncate(self.end)
+        self.file.seek(self.end)
+        return self
+
+    def __exit__(self, *exception):
+        self.file.close()
+
+    def _lock(self):
+        """Until the process ends, however it does; its children do not hold it."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            self.file.close()
+            raise InputError(
+                f"Another process is still writing {self.path}; wait until it has ended, or end it."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+
+    def append(self, rows: list[dict]):
+        """All of `rows`, on disk when this returns; none of them if writing fails."""
+        left = memoryview(b"".join(map(encode, rows)))
+        size = len(left)
+        try:
+            while left:
+                left = left[self.file.write(left) :]
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            self.file.truncate(self.end)
+            raise explained(error, self.path) from error
+        self.end += size
+
+
+class Run:
+    """The files of one run: the output, its parts, and the record of its settings."""
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.record = output.with_name(f"{output.name}.run.json")
+
+    def part(self, process: int) -> Path:
+        return self.output.with_name(f"{self.output.name}.part-{process}")
+
+    def parts(self) -> list[Path]:
+        pattern = re.compile(re.escape(self.output.name) + r"\.part-\d+")
+        if not self.output.parent.is_dir():
+            return []
+        return sorted(path for path in self.output.parent.iterdir() if pattern.fullmatch(path.name))
+
+    def start(self, state: "PartialState", settings: dict, details: dict):
+        """Take the files for this run in all processes, once it is sure that they belong to no other."""
+        self.check(settings)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            self.begin(settings, details)
+        state.wait_for_everyone()
+        self.wait_until_begun()
+
+    def check(self, settings: dict):
+        """Raise InputError if rows are there that other settings made."""
+        remedy = f"Choose another output, or remove {self.output} and the files beside it whose names begin so."
+        if self.output.is_dir():
+            raise InputError(f"{self.output} is a folder; give the name of a file.")
+        if not self.record.exists():
+            if self.output.exists() or self.parts():
+                raise InputError(
+                    f"{self.output} has no {self.record.name}, so that nobody knows its settings. {remedy}"
+                )
+            return
+        try:
+            recorded = json.loads(self.record.read_bytes())["settings"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self.record} is not a record of settings. {remedy}") from error
+        if changed := differences(recorded, settings):
+            raise InputError(f"{self.output} was begun with other settings: {changed}. {remedy}")
+
+    def begin(self, settings: dict, details: dict):
+        """Record what this run depends on; if that is done, warn where details differ, which should not matter."""
+        if self.record.exists():
+            recorded = json.loads(self.record.read_bytes()).get("details", {})
+            if changed := differences(recorded, details):
+                message = f"{self.output} was begun differently: {changed}; answers may differ a little."
+                warnings.warn(message, stacklevel=3)
+        else:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"settings": settings, "details": details}, indent=2, default=str)
+            write_atomically(self.record, [text.encode() + b"\n"])
+
+    def wait_until_begun(self):
+        """Raise InputError if the main process's record does not appear, on another machine for example."""
+        end = time.monotonic() + NETWORK_DELAY
+        while not self.record.exists():
+            if time.monotonic() > end:
+                raise InputError(
+                    f"{self.record}, which the main process wrote, is not here; the output must be on a file system "
+                    "that all machines see."
+                )
+            time.sleep(0.5)
+
+    def read(self, processes: int = 0) -> tuple[dict[str | int, tuple[Path, int]], dict[Path, int]]:
+        """File and offset of each id's row, and where the whole rows of each file end."""
+        # Asked for by name, because the listing of a network folder may be older than the parts of other machines.
+        named = [self.part(process) for process in range(processes)]
+        rows, ends = {}, {}
+        for path in sorted({self.output, *self.parts(), *named}):
+            if path.exists():
+                offsets, ends[path] = scan(path)
+                rows.update((row_id, (path, offset)) for row_id, offset in offsets.items())
+        return rows, ends
+
+    def merge(self, requests: Sequence[Request], processes: int):
+        """The rows of all parts to the output, in the order of `requests`; then the parts go."""
+        rows, ends = self.read(processes)
+        missing = sum(request.id not in rows for request in requests)
+        if missing:
+            raise InputError(
+                f"{missing} of {len(requests)} rows are missing from the parts of {self.output}. It must be on a file "
+                "system that all machines see; run the same command again for the rest."
+            )
+        if left_out := len(rows) - len(requests):
+            warnings.warn(f"{left_out} rows were left out: their ids are no longer asked for.", stacklevel=3)
+        write_atomically(self.output, lines([rows[request.id] for request in requests]))
+        for path in ends.keys() - {self.output}:
+            path.unlink()
+        with self.output.open("rb") as file:
+            errors = sum("error" in json.loads(line) for line in file)
+        print(f"Wrote {self.output}: {len(requests)} rows, {errors} of them errors.", file=sys.stderr)
+
+
+def lines(places: list[tuple[Path, int]]) -> Iterator[bytes]:
+    """The lines that begin at these offsets of these files."""
+    with contextlib.ExitStack() as stack:
+        files = {path: stack.enter_context(path.open("rb")) for path in {path for path, _ in places}}
+        for path, offset in places:
+            files[path].seek(offset)
+            yield files[path].readline()
