@@ -41,6 +41,7 @@ lint: $(PINNED)/.installed
 format: $(PINNED)/.installed
 	$(PINNED)/bin/ruff format .
 	$(PINNED)/bin/ruff check --fix .
+	cp *_pheye.py checkpoints/pheye-nano
 
 $(PINNED)/.installed: CHOOSE := cat constraints.txt
 $(OLDEST)/.installed: CHOOSE := cat constraints-oldest.txt

@@ -4,19 +4,16 @@
         --output checkpoints/pheye-nano
 
 The model is that of the last run, stored in bfloat16 and loaded in float32, in which every processor computes. Beside
-it go `log.jsonl`, every logged step of all runs, and their losses as a picture, training.png. The code files in it are
-links to the repository's own, so that there is one copy.
+it go the code files, `log.jsonl` with every logged step of all runs, and their losses as a picture, training.png.
 """
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-import pheye
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..common.files import write_atomically
@@ -51,22 +48,12 @@ def plot(logs: list[list[dict]], path: Path):
     figure.savefig(path, dpi=100)
 
 
-def link_code(folder: Path, root: Path):
-    """Replace the code files in `folder` by relative links to those in `root`."""
-    for file in folder.glob("*_pheye.py"):
-        file.unlink()
-        file.symlink_to(os.path.relpath(root / file.name, folder))
-
-
 def ship(runs: list[Path], output: Path):
     """Write everything but the model card, which is written by hand."""
     logs = [read_log(run) for run in runs]
     model = PheyeForConditionalGeneration.from_pretrained(runs[-1], dtype=torch.float32)
-    for link in output.glob("*_pheye.py"):  # of the model that was shipped before; code is not written through them
-        link.unlink()
     model.save_pretrained(output, state_dict={name: tensor.bfloat16() for name, tensor in model.state_dict().items()})
     PheyeProcessor.from_pretrained(runs[-1]).save_pretrained(output)
-    link_code(output, Path(pheye.__file__).parent)
     write_atomically(output / LOG, (f"{json.dumps(row)}\n".encode() for rows in logs for row in rows))
     plot(logs, output / "training.png")
     size = (output / "model.safetensors").stat().st_size

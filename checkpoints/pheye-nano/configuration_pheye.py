@@ -1,1 +1,250 @@
-../../configuration_pheye.py
+"""Pheye's configuration: every number of the architecture, checked once.
+
+Source: "Efficient Architectures for High Resolution Vision-Language Models", arXiv 2501.02584.
+"""
+
+from transformers.utils.versions import require_version
+
+require_version("transformers>=5.17.0", "Upgrade it: pip install --upgrade transformers")
+
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, PhiConfig, PreTrainedConfig  # noqa: E402
+
+# The paper's models (section 3): xN has a block before every Nth layer; 448 and 672 are 2 and 3 crops a side.
+VARIANTS = {
+    "x4-448": {"cross_attention_interval": 4, "tiles_per_side": 2},
+    "x4-672": {"cross_attention_interval": 4, "tiles_per_side": 3},
+    "x2-448": {"cross_attention_interval": 2, "tiles_per_side": 2},
+    "x2-672": {"cross_attention_interval": 2, "tiles_per_side": 3},
+}
+
+# Vision transformers without a class token; all others have one, and register tokens if their config says so.
+NO_CLASS_TOKEN = ("siglip_vision_model", "ijepa")
+
+HEAD_WIDTH = 64  # nominal: the paper divides the wider of the two hidden sizes by 64 to count heads
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_pheye.PheyeConfig",
+    "AutoModel": "modeling_pheye.PheyeForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_pheye.PheyeForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_pheye.PheyeForConditionalGeneration",
+    "AutoImageProcessor": "image_processing_pheye.PheyeImageProcessor",
+    "AutoProcessor": "processing_pheye.PheyeProcessor",
+}
+CUSTOM_PIPELINES = {
+    "image-to-text": {
+        "impl": "pipeline_pheye.PheyeImageToTextPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
+
+
+class PheyeConfig(PreTrainedConfig):
+    """Configuration of a Pheye model; the defaults are those of Pheye-x4-672.
+
+    Args:
+        vision_config: config (or its dict) of a vision transformer that outputs a token sequence, such as CLIP's or
+            SigLIP's; a config that holds one beside a text tower (`CLIPConfig`) is accepted too.
+        text_config: config (or its dict) of any causal language model.
+        tiles_per_side: k; the image is seen as one global view and k x k local crops.
+        cross_attention_interval: a cross-attention block stands before layer l (from 0) if (l + 1) % interval == 0 ...
+        cross_attention_start_layer: ... and l is at least this.
+        cross_attention_reduction: divides the inner width and the MLP width of the blocks.
+        global_lora_rank, global_lora_alpha: LoRA set of the global view; rank 0 leaves it to the bare vision tower.
+        local_lora_rank, local_lora_alpha: LoRA set of the crops.
+        lora_dropout: dropout on the input of both LoRA sets while training.
+
+    Raises:
+        ValueError: if numbers contradict each other; the message names them.
+    """
+
+    model_type = "pheye"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    tiles_per_side: int = 3
+    cross_attention_interval: int = 4
+    cross_attention_start_layer: int = 0
+    cross_attention_reduction: int = 1
+    global_lora_rank: int = 8
+    global_lora_alpha: float = 16.0
+    local_lora_rank: int = 16
+    local_lora_alpha: float = 32.0
+    lora_dropout: float = 0.05
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None:
+            self.vision_config = vit_h_14_config()
+        if self.text_config is None:
+            self.text_config = phi_1_5_config()
+        self.vision_config = _resolve(self.vision_config, "vision_config")
+        self.text_config = _resolve(self.text_config, "text_config")
+        super().__post_init__(**kwargs)
+        # Both travel with every saved model, so that a fine-tuned one loads and runs in pipelines like its source.
+        self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+        self.custom_pipelines = {**CUSTOM_PIPELINES, **(getattr(self, "custom_pipelines", None) or {})}
+        self._check()
+
+    @classmethod
+    def from_variant(cls, variant: str, **kwargs) -> "PheyeConfig":
+        """The configuration of a published model: "x4-448", "x4-672", "x2-448" or "x2-672"; `kwargs` override it.
+
+        Raises:
+            ValueError: for any other name.
+        """
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r} is not a published model; choose one of {', '.join(VARIANTS)}.")
+        return cls(**{**VARIANTS[variant], **kwargs})
+
+    @property
+    def views_per_image(self) -> int:
+        """One global view and k x k crops."""
+        return 1 + self.tiles_per_side**2
+
+    @property
+    def tokens_per_view(self) -> int:
+        """Tokens that the vision tower gives for one view: patches, class token and register tokens."""
+        patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        if self.vision_config.model_type in NO_CLASS_TOKEN:
+            return patches
+        return patches + 1 + getattr(self.vision_config, "num_register_tokens", 0)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Length of the sequence that the cross-attention blocks read."""
+        return self.views_per_image * self.tokens_per_view
+
+    @property
+    def cross_attention_layers(self) -> tuple[int, ...]:
+        """Indices of the language model's layers that have a block before them (section 2.1)."""
+        layers = range(self.cross_attention_start_layer, self.text_config.num_hidden_layers)
+        return tuple(layer for layer in layers if (layer + 1) % self.cross_attention_interval == 0)
+
+    @property
+    def cross_attention_heads(self) -> int:
+        """Heads of a block: the wider of the two hidden sizes over 64, whatever the reduction."""
+        return max(self.text_config.hidden_size, self.vision_config.hidden_size) // HEAD_WIDTH
+
+    @property
+    def cross_attention_size(self) -> int:
+        """Inner width of a block: the wider of the two hidden sizes over the reduction."""
+        return max(self.text_config.hidden_size, self.vision_config.hidden_size) // self.cross_attention_reduction
+
+    @property
+    def modules_to_not_quantize(self) -> list[str]:
+        """For transformers' quantization configs: full names of all but the language model's layers."""
+        parts = ("vision_tower", "global_lora", "local_lora", "view_encoding", "cross_attention_blocks")
+        return [f"pheye.{name}" for name in (*parts, "language_model.lm_head")]
+
+    @property
+    def vocab_size(self) -> int:
+        """The language model's vocabulary; a property, so that resizing the embeddings keeps one number."""
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int):
+        self.text_config.vocab_size = value
+
+    def _check(self):
+        """Raise ValueError where a number is out of range or two of them contradict each other."""
+        minima = {
+            "tiles_per_side": 1,
+            "cross_attention_interval": 1,
+            "cross_attention_start_layer": 0,
+            "cross_attention_reduction": 1,
+            "global_lora_rank": 0,
+            "local_lora_rank": 0,
+        }
+        for name, minimum in minima.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} must be at least 0 and less than 1.")
+
+        layers = self.text_config.num_hidden_layers
+        if not self.cross_attention_layers:
+            raise ValueError(
+                f"cross_attention_interval={self.cross_attention_interval} and cross_attention_start_layer="
+                f"{self.cross_attention_start_layer} leave no cross-attention block in a language model of {layers} "
+                "layers; make one of them smaller."
+            )
+        width = max(self.text_config.hidden_size, self.vision_config.hidden_size)
+        if width % HEAD_WIDTH:
+            raise ValueError(
+                f"The wider of the text and vision hidden sizes ({self.text_config.hidden_size} and "
+                f"{self.vision_config.hidden_size}) must be a multiple of {HEAD_WIDTH}, the width of a head."
+            )
+        if HEAD_WIDTH % self.cross_attention_reduction:
+            raise ValueError(
+                f"cross_attention_reduction={self.cross_attention_reduction} must divide {HEAD_WIDTH}, the width of a "
+                "head."
+            )
+        if 4 * self.text_config.hidden_size % self.cross_attention_reduction:
+            raise ValueError(
+                f"cross_attention_reduction={self.cross_attention_reduction} must divide the blocks' MLP width, "
+                f"{4 * self.text_config.hidden_size}."
+            )
+        image_size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
+        if not isinstance(image_size, int) or not isinstance(patch_size, int) or not 1 <= patch_size <= image_size:
+            raise ValueError(
+                f"vision_config needs one integer image_size and one patch_size no larger than it; "
+                f"got image_size={image_size} and patch_size={patch_size}."
+            )
+
+
+def vit_h_14_config() -> CLIPVisionConfig:
+    """The published vision tower: CLIP ViT-H/14 at 224 px (DFN-5B)."""
+    return CLIPVisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+        projection_dim=1024,
+    )
+
+
+def phi_1_5_config() -> PhiConfig:
+    """The published language model: Phi-1.5, whose tokenizer uses one token for beginning, end and padding."""
+    return PhiConfig(
+        vocab_size=51200,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        max_position_embeddings=2048,
+        bos_token_id=50256,
+        eos_token_id=50256,
+        pad_token_id=50256,
+    )
+
+
+def _resolve(config: dict | PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """A sub-config as an object; where it holds a vision tower beside a text tower, the vision tower's."""
+    if isinstance(config, dict):
+        model_type = config.get("model_type")
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{name} has model_type={model_type!r}, which this version of transformers does not know; "
+                f"give a dict with a known model_type, or a config object."
+            )
+        config = AutoConfig.for_model(**config)
+    if name == "vision_config" and hasattr(config, "vision_config"):
+        config = config.vision_config
+    needed = {
+        "vision_config": ("hidden_size", "num_hidden_layers", "image_size", "patch_size"),
+        "text_config": ("hidden_size", "num_hidden_layers", "vocab_size"),
+    }[name]
+    missing = [number for number in needed if not hasattr(config, number)]
+    if missing:
+        raise ValueError(
+            f"{name} is a {type(config).__name__}, which has no {', '.join(missing)}; give the config of a "
+            f"{'vision transformer' if name == 'vision_config' else 'causal language model'}, or its dict."
+        )
+    return config
+
+
+PheyeConfig.register_for_auto_class()

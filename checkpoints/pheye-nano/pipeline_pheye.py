@@ -1,1 +1,87 @@
-../../pipeline_pheye.py
+"""The image-to-text task: `pipeline("image-to-text", model=..., trust_remote_code=True)`."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+from transformers import Pipeline
+
+from .processing_pheye import CAPTION_INSTRUCTION
+
+DEFAULT_MAX_NEW_TOKENS = 256
+SINGLE = (str, bytes, Image.Image, np.ndarray, torch.Tensor)
+
+
+class Stream(IterableDataset):
+    """Images that are opened one by one, because the column of a dataset may not fit into memory at once."""
+
+    def __init__(self, images: Iterable):
+        self.images = images
+
+    def __iter__(self):
+        return iter(self.images)
+
+
+class PheyeImageToTextPipeline(Pipeline):
+    """Answers one prompt about one image or many.
+
+    Call it with an image (PIL image, path, URL, base64 text, bytes, array or tensor), a sequence or column of them, a
+    generator or a torch dataset, and optionally
+
+    - `prompt`: the question or instruction; a one-sentence caption by default,
+    - `max_new_tokens`: 256 by default; `generate_kwargs`: anything else that `generate` takes,
+    - `batch_size`: images per call of the model.
+
+    Returns, per image, a list with a dict `{"generated_text": answer}` for each returned sequence.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+
+    def _sanitize_parameters(
+        self, prompt: str | None = None, max_new_tokens: int | None = None, generate_kwargs: dict | None = None
+    ):
+        generate_kwargs = dict(generate_kwargs or {})
+        if max_new_tokens is not None:
+            if "max_new_tokens" in generate_kwargs:
+                raise ValueError(
+                    f"max_new_tokens is given twice, as {max_new_tokens} and in generate_kwargs as "
+                    f"{generate_kwargs['max_new_tokens']}; give it once."
+                )
+            generate_kwargs["max_new_tokens"] = max_new_tokens
+        if prompt is not None and not (isinstance(prompt, str) and prompt):
+            raise ValueError(f"prompt={prompt!r} must be a text that is not empty; leave it out for a caption.")
+        return {} if prompt is None else {"prompt": prompt}, generate_kwargs, {}
+
+    def __call__(self, images, **kwargs):
+        """See the class."""
+        if isinstance(images, list):
+            return super().__call__(images, **kwargs) if images else []
+        if isinstance(images, Sequence) and not isinstance(images, SINGLE):
+            return list(super().__call__(Stream(images), **kwargs))
+        if isinstance(images, Iterable) and not isinstance(images, (*SINGLE, Dataset)):
+            return super().__call__(Stream(images), **kwargs)
+        return super().__call__(images, **kwargs)
+
+    def preprocess(self, image, prompt: str = CAPTION_INSTRUCTION) -> dict[str, torch.Tensor]:
+        if image is None:
+            raise ValueError("The image is None; give an image to answer about.")
+        conversation = [{"role": "user", "content": prompt}]
+        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
+        return self.processor(images=image, text=text, return_tensors="pt")
+
+    def _forward(self, inputs: dict[str, torch.Tensor], **generate_kwargs) -> dict[str, torch.Tensor]:
+        length_given = {"max_new_tokens", "max_length", "generation_config"} & generate_kwargs.keys()
+        if not length_given and self.model.generation_config.max_new_tokens is None:
+            generate_kwargs = {**generate_kwargs, "max_new_tokens": DEFAULT_MAX_NEW_TOKENS}
+        images, prompt_length = inputs["input_ids"].shape
+        sequences = self.model.generate(**inputs, **generate_kwargs, return_dict_in_generate=False)
+        return {"answer_ids": sequences[:, prompt_length:].unflatten(0, (images, -1))}
+
+    def postprocess(self, outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
+        answers = self.processor.post_process_image_text_to_text(outputs["answer_ids"].flatten(0, -2))
+        return [{"generated_text": answer.lstrip()} for answer in answers]
