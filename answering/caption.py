@@ -1,6 +1,6 @@
 """Captions for a folder, a list or a dataset of images, as lines of JSON.
 
-    python -m pheye.answering.caption --model FOLDER_OR_ID --images FOLDER|LIST.txt|DATASET --output captions.jsonl
+    pheye caption --model FOLDER_OR_ID --images FOLDER|LIST.txt|DATASET --output captions.jsonl
     accelerate launch --num_processes 8 -m pheye.answering.caption ...
 
 A row holds `id`, `image` and `caption`, or `error` in place of the caption where an image cannot be read. After a
@@ -17,15 +17,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..common.command import InputError, at_least, exit_status, process_state, require
-from ..common.tables import cell_image, is_saved_dataset, open_dataset
-from .engine import answer, open_model
+from ..common.command import InputError, Parser, add_model_options, at_least, exit_status, process_state
+from ..common.tables import encoded_image, images_of, is_saved, load_table
+from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
+from ..processing_pheye import CAPTION_INSTRUCTION
+from .engine import answer, default_workers, open_model
 from .rows import Request, check_requests
 
 URL = ("http://", "https://")
-
-
-DATASET_OPTIONS = ("split", "image_column", "id_column", "config", "data_files")
 
 
 # --- Where the images come from ---
@@ -72,41 +71,38 @@ def list_requests(file: Path, prompt: str) -> list[Request]:
     ]
 
 
-def dataset_requests(source: str, args: argparse.Namespace) -> list[Request]:
-    """One request per row of a dataset; the id is the row's number, unless a column holds ids."""
-    datasets = require("datasets")
-    dataset = open_dataset(datasets, source, args)
-    column = args.image_column or "image"
-    for name in filter(None, (column, args.id_column)):
-        if name not in dataset.column_names:
-            raise InputError(f"{source} has no column {name!r}; its columns are {', '.join(dataset.column_names)}.")
-    feature = dataset.features[column]
-    if isinstance(feature, datasets.Image):
-        dataset = dataset.cast_column(column, datasets.Image(decode=False))  # so that a broken one can become a row
-    elif getattr(feature, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
-        raise InputError(f"Column {column!r} of {source} holds {feature}; it must hold images, paths, URLs or bytes.")
-    ids = list(dataset[args.id_column]) if args.id_column else range(len(dataset))
-    images = dataset.select_columns([column])
+def dataset_requests(
+    source: str, prompt: str, image_column: str | None, id_column: str | None, **where
+) -> list[Request]:
+    """One request per row of a data set; the id is the row's number, unless a column holds ids."""
+    with process_state().main_process_first():  # the others find it downloaded
+        table = load_table(source, **where)
+    column = image_column or "image"
+    for name in filter(None, (column, id_column)):
+        if name not in table.column_names:
+            raise InputError(f"{source} has no column {name!r}; its columns are {', '.join(table.column_names)}.")
+    images = images_of(table, column, source)
+    ids = list(table[id_column]) if id_column else range(len(table))
     return [
-        Request(row_id, functools.partial(cell_image, images, column, row), args.prompt, {"image": row})
+        Request(row_id, functools.partial(encoded_image, images, row), prompt, {"image": row})
         for row, row_id in enumerate(ids)
     ]
 
 
-def find_requests(args: argparse.Namespace) -> list[Request]:
+def find_requests(images: str, prompt: str, **dataset_options) -> list[Request]:
     """What `--images` stands for."""
-    source = Path(args.images)
-    is_files = source.is_file() or (source.is_dir() and not is_saved_dataset(source))
+    source = Path(images)
+    is_files = source.is_file() or (source.is_dir() and not is_saved(source))
     if is_files:
-        unused = [f"--{name}" for name in DATASET_OPTIONS if getattr(args, name) is not None]
+        unused = [f"--{name}" for name, value in dataset_options.items() if value is not None]
         if unused:
-            raise InputError(f"{args.images} is no dataset: leave {', '.join(unused)} out.")
+            raise InputError(f"{images} is no dataset: leave {', '.join(unused)} out.")
         find = folder_requests if source.is_dir() else list_requests
-        requests = find(source, args.prompt)
-    elif not source.is_dir() and (source.suffix == ".txt" or source.is_absolute() or args.images.count("/") > 1):
-        raise InputError(f"There is no {args.images}; give a folder, a list of paths and URLs, or a dataset.")
+        requests = find(source, prompt)
+    elif not source.is_dir() and (source.suffix == ".txt" or source.is_absolute() or images.count("/") > 1):
+        raise InputError(f"There is no {images}; give a folder, a list of paths and URLs, or a dataset.")
     else:
-        requests = dataset_requests(args.images, args)
+        requests = dataset_requests(images, prompt, **dataset_options)
     check_requests(requests)
     return requests
 
@@ -123,50 +119,59 @@ def compile_vision_tower(model, images: int):
     torch.compiler.set_stance("eager_on_recompile")
 
 
-def run(args: argparse.Namespace):
-    """Write the captions."""
-    state = process_state(cpu=args.device == "cpu")
-    requests = find_requests(args)
-
-    device = args.device or state.device
-    commit, open_whole = open_model(args.model, args.revision, args.dtype, device)
+def caption(
+    model: str,
+    images: str,
+    output: str,
+    *,
+    prompt: str,
+    batch_size: int,
+    max_new_tokens: int,
+    num_beams: int,
+    dtype: str,
+    device: str | None,
+    workers: int | None,
+    compile: bool,
+    revision: str | None,
+    **dataset_options,
+):
+    """Write the captions; the arguments are the command's options."""
+    state = process_state(device)
+    requests = find_requests(images, prompt, **dataset_options)
+    device = device or state.device
+    commit, open_whole = open_model(model, revision, dtype, device)
 
     def load() -> tuple:
-        model, processor = open_whole()
-        if args.compile:
-            compile_vision_tower(model, args.batch_size)
-        return model, processor
+        loaded, processor = open_whole()
+        if compile:
+            compile_vision_tower(loaded, batch_size)
+        return loaded, processor
 
     settings = {
-        "model": args.model,
-        "revision": commit or args.revision,
-        "dtype": args.dtype,
-        "prompt": args.prompt,
-        **{name: getattr(args, name) for name in ("images", *DATASET_OPTIONS)},
-        **({"compile": True} if args.compile else {}),  # rounds differently in half precision
+        "model": model,
+        "revision": commit or revision,
+        "dtype": dtype,
+        "prompt": prompt,
+        "images": images,
+        **dataset_options,
+        **({"compile": True} if compile else {}),  # rounds differently in half precision
     }
-    decoding = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams, "do_sample": False}
-    workers = args.workers
-    if workers is None:  # on a CPU, the model itself keeps all cores busy
-        workers = 0 if torch.device(device).type == "cpu" else 4
     answer(
         load,
         requests,
-        args.output,
-        batch_size=args.batch_size,
-        generate_kwargs=decoding,
+        output,
+        batch_size=batch_size,
+        generate_kwargs={"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False},
         settings=settings,
-        workers=workers,
+        workers=default_workers(device) if workers is None else workers,
         answer_name="caption",
     )
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
-    from ..processing_pheye import CAPTION_INSTRUCTION
-
-    parser = argparse.ArgumentParser(prog="python -m pheye.answering.caption", description="Caption many images.")
-    parser.add_argument("--model", required=True, metavar="FOLDER_OR_ID")
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(prog="pheye caption", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
     parser.add_argument(
         "--images",
         required=True,
@@ -181,8 +186,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--max_new_tokens", type=at_least(1), default=DEFAULT_MAX_NEW_TOKENS, help="(default: %(default)s)"
     )
     parser.add_argument("--num_beams", type=at_least(1), default=1, help="(default: 1, greedy)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--device", help="such as cpu or cuda (default: each process takes one of its own)")
     parser.add_argument(
         "--workers", type=at_least(0), help="processes that open images, per device (default: 4; on a CPU none)"
     )
@@ -191,24 +194,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="compile the vision tower first: takes minutes, pays for many images",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
     dataset = parser.add_argument_group("datasets only")
     dataset.add_argument("--split", help="(default: train)")
     dataset.add_argument("--image_column", help="(default: image)")
     dataset.add_argument("--id_column", help="texts or integers, each once (default: the number of the row)")
     dataset.add_argument("--config", help="configuration of the dataset, where it has several")
     dataset.add_argument("--data_files", help="files or pattern, where SOURCE is a loader such as parquet")
-    args = parser.parse_args(argv)
-    if not args.prompt.strip():
+    options = vars(parser.parse_args(argv))
+    if not options["prompt"].strip():
         parser.error("--prompt is empty; leave it out for a one-sentence caption")
-    if args.device and ":" in args.device and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error(f"--device {args.device} would put all processes on one device; leave it out")
-    return args
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return exit_status(run, parse_arguments(argv))
+    return exit_status(caption, **parse(argv))
 
 
 if __name__ == "__main__":

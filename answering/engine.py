@@ -119,8 +119,13 @@ def progress(images: int, output: Path, state: "PartialState") -> tqdm:
 # --- Images to answers ---
 
 
-class Pictures(torch.utils.data.Dataset):
-    """`pixel_values` (V, 3, height, width) of each request's image, or a text: what is wrong with it."""
+def default_workers(device: torch.device | str) -> int:
+    """How many processes open images beside the model; none on a CPU, whose cores the model itself keeps busy."""
+    return 0 if torch.device(device).type == "cpu" else 4
+
+
+class ImageInputs(torch.utils.data.Dataset):
+    """What the image processor makes of each request's image, one tensor by name each, or a text: what is wrong."""
 
     def __init__(self, processor, requests: Sequence[Request]):
         self.processor, self.requests = processor, requests
@@ -128,23 +133,24 @@ class Pictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.requests)
 
-    def __getitem__(self, index: int) -> torch.Tensor | str:
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor] | str:
         try:
             image = self.requests[index].image
             image = image() if callable(image) else image
             if image is None:
                 raise ValueError("There is no image.")
-            return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+            inputs = self.processor(images=image, return_tensors="pt")
+            return {name: inputs[name][0] for name in self.processor.image_processor.model_input_names}
         except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: Pillow, for a broken AVIF
             # Without addresses, which would make the row of a broken image another one in each run.
             return re.sub(r"<_io.BytesIO object at \w+>", "the data", str(error)) or type(error).__name__
 
 
-def collate(pictures: list[torch.Tensor | str]) -> tuple[list[str | None], torch.Tensor | None]:
-    """Per picture what is wrong with it, or None; and the others' `pixel_values` (B, V, 3, height, width), if any."""
-    errors = [picture if isinstance(picture, str) else None for picture in pictures]
-    whole = [picture for picture in pictures if not isinstance(picture, str)]
-    return errors, torch.stack(whole) if whole else None
+def collate(images: list[dict[str, torch.Tensor] | str]) -> tuple[list[str | None], dict[str, torch.Tensor]]:
+    """Per image what is wrong with it, or None; and the tensors of the others as a batch."""
+    errors = [image if isinstance(image, str) else None for image in images]
+    whole = [image for image in images if not isinstance(image, str)]
+    return errors, torch.utils.data.default_collate(whole) if whole else {}
 
 
 def answer_batches(
@@ -152,30 +158,32 @@ def answer_batches(
 ) -> Iterator[list[tuple[Request, str | None, str | None]]]:
     """Batch by batch: each request with its answer or its image's error, the other being None."""
     loader = torch.utils.data.DataLoader(
-        Pictures(processor, requests),
+        ImageInputs(processor, requests),
         batch_size,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=model.device.type == "cuda",
     )
     start = 0
-    for errors, pixel_values in loader:
+    for errors, image_inputs in loader:
         batch = requests[start : start + len(errors)]
         start += len(errors)
         prompts = [request.prompt for request, error in zip(batch, errors, strict=True) if error is None]
-        answers = iter(generate(model, processor, prompts, pixel_values, generate_kwargs) if prompts else [])
+        answers = iter(generate(model, processor, prompts, image_inputs, generate_kwargs) if prompts else [])
         yield [
             (request, next(answers) if error is None else None, error)
             for request, error in zip(batch, errors, strict=True)
         ]
 
 
-def generate(model, processor, prompts: list[str], pixel_values: torch.Tensor, generate_kwargs: dict) -> list[str]:
+def generate(
+    model, processor, prompts: list[str], image_inputs: dict[str, torch.Tensor], generate_kwargs: dict
+) -> list[str]:
     """One answer per prompt and image."""
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     texts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
     inputs = processor(text=texts, return_tensors="pt").to(model.device)
-    pixel_values = pixel_values.to(model.device, non_blocking=True)
-    ids = model.generate(**inputs, pixel_values=pixel_values, **generate_kwargs, return_dict_in_generate=False)
+    image_inputs = {name: values.to(model.device, non_blocking=True) for name, values in image_inputs.items()}
+    ids = model.generate(**inputs, **image_inputs, **generate_kwargs, return_dict_in_generate=False)
     answers = processor.post_process_image_text_to_text(ids[:, inputs["input_ids"].shape[1] :])
     return [answer.lstrip() for answer in answers]

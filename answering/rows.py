@@ -19,7 +19,7 @@ except ImportError:  # not on Windows
 if TYPE_CHECKING:
     from accelerate import PartialState
 from ..common.command import InputError
-from ..common.files import differences, explained, write_atomically
+from ..common.files import differences, explained, read_record, write_atomically, write_record
 
 NETWORK_DELAY = 90  # seconds until a file written on one machine must be seen by the others
 
@@ -156,21 +156,13 @@ class Run:
 
     def check(self, settings: dict):
         """Raise InputError if rows are there that other settings made."""
-        remedy = f"Choose another output, or remove {self.output} and the files beside it whose names begin so."
         if self.output.is_dir():
             raise InputError(f"{self.output} is a folder; give the name of a file.")
-        if not self.record.exists():
-            if self.output.exists() or self.parts():
-                raise InputError(
-                    f"{self.output} has no {self.record.name}, so that nobody knows its settings. {remedy}"
-                )
-            return
-        try:
-            recorded = json.loads(self.record.read_bytes())["settings"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self.record} is not a record of settings. {remedy}") from error
-        if changed := differences(recorded, settings):
-            raise InputError(f"{self.output} was begun with other settings: {changed}. {remedy}")
+        if read_record(self.record, settings, self.output) is None and (self.output.exists() or self.parts()):
+            raise InputError(
+                f"{self.output} has no {self.record.name}, so that nobody knows its settings. Choose another output, "
+                "or remove it and the files beside it whose names begin so."
+            )
 
     def begin(self, settings: dict, details: dict):
         """Record what this run depends on; if that is done, warn where details differ, which should not matter."""
@@ -180,9 +172,7 @@ class Run:
                 message = f"{self.output} was begun differently: {changed}; answers may differ a little."
                 warnings.warn(message, stacklevel=3)
         else:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"settings": settings, "details": details}, indent=2, default=str)
-            write_atomically(self.record, [text.encode() + b"\n"])
+            write_record(self.record, settings, details=details)
 
     def wait_until_begun(self):
         """Raise InputError if the main process's record does not appear, on another machine for example."""

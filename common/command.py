@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 PATIENCE = timedelta(days=1)  # of a process for slower ones; the usual minutes would end a run with unequal machines
 
 
@@ -21,11 +22,43 @@ class InputError(ValueError):
     """Something that the user can mend; the message says how."""
 
 
-def exit_status(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a command; errors that the user can mend become a line on standard error and the status 1."""
+class Parser(argparse.ArgumentParser):
+    """Options are written with underscores, as transformers' are; with hyphens they are understood too."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
+
+def _with_underscores(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else arg
+
+
+def add_model_options(parser: argparse.ArgumentParser):
+    """The options by which every command that answers is told what model to load, and where."""
+    parser.add_argument("--model", required=True, metavar="FOLDER_OR_ID")
+    parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="(default: as the model was saved)")
+    parser.add_argument("--device", help="such as cpu or cuda (default: an accelerator if there is one)")
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A parser of integers."""
+
+    def parse(text: str) -> int:
+        if not text.strip().lstrip("-").isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {minimum}")
+        return int(text)
+
+    return parse
+
+
+def exit_status(run: Callable[..., object], **options) -> int:
+    """Run a command with its options; what the user can mend becomes a line on standard error and the status 1."""
     try:
-        run(args)
-    except (InputError, OSError) as error:
+        run(**options)
+    except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
@@ -36,8 +69,8 @@ def exit_status(run: Callable[[argparse.Namespace], None], args: argparse.Namesp
     return 0
 
 
-def require(package: str):
-    """A package of the extra `eval`, imported.
+def require(package: str, extra: str = "eval"):
+    """A package of one of the extras, imported.
 
     Raises:
         InputError: if it is not installed.
@@ -47,35 +80,30 @@ def require(package: str):
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise InputError(f'This needs {package}: run pip install "pheye[eval]".') from error
+        raise InputError(f'This needs {package}: run pip install "pheye[{extra}]".') from error
 
 
-def process_state(cpu: bool = False) -> "PartialState":
+def process_state(device: str | None = None) -> "PartialState":
     """Which of how many processes this is, and its device; the first call in a process decides.
 
+    Args:
+        device: what the user asked for, if anything.
+
     Raises:
-        InputError: if accelerate is not installed, or does not see the processes that were launched.
+        InputError: if accelerate is not installed, or does not see the processes that were launched, or if `device`
+            is a single one for several processes.
     """
     accelerate = require("accelerate")
     # Without an accelerator, accelerate takes each of several processes for the only one unless it is told.
-    cpu = cpu or accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = accelerate.PartialState(cpu=cpu, timeout=PATIENCE)
+    has_none = accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = accelerate.PartialState(cpu=device == "cpu" or has_none, timeout=PATIENCE)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != launched:
         raise InputError(f"{launched} processes were launched, but accelerate sees {state.num_processes}; check both.")
+    if device and ":" in device and launched > 1:
+        raise InputError(f"--device {device} would put all processes on one device; leave it out.")
     return state
 
 
 def default_device() -> str:
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-
-
-def at_least(minimum: int):
-    """A parser of integers."""
-
-    def parse(text: str) -> int:
-        if not text.strip().lstrip("-").isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {minimum}")
-        return int(text)
-
-    return parse

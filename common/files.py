@@ -1,10 +1,12 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and runs that go on with the same settings or are refused."""
 
 import errno
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from .command import InputError
 
 
 def explained(error: OSError, path: Path) -> OSError:
@@ -31,7 +33,35 @@ def write_atomically(path: Path, chunks: Iterable[bytes]):
 
 
 def differences(old: dict, new: dict) -> str:
-    """What differs between two records, in words; empty if nothing does."""
+    """What differs between two sets of settings, in words; empty if nothing does."""
     new = json.loads(json.dumps(new, default=str))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return ", ".join(f"{name} was {old.get(name)!r} and is now {new.get(name)!r}" for name in names)
+
+
+def read_record(path: Path, settings: dict, output: Path) -> dict | None:
+    """What `write_record` wrote to `path` when the run into `output` began; None if there is nothing.
+
+    Raises:
+        InputError: if that run had other settings.
+    """
+    if not path.exists():
+        return None
+    remedy = (
+        f"Use the same settings, choose another output, or remove {output} and what stands beside it under its name."
+    )
+    try:
+        record = json.loads(path.read_bytes())
+        recorded = record["settings"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a record of settings. {remedy}") from error
+    if changed := differences(recorded, settings):
+        raise InputError(f"{output} was begun with other settings: {changed}. {remedy}")
+    return record
+
+
+def write_record(path: Path, settings: dict, **others):
+    """Record what a run depends on, and beside the settings other facts that it may go on without."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"settings": settings, **others}, indent=2, default=str)
+    write_atomically(path, [text.encode() + b"\n"])

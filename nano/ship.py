@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-
 from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..common.files import write_atomically
 from ..training.trainer import last_checkpoint

@@ -196,7 +196,7 @@ def test_a_second_run_does_nothing_and_one_with_another_prompt_is_refused(run, f
     status, again, error = run(folder, "--prompt", "What is this?")
     assert (status, again) == (1, rows)
     assert "prompt was 'Provide a one-sentence" in error
-    assert "Choose another output, or remove" in error
+    assert "choose another output, or remove" in error
 
 
 # --- Bad input ---
@@ -231,7 +231,7 @@ def test_dataset_without_the_column_split_or_kind(refused, dataset, tmp_path):
     dataset.save_to_disk(saved)
     assert "has no column 'image'; its columns are picture, key." in refused(saved)
     assert "has no column 'name'" in refused(saved, "--image_column", "picture", "--id_column", "name")
-    assert "leave --split val out" in refused(saved, "--split", "val")
+    assert "leave the split val out" in refused(saved, "--split", "val")
     datasets.DatasetDict({"val": dataset}).save_to_disk(tmp_path / "splits")
     assert "has no split 'train'; choose --split from val." in refused(tmp_path / "splits")
     datasets.Dataset.from_dict({"image": [1, 2], "id": ["x", "x"]}).save_to_disk(tmp_path / "numbers")
@@ -241,7 +241,7 @@ def test_dataset_without_the_column_split_or_kind(refused, dataset, tmp_path):
 
 
 def test_dataset_that_does_not_load(refused):
-    assert "'some/dataset' is neither a folder, nor a list, nor a dataset" in refused("some/dataset")
+    assert "'some/dataset' cannot be read as a data set" in refused("some/dataset")
 
 
 def test_model_that_is_missing_or_no_pheye(refused, folder, tmp_path):

@@ -362,7 +362,7 @@ def test_rows_that_are_no_longer_asked_for_are_left_out_with_a_warning(start, re
 def test_other_settings_are_refused(start, tmp_path, changed, difference, finished):
     start() if finished else run_killed(start, "os.fsync", 3, "after")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(InputError, match="Choose another output, or remove") as refusal:
+    with pytest.raises(InputError, match="choose another output, or remove") as refusal:
         start(**changed)
     assert difference in str(refusal.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -46,7 +46,14 @@ instruction regarding that image. Your goal is to follow the instruction as fait
 {%- if add_generation_prompt -%}{{- '\\nOutput:' -}}{%- endif -%}
 """
 
+# The paper's instructions (appendix A and section 3): the first three stand alone, the other two follow a question.
 CAPTION_INSTRUCTION = "Provide a one-sentence caption for the provided image"
+CAPTION_WITH_TEXT_INSTRUCTION = (
+    "Generate a one-sentence caption for the provided image, incorporating textual elements visible in the image."
+)
+DESCRIPTION_INSTRUCTION = "Generate a highly detailed description for the provided image using multiple sentences"
+ONE_WORD_INSTRUCTION = "Answer the question using a single word or phrase"
+LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
 class PheyeProcessorKwargs(ProcessingKwargs, total=False):
