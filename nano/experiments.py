@@ -6,7 +6,7 @@
         --tiles-per-side 1 --ways no_lora every4th prefix --data nano/one/data.jsonl --output nano/blocks
 
 Ways that differ in what the views go through begin with the blocks of `--start`, without its LoRA, and are the last
-stage; ways that differ in the blocks begin with new ones, here on pictures for one crop (`questions --stage tasks
+stage; ways that differ in the blocks begin with new ones, here on pictures for one crop (`draw_data --stage tasks
 --tiles-per-side 1`). All take as many steps, with a seed on the same samples, and answer the same held-out
 questions. The output folder gets a result per run and, from all of them, experiments.md. A run that has a result is
 not done again.
@@ -41,8 +41,8 @@ from ..common.machine import machine
 from ..training.collator import IGNORED, PheyeCollator
 from ..training.data import Mixture, Source
 from ..training.trained import choose_trained
-from .evaluation import SHAPES, SIGN, Sample, held_out_samples, percent, requests_of, scores
-from .more_tiles import more_tiles
+from .crops import more_tiles
+from .held_out import SHAPES, SIGN, Sample, held_out_samples, percent, requests_of, scores
 
 WARMUP = 0.1  # share of the steps
 TOKENS = 16  # of an answer

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import CLIPVisionModel, PhiForCausalLM
 
-from pheye.nano import questions
-from pheye.nano.evaluation import SIGN
+from pheye.nano import draw_data
 from pheye.nano.experiments import WAYS, build, main
+from pheye.nano.held_out import SIGN
 
 from tiny import tiny_model, tiny_processor, tiny_text_config, tiny_tokenizer, tiny_vision_config
 
@@ -91,7 +91,7 @@ def test_the_prefix_model_says_what_its_forward_pass_predicts(parts):
 
 
 def test_all_ways_are_trained_and_asked_once(parts, tmp_path):
-    data = questions.write_data(tmp_path / "data", "tasks", 2, workers=1)
+    data = draw_data.write_data(tmp_path / "data", "tasks", 2, workers=1)
     command = ["--vision", parts["vision"], "--language", parts["language"], "--data", data, "--workers", "0"]
     command = [str(word) for word in (*command, "--output", tmp_path / "out")]
     command += ["--batch-size", "2", "--steps", "1", "--seeds", "1", "--count", "3"]

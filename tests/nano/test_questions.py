@@ -1,13 +1,11 @@
-"""Questions about drawn pictures, and the data sets made of them."""
+"""Questions about drawn pictures."""
 
-import json
 import random
 
 import pytest
 
 from pheye.nano import questions
 from pheye.nano.pictures import Letter, Picture, Shape
-from pheye.training.data import Mixture, Source
 
 pytestmark = pytest.mark.once
 
@@ -53,25 +51,6 @@ def test_there_is_a_question_where_no_colour_can_be_asked_for():
 def test_the_question_about_signs():
     assert questions.sign_question(picture("HELLO YOU")) == (questions.SIGN, "HELLO YOU")
     assert questions.sign_question(picture("ONE", "TWO")) == (questions.SIGNS, "TWO, ONE")
-
-
-@pytest.mark.parametrize("stage", ["describe", "instruct", "tasks"])
-def test_a_data_set_is_written_once_and_read_by_the_training_command(stage, tmp_path, monkeypatch):
-    monkeypatch.setattr(questions, "CHUNK", 2)
-    path = questions.write_data(tmp_path, stage, 3, workers=1)
-    written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("images/*/*.jpg")}
-    assert len(written) == 3
-    assert questions.write_data(tmp_path, stage, 3, workers=1) == path
-    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("images/*/*.jpg")} == written
-    for other in ({"count": 5}, {"count": 3, "seed": 1}):  # the last chunk would be short; the pictures old ones
-        with pytest.raises(ValueError, match="other settings"):
-            questions.write_data(tmp_path, stage, workers=1, **other)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["id"] for row in rows] == [f"{stage}-{index}" for index in range(3)]
-    mixed = Mixture([Source(str(path), turns=None)], 0)
-    assert len(mixed) == 3
-    for sample in (mixed[index] for index in range(3)):
-        assert sample["image"].endswith(".jpg") and sample["messages"][-1]["role"] == "assistant"
 
 
 def test_captions_stand_alone():

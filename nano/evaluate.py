@@ -1,6 +1,6 @@
 """How well Pheye-nano reads and counts, on drawn pictures with words, fonts and photographs that it never saw.
 
-    python -m pheye.nano.evaluation --model FOLDER_OR_ID --output FOLDER [--count 1000] [--reduced 448 224]
+    python -m pheye.nano.evaluate --model FOLDER_OR_ID --output FOLDER [--count 1000] [--reduced 448 224]
 
 writes into FOLDER the answers, nano.json, the tables nano.md and their plot nano.png: exact reading of the sign, share
 of wrong characters, questions about shapes; the same by tertile of letter height, with the picture first reduced to
@@ -9,148 +9,36 @@ command goes on after a kill. Any Pheye trained on these pictures can be measure
 """
 
 import argparse
-import functools
 import json
-import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from ..answering.engine import answer, open_model
-from ..answering.rows import Request
 from ..common.command import at_least, default_device, exit_status, require
 from ..common.files import write_atomically
 from ..common.machine import machine, versions
-from ..evaluation.anls import edit_distance
 from ..evaluation.attention import global_shares
-from ..evaluation.bootstrap import confidence_interval
 from ..evaluation.detail import TERTILES
-from ..image_processing_pheye import resize
+from . import questions
+from .held_out import (
+    CAP_HEIGHTS,
+    LETTERS,
+    SEED,
+    SHAPES,
+    SIGN,
+    Sample,
+    held_out_samples,
+    percent,
+    requests_of,
+    scores,
+    tertiles_of,
+)
 
-SEED = 2501
-LETTERS = 3, 7  # of the word on the sign, fewest and most
-SIZES = 300, 2000  # of its picture in pixels, shortest and longest side
-CAP_HEIGHTS = 0.025, 0.06  # of its capitals over the picture's height
-SIGN, SHAPES = "sign", "shapes"  # kinds of question
 LOOKED_AT = 300  # pictures whose attention is measured
 
 
-@dataclass
-class Sample:
-    """A held-out picture, drawn anew whenever it is needed, with its two questions and answers."""
-
-    index: int
-    word: str
-    cap_height: float
-    shape_question: tuple[str, str]
-    zoom: int = 1
-
-    def image(self, reduced: int | None = None) -> Image.Image:
-        """The picture; with `reduced`, stretched to a square of so many pixels a side, as the views are."""
-        image = draw(self.index, self.zoom).image
-        return resize(image, (reduced, reduced), Image.Resampling.BICUBIC) if reduced else image
-
-
-@functools.lru_cache(maxsize=1)  # several questions in a row are about one picture
-def draw(index: int, zoom: int = 1):
-    """Held-out picture number `index`: a sign with one word, real or made-up, and up to five shapes.
-
-    With `zoom` it has so many times fewer pixels a side, and so many times higher letters, as in one of the crops.
-    """
-    from . import pictures, words
-
-    rng = random.Random(f"held out {SEED} {index}")
-    text = words.word(rng, True, *LETTERS)
-    sizes, cap_heights = tuple(side // zoom for side in SIZES), tuple(zoom * share for share in CAP_HEIGHTS)
-    return pictures.scene(rng, True, sizes=sizes, cap_heights=cap_heights, text=text)
-
-
-def held_out_samples(count: int, zoom: int = 1) -> list[Sample]:
-    """The first `count` held-out pictures."""
-    from . import questions
-
-    samples = []
-    for index in range(count):
-        picture = draw(index, zoom)
-        asked = questions.shape_questions(random.Random(f"shapes {SEED} {index}"), picture, 1)
-        samples.append(Sample(index, picture.signs[0], picture.cap_height, asked[0], zoom))
-    return samples
-
-
-def requests_of(samples: Sequence[Sample], reduced: int | None) -> list[Request]:
-    """Both questions about each picture; about a reduced one only that for the sign."""
-    from .questions import SIGN as QUESTION
-
-    groups = tertiles_of(samples)
-    requests = []
-    for sample, group in zip(samples, groups, strict=True):
-        image = functools.partial(sample.image, reduced)
-        asked = [(SIGN, QUESTION, sample.word)]
-        if not reduced:
-            asked.append((SHAPES, *sample.shape_question))
-        for kind, question, reference in asked:
-            fields = {"kind": kind, "question": question, "reference": reference, "tertile": group}
-            fields["cap_height"] = round(sample.cap_height, 5)
-            requests.append(Request(f"{sample.index}-{kind}", image, question, fields))
-    return requests
-
-
-def tertiles_of(samples: Sequence[Sample]) -> list[str]:
-    """Small, medium or large: each sample's letters among those of all."""
-    order = sorted(range(len(samples)), key=lambda place: samples[place].cap_height)
-    ranks = {place: rank for rank, place in enumerate(order)}
-    return [TERTILES[ranks[place] * len(TERTILES) // len(samples)] for place in range(len(samples))]
-
-
-# --- Scores ---
-
-
-def is_exact(row: dict) -> bool:
-    return row.get("answer", "").strip() == row["reference"]
-
-
-def character_error(rows: Sequence[dict]) -> float:
-    """Edits that turn the answers into the words, over the number of the words' letters."""
-    edits = sum(edit_distance(row.get("answer", "").strip(), row["reference"]) for row in rows)
-    return edits / sum(len(row["reference"]) for row in rows)
-
-
-def summary(rows: Sequence[dict]) -> dict:
-    """Share of exact answers with its 95 % interval, and the share of wrong characters."""
-    exact = [float(is_exact(row)) for row in rows]
-    low, high = confidence_interval(exact)
-    return {
-        "questions": len(rows),
-        "exact": round(sum(exact) / len(exact), 4),
-        "interval": [round(low, 4), round(high, 4)],
-        "character_error": round(character_error(rows), 4),
-    }
-
-
-def scores(rows: Sequence[dict]) -> dict:
-    """Summaries by kind of question and, for signs, by tertile of the letters' height."""
-    signs = [row for row in rows if row["kind"] == SIGN]
-    shapes = [row for row in rows if row["kind"] == SHAPES]
-    found = {SIGN: summary(signs)}
-    found["by_tertile"] = {name: summary([row for row in signs if row["tertile"] == name]) for name in TERTILES}
-    if shapes:
-        found[SHAPES] = summary(shapes)
-        starts = {"How many": "how many", "Is there": "is there", "What colour": "what colour"}
-        for start, name in starts.items():
-            chosen = [row for row in shapes if row["question"].startswith(start)]
-            if chosen:
-                found[name] = summary(chosen)
-    return found
-
-
 # --- Tables and plot ---
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
 
 
 def scores_table(found: dict) -> list[str]:
@@ -253,10 +141,8 @@ def report(result: dict) -> str:
 
 def looked_at(samples: Sequence[Sample]) -> Iterator[dict]:
     """Pictures for the attention, drawn one at a time."""
-    from .questions import SIGN as QUESTION
-
     for sample, group in zip(samples, tertiles_of(samples), strict=True):
-        yield {"_line": sample.index, "image": sample.image(), "prompt": QUESTION, "tertile": group}
+        yield {"_line": sample.index, "image": sample.image(), "prompt": questions.SIGN, "tertile": group}
 
 
 def run(args: argparse.Namespace):

@@ -1,0 +1,32 @@
+"""The evaluation of Pheye-nano from end to end."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from pheye.nano import evaluate
+from pheye.nano.held_out import SHAPES, SIGN
+
+from tiny import tiny_model, tiny_processor
+
+pytestmark = pytest.mark.once
+
+
+def test_the_command_writes_tables_and_plot_and_goes_on_where_it_stopped(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    command += ["--count", "3", "--reduced", "64", "--batch_size", "2", "--workers", "0"]
+    assert evaluate.main(command) == 0
+    result = json.loads((tmp_path / "out" / "nano.json").read_text())
+    assert result["inputs"].keys() == {"full", "reduced to 64"} and result["pictures"] == 3
+    assert result["inputs"]["full"][SIGN]["questions"] == result["inputs"]["full"][SHAPES]["questions"] == 3
+    assert [len(group["global_share"]) for group in result["attention"]["tertiles"]] == [2, 2, 2]
+    text = (tmp_path / "out" / "nano.md").read_text()
+    assert "reduced to 64" in text and "| what is written on the sign | 3 |" in text
+    assert Image.open(tmp_path / "out" / "nano.png").width > 500
+    answers = tmp_path / "out" / "answers-full.jsonl"
+    written = answers.stat().st_mtime_ns
+    assert evaluate.main(command) == 0
+    assert answers.stat().st_mtime_ns == written
