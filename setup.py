@@ -65,6 +65,7 @@ setup(
         "pheye.benchmarks",
         "pheye.common",
         "pheye.evaluation",
+        "pheye.evaluation.metrics",
         "pheye.nano",
         "pheye.training",
     ],

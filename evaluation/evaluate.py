@@ -23,10 +23,13 @@ from ..answering.rows import Request, encode
 from ..common.command import InputError, at_least, exit_status, process_state, require
 from ..common.files import write_atomically
 from ..common.machine import versions
-from .bootstrap import confidence_interval
-from .detail import Boxes, answer_areas, by_detail, read_boxes, tertiles
-from .formats import Sample, found_images, read_samples
+from .boxes import Boxes, answer_areas, by_detail, read_boxes
+from .formats import found_images
+from .metrics.bootstrap import confidence_interval
+from .samples import Sample
+from .sources import read_samples
 from .tasks import TASKS, Task
+from .tertiles import tertiles
 
 LEVEL = 0.95  # of the confidence interval
 ROWS, RESULT, SERVER_FILE = "rows.jsonl", "result.json", "server.json"

@@ -1,38 +1,31 @@
 """The benchmarks as records: prompt, decoding arguments, metric, file format, and the published scores (section 3)."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .anls import anls
-from .vqa import vqa_accuracy
+from .metrics.anls import anls
+from .metrics.matching import exact_match, option_accuracy
+from .metrics.vqa import vqa_accuracy
 
 # The paper gives an instruction after the question and not what stands between; a space, as in our training data.
 ONE_WORD = "{question} Answer the question using a single word or phrase"
+
+
 LETTER = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
+
+
 CAPTION = "Provide a one-sentence caption for the provided image"
+
+
 CAPTION_WITH_TEXT = (
     "Generate a one-sentence caption for the provided image, incorporating textual elements visible in the image."
 )
+
+
 DESCRIPTION = "Generate a highly detailed description for the provided image using multiple sentences"
 
+
 # --- Metrics ---
-
-
-def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 if `answer` is one of `references`, capitals, white space and a full stop at the end aside."""
-
-    def plain(text: str) -> str:
-        return " ".join(text.lower().split()).removesuffix(".")
-
-    return float(plain(answer) in map(plain, references))
-
-
-def option_accuracy(answer: str, references: Sequence[str]) -> float:
-    """1 if `answer` begins with the letter of the right option, or is its text; `references` are these two."""
-    letter, text = references
-    chosen = re.match(r"\(?([A-Za-z])(?:[).:]|\s*$)", answer.strip())
-    return float(chosen[1].upper() == letter) if chosen else exact_match(answer, [text])
 
 
 def one_by_one(metric: Callable[[str, Sequence[str]], float]) -> Callable[[list[str], list[list[str]]], list[float]]:
@@ -45,13 +38,13 @@ def one_by_one(metric: Callable[[str, Sequence[str]], float]) -> Callable[[list[
 
 
 def cider_scores(answers: list[str], references: list[list[str]]) -> list[float]:
-    from .cider import cider
+    from .metrics.cider import cider
 
     return cider(answers, references)[1].tolist()
 
 
 def bleu_score(answers: list[str], references: list[list[str]]) -> float:
-    from .bleu import bleu
+    from .metrics.bleu import bleu
 
     return bleu(answers, references)
 
@@ -70,10 +63,19 @@ class Metric:
 
 
 VQA = Metric("VQA accuracy", one_by_one(vqa_accuracy))
+
+
 ANLS = Metric("ANLS", one_by_one(anls))
+
+
 MATCH = Metric("exact match", one_by_one(exact_match))
+
+
 OPTION = Metric("multiple choice accuracy", one_by_one(option_accuracy))
+
+
 CIDER = Metric("CIDEr", cider_scores, {"BLEU-4": bleu_score}, ("sacrebleu",))
+
 
 # --- Tasks ---
 
@@ -119,7 +121,10 @@ def letters(count: int) -> list[str]:
 
 
 ANSWERS = ("question_id", "answer")
+
+
 CAPTIONS = ("image_id", "caption")
+
 
 TASKS = {
     task.name: task

@@ -14,7 +14,7 @@ from PIL import Image
 from skimage import data
 
 from pheye import PheyeForConditionalGeneration, PheyeImageToTextPipeline, PheyeProcessor
-from pheye.evaluation.attention import explain
+from pheye.evaluation.heatmaps import explain
 from pheye.nano import pictures, words
 from pheye.nano.questions import CAPTION, SIGN
 

@@ -1,0 +1,147 @@
+"""Attention drawn on the picture, one word after another."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..image_processing_pheye import resize, tile_boxes, to_rgb
+from .word_attention import answer, view_shares, word_attention
+
+DRAWN_WORDS = 60  # the JSON has them all
+
+
+# --- Weights of image tokens to pixels ---
+
+
+def heat_maps(weights: np.ndarray, tiles_per_side: int, patches_per_side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Attention on the patches of the global view (G, G), and on those of all crops in their places (k * G, k * G).
+
+    weights: (N,). Class and register tokens, which come first in a view, stand for no place and are left out.
+    """
+    size = patches_per_side
+    views = weights.reshape(1 + tiles_per_side**2, -1)[:, -(size**2) :].reshape(-1, size, size)  # (V, G, G)
+    crops = np.empty((tiles_per_side * size, tiles_per_side * size), weights.dtype)
+    boxes = tile_boxes(tiles_per_side, size, size)
+    for (left, top, right, bottom), crop in zip(boxes, views[1:], strict=True):
+        crops[top:bottom, left:right] = crop
+    return views[0], crops
+
+
+def to_pixels(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map of the whole picture, which views show stretched to a square, at the picture's `size` (width, height).
+
+    Every pixel gets the value of the patch that its centre lies in; where patches are smaller than pixels, their mean.
+    """
+    return np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BOX))  # (height, width)
+
+
+# --- Pictures ---
+
+
+def fit(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """`size` scaled to the area of a square of this side, but no longer than three sides."""
+    scale = min(side / math.sqrt(size[0] * size[1]), 3 * side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def draw_tiles(picture: Image.Image, tiles_per_side: int, side: int = 480) -> Image.Image:
+    """The picture, its crops outlined and numbered in the order in which the model reads them."""
+    width, height = fit(picture.size, side)
+    canvas = resize(picture, (width, height), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(canvas)
+    for number, box in enumerate(tile_boxes(tiles_per_side, 1, 1), start=1):
+        left, right = (x * width / tiles_per_side for x in box[::2])
+        top, bottom = (y * height / tiles_per_side for y in box[1::2])
+        draw.rectangle((left, top, right - 1, bottom - 1), outline="red", width=2)
+        draw.text((left + 6, top + 4), str(number), fill="red", font_size=20)
+    return canvas
+
+
+def draw_heat(picture: Image.Image, heat: np.ndarray) -> Image.Image:
+    """The picture in gray under colours from dark (no attention) to yellow (the most in `heat`)."""
+    heat = to_pixels(heat, picture.size)
+    heat = heat / max(heat.max(), np.finfo(np.float32).tiny)
+    stops = [0, 0.25, 0.5, 0.75, 1]
+    channels = [[0, 90, 190, 245, 255], [0, 20, 55, 130, 255], [40, 110, 85, 10, 120]]
+    colour = np.stack([np.interp(heat, stops, channel) for channel in channels], axis=-1)  # (height, width, 3)
+    gray = np.asarray(picture.convert("L"), np.float32)[..., None]
+    return Image.fromarray(np.rint(0.4 * gray + 0.6 * colour).astype(np.uint8))
+
+
+class Page:
+    """The picture with its crops and the answer on top, then two heat maps per word, side by side."""
+
+    GAP, LABEL, WIDTH = 12, 22, 1200
+
+    def __init__(self, picture: Image.Image, tiles_per_side: int, prompt: str, answer_text: str, words: int):
+        self.thumbnail = resize(picture, fit(picture.size, 200), Image.Resampling.BICUBIC)
+        top = draw_tiles(picture, tiles_per_side, 400)
+        lines = [*textwrap.wrap(prompt, 50), "", *textwrap.wrap(answer_text, 50)]
+        drawn = min(words, DRAWN_WORDS)
+        which = "Per word" if drawn == words else f"For the first {drawn} of {words} words"
+        lines += ["", f"{which}: global view, crops.", "Yellow is the most in each."]
+        self.cell = 2 * self.thumbnail.width + 3 * self.GAP, self.thumbnail.height + self.LABEL + self.GAP
+        self.columns = max(1, min(drawn, self.WIDTH // self.cell[0]))
+        width = max(self.columns * self.cell[0], top.width + 420)
+        self.top = max(top.height, 20 * len(lines)) + 2 * self.GAP
+        self.canvas = Image.new("RGB", (width, self.top + math.ceil(drawn / self.columns) * self.cell[1]), "white")
+        self.draw = ImageDraw.Draw(self.canvas)
+        self.canvas.paste(top, (self.GAP, self.GAP))
+        self.draw.text((top.width + 2 * self.GAP, self.GAP), "\n".join(lines), fill="black", font_size=15)
+        self.count = 0
+
+    def add(self, word: str, global_share: float, heats: Sequence[np.ndarray]):
+        if self.count == DRAWN_WORDS:
+            return
+        row, column = divmod(self.count, self.columns)
+        left, top = column * self.cell[0] + self.GAP, self.top + row * self.cell[1]
+        labels = (f"{word[:20]}   global {global_share:.0%}", f"crops {1 - global_share:.0%}")
+        for label, heat in zip(labels, heats, strict=True):
+            self.draw.text((left, top + 2), label, fill="black", font_size=14)
+            self.canvas.paste(draw_heat(self.thumbnail, heat), (left, top + self.LABEL))
+            left += self.thumbnail.width + self.GAP
+        self.count += 1
+
+
+def view_names(tiles_per_side: int) -> list[str]:
+    boxes = tile_boxes(tiles_per_side, 1, 1)
+    return ["global", *(f"column {left + 1} row {top + 1}" for left, top, _, _ in boxes)]
+
+
+def explain(model, processor, picture: Image.Image, prompt: str, max_new_tokens: int = 30) -> tuple[Image.Image, dict]:
+    """The drawing for one picture and prompt, and the shares per view and block that go into the JSON.
+
+    An answer without words gives the picture with its crops alone, and no shares.
+    """
+    config = model.config
+    views, tiles = config.views_per_image, config.tiles_per_side
+    patches = config.vision_config.image_size // config.vision_config.patch_size
+    picture = to_rgb(picture)
+    found = answer(model, processor, picture, prompt, max_new_tokens)
+    page = Page(picture, tiles, prompt, found.text, len(found.words))
+    rows, total, tokens = [], 0, 0
+    for word, count, weights in word_attention(found):
+        shares = view_shares(weights, views)  # (L, V)
+        mean = weights.mean(0)  # (N,)
+        heats = heat_maps(mean, tiles, patches)
+        page.add(word, float(shares[:, 0].mean()), heats)
+        unplaced = round(max(0.0, 1 - float(heats[0].sum() + heats[1].sum())), 6)
+        rows.append({"word": word, "tokens": count, **share_fields(shares), "unplaced": unplaced})
+        total, tokens = total + count * shares, tokens + count
+    return page.canvas, {
+        "prompt": prompt,
+        "answer": found.text,
+        "views": view_names(tiles),
+        "layers": list(config.cross_attention_layers),
+        "overall": {"tokens": tokens, **share_fields(total / tokens)} if tokens else None,
+        "words": rows,
+    }
+
+
+def share_fields(shares: np.ndarray) -> dict:
+    """shares: (L, V)."""
+    shares = shares.astype(float)
+    return {"by_view": shares.mean(0).round(6).tolist(), "by_block": shares.round(6).tolist()}

@@ -1,0 +1,20 @@
+"""Answers that must be the right one."""
+
+import re
+from collections.abc import Sequence
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 if `answer` is one of `references`, capitals, white space and a full stop at the end aside."""
+
+    def plain(text: str) -> str:
+        return " ".join(text.lower().split()).removesuffix(".")
+
+    return float(plain(answer) in map(plain, references))
+
+
+def option_accuracy(answer: str, references: Sequence[str]) -> float:
+    """1 if `answer` begins with the letter of the right option, or is its text; `references` are these two."""
+    letter, text = references
+    chosen = re.match(r"\(?([A-Za-z])(?:[).:]|\s*$)", answer.strip())
+    return float(chosen[1].upper() == letter) if chosen else exact_match(answer, [text])

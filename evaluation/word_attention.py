@@ -1,0 +1,195 @@
+"""A model's answer with the attention of each word, and the mean share of the global view."""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from ..common.command import InputError
+from ..image_processing_pheye import load_image, to_rgb
+from .tertiles import TERTILES
+
+# So that memory does not grow with the answer:
+CHUNK = 16  # tokens in one forward pass
+
+
+def view_shares(weights: np.ndarray, views: int) -> np.ndarray:
+    """Attention on each view, class and register tokens included: (..., N) to (..., V)."""
+    return weights.reshape(*weights.shape[:-1], views, -1).sum(-1)
+
+
+# --- The model's answer and its attention ---
+
+
+def split_words(tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """The words of an answer, each with the places in `ids` of the tokens that begin in it.
+
+    White space and half characters belong to what follows. Special tokens belong to no word.
+    """
+
+    def decode(count: int) -> str:
+        return tokenizer.decode(ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    special = set(tokenizer.all_special_ids)
+    text, begin, places = decode(len(ids)), 0, {}
+    spans = [match.span() for match in re.finditer(r"\S+", text)]
+    for place, token in enumerate(ids):
+        word = next((index for index, (_, end) in enumerate(spans) if end > begin), None)
+        if word is not None and token not in special:
+            places.setdefault(word, []).append(place)
+        begin = max(begin, common_length(decode(place + 1), text))  # without half a character at the end
+    starts = [spans[word][0] for word in places] + [len(text)]
+    return [
+        (text[start:end].strip(), found)
+        for start, end, found in zip(starts[:-1], starts[1:], places.values(), strict=True)
+    ]
+
+
+def common_length(first: str, second: str) -> int:
+    """Number of characters in which two texts begin alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+@contextlib.contextmanager
+def recording(model) -> Iterator[list[torch.Tensor]]:
+    """Within, each forward pass of one row of text leaves here, block by block, weights (T, N): the mean over heads.
+
+    Only the blocks turn to eager attention, and no block's weights per head outlive its own forward pass.
+    """
+    records, handles = [], []
+
+    def ask(block, args: tuple) -> tuple:
+        return (*args[:3], True)
+
+    def take(block, args: tuple, output: tuple) -> tuple:
+        hidden_states, weights = output
+        records.append(weights[0].mean(0, dtype=torch.float32))  # (T, N)
+        return hidden_states, None
+
+    before = model.config._attn_implementation
+    model.set_attn_implementation({"": "eager"})
+    for block in model.pheye.cross_attention_blocks:
+        handles += [block.register_forward_pre_hook(ask), block.register_forward_hook(take)]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.set_attn_implementation({"": before})
+
+
+@dataclass
+class Answer:
+    """An answer, its words with the places of their tokens, and the attention (L, N) of each token, one after another.
+
+    The attention is computed while it is read, and can be read once.
+    """
+
+    text: str
+    words: list[tuple[str, list[int]]]
+    attention: Iterator[np.ndarray]
+
+
+@torch.no_grad()
+def answer(model, processor, picture: Image.Image, prompt: str, max_new_tokens: int) -> Answer:
+    """The model's answer, greedy."""
+    text = processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    inputs = processor(images=picture, text=text, return_tensors="pt").to(model.device)
+    image = model.get_image_features(inputs["pixel_values"].to(model.dtype)).last_hidden_state  # (1, N, D)
+    prompt_ids = inputs["input_ids"]
+    ids = model.generate(
+        prompt_ids,
+        attention_mask=inputs["attention_mask"],
+        image_hidden_states=image,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        return_dict_in_generate=False,
+    )[:, prompt_ids.shape[1] :]
+    words = split_words(processor.tokenizer, ids[0].tolist())
+    return Answer(
+        processor.post_process_image_text_to_text(ids)[0].strip(),
+        words,
+        token_attention(model, prompt_ids, image, ids),
+    )
+
+
+@torch.no_grad()
+def token_attention(
+    model, prompt_ids: torch.Tensor, image_hidden_states: torch.Tensor, answer_ids: torch.Tensor
+) -> Iterator[np.ndarray]:
+    """Attention (L, N) at the position that predicts each token of the answer, given the ones before it.
+
+    The prompt is read without its last token, which predicts the answer's first; ids have one row.
+    """
+    cache = DynamicCache(config=model.config.text_config)
+    model(prompt_ids[:, :-1], image_hidden_states=image_hidden_states, cache=cache, use_cache=True, logits_to_keep=1)
+    predicting = torch.cat([prompt_ids[:, -1:], answer_ids[:, :-1]], dim=1)  # (1, T)
+    for chunk in predicting.split(CHUNK, dim=1):
+        with recording(model) as records:
+            model(chunk, cache=cache, use_cache=True, logits_to_keep=1)
+        weights = torch.stack([record.cpu() for record in records], dim=1)  # (T, L, N)
+        weights /= weights.sum(-1, keepdim=True)  # rows of half precision do not quite add up
+        yield from weights.numpy()
+
+
+def word_attention(found: Answer) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Each word with the number of its tokens and their mean attention (L, N)."""
+    words = iter(found.words)
+    text, places = next(words, ("", []))
+    total = 0
+    for place, weights in enumerate(found.attention):
+        if place in places:
+            total = total + weights
+            if place == places[-1]:
+                yield text, len(places), total / len(places)
+                text, places = next(words, ("", []))
+                total = 0
+
+
+# --- Many samples ---
+
+
+def global_shares(model, processor, samples: Iterable[dict], max_new_tokens: int) -> dict:
+    """Mean share of the global view per block and tertile; every sample counts the same, whatever its length.
+
+    `image` is a picture or a path. Samples whose image cannot be read, or whose answer has no words, are listed and
+    left out.
+    """
+    views = model.config.views_per_image
+    sums, counts, left_out = {}, {}, []
+    for sample in tqdm(samples, unit=" images"):
+        try:
+            image = sample["image"]
+            picture = to_rgb(image if isinstance(image, Image.Image) else load_image(image))
+            found = answer(model, processor, picture, sample["prompt"], max_new_tokens)
+            total, tokens = 0, 0
+            for _, count, weights in word_attention(found):
+                total, tokens = total + count * view_shares(weights, views)[:, 0], tokens + count
+            if not tokens:
+                raise InputError("The answer has no words.")
+        except (InputError, OSError, TypeError, ValueError) as error:
+            left_out.append({"line": sample["_line"], "error": str(error)})
+            continue
+        group = sample["tertile"] or "all"
+        sums[group] = sums.get(group, 0) + total / tokens
+        counts[group] = counts.get(group, 0) + 1
+    if not counts:
+        raise InputError(f"No sample could be used; the first: {left_out[0]['error']}")
+    groups = [
+        {
+            "tertile": name,
+            "samples": counts[name],
+            "global_share": (sums[name] / counts[name]).astype(float).round(6).tolist(),
+        }
+        for name in (*TERTILES, "all")
+        if name in counts
+    ]
+    return {"layers": list(model.config.cross_attention_layers), "tertiles": groups, "left_out": left_out}
