@@ -3,7 +3,7 @@ from functools import cache
 
 import pytest
 
-from pheye.evaluation.anls import anls, edit_distance
+from pheye.evaluation.metrics.anls import anls, edit_distance
 
 pytestmark = pytest.mark.once
 

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("sacrebleu")
 
-from pheye.evaluation.bleu import bleu, bleu_of_tokens
+from pheye.evaluation.metrics.bleu import bleu, bleu_of_tokens
 
 pytestmark = pytest.mark.once
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pheye.evaluation.bootstrap import confidence_interval
+from pheye.evaluation.metrics.bootstrap import confidence_interval
 
 pytestmark = pytest.mark.once
 

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from pheye.evaluation.cider import cider, cider_of_tokens
+from pheye.evaluation.metrics.cider import cider, cider_of_tokens
 
 pytestmark = pytest.mark.once
 

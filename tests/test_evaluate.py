@@ -13,16 +13,16 @@ import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
-from test_formats import TOYS, Toy, nocaps_toy, pictures, textvqa_toy, vqa_toy, write
 
 from pheye.answering import engine
 from pheye.evaluation import evaluate
-from pheye.evaluation.bleu import bleu
-from pheye.evaluation.cider import cider
+from pheye.evaluation.metrics.bleu import bleu
+from pheye.evaluation.metrics.cider import cider
+from pheye.evaluation.metrics.vqa import vqa_accuracy
 from pheye.evaluation.tasks import TASKS
-from pheye.evaluation.vqa import vqa_accuracy
 
 from hub_server import FakeHub
+from toys import TOYS, Toy, nocaps_toy, pictures, textvqa_toy, vqa_toy, write
 
 pytestmark = pytest.mark.once
 

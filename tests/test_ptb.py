@@ -1,6 +1,6 @@
 import pytest
 
-from pheye.evaluation.ptb import tokenize
+from pheye.evaluation.metrics.ptb import tokenize
 
 pytestmark = pytest.mark.once
 

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from pheye.evaluation.vqa import normalize_words, strip_punctuation, vqa_accuracy
+from pheye.evaluation.metrics.vqa import normalize_words, strip_punctuation, vqa_accuracy
 
 pytestmark = pytest.mark.once
 

@@ -1,0 +1,117 @@
+"""Official files to samples: what each field becomes, and what is said about files of another kind."""
+
+import pytest
+from accelerate import PartialState
+
+from pheye.common.command import InputError
+from pheye.evaluation.formats import found_images
+from pheye.evaluation.tasks import TASKS
+
+from toys import TOYS, aokvqa_toy, nocaps_toy, ocrvqa_toy, read, refused, textvqa_toy, vqa_toy, write
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """accelerate keeps its state for the life of a process."""
+    PartialState._reset_state()
+    yield
+    PartialState._reset_state()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_official_file(task, tmp_path):
+    toy = TOYS[task]()
+    samples, split = read(task, *write(toy, tmp_path))
+    assert samples == toy.samples
+    assert split == toy.split
+    paths = [sample.image for sample in found_images(samples, tmp_path)]
+    assert paths == [tmp_path / name for name in toy.pictures]
+
+
+@pytest.mark.parametrize(("subtype", "split"), [("test-dev2015", "test-dev"), ("test2015", "test")])
+def test_questions_of_vqas_test_set_have_no_answers(subtype, split, tmp_path):
+    toy = vqa_toy(subtype, "test2015", answered=False)
+    toy.split = split
+    for sample in toy.samples:
+        assert sample.names[0].startswith("COCO_test2015_0000")
+    assert read("vqav2", *write(toy, tmp_path)) == (toy.samples, split)
+
+
+def test_files_whose_answers_are_secret(tmp_path):
+    for task in ("textvqa", "textcaps", "stvqa", "nocaps"):
+        toy = TOYS[task]()
+        for entry in toy.content.get("data", ()):
+            for name in ("answers", "reference_strs", "caption_str"):
+                entry.pop(name, None)
+            entry["set_name"] = "test"
+        toy.content.pop("annotations", None)
+        samples, split = read(task, *write(toy, tmp_path), "--split", "test")
+        assert [sample.references for sample in samples] == [None] * 3
+        assert split == "test"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_file_of_another_task_is_named(task, tmp_path):
+    other = "gqa" if task != "gqa" else "textvqa"
+    message = refused(task, *write(TOYS[other](), tmp_path))
+    assert f"is not in the format of --task {task}, which is" in message
+    assert f"It looks like the format {other!r}" in message
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("content", ["[]", "{}", "3", '{"data": [3]}', '[["question_id"]]', "null"])
+def test_json_of_another_kind(task, content, tmp_path):
+    (tmp_path / "data.json").write_text(content)
+    assert "is not in the format of" in refused(task, "--data", str(tmp_path / "data.json"))
+
+
+def test_file_that_is_not_whole_or_no_text(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('{"data": [')
+    assert "is not whole JSON" in refused("textvqa", "--data", str(path))
+    path.write_bytes(b"PK\x03\x04\xff\xfe")
+    assert "is no text; unpack it" in refused("textvqa", "--data", str(path))
+
+
+def test_entry_that_lacks_something(tmp_path):
+    toy = textvqa_toy()
+    del toy.content["data"][1]["image_id"]
+    assert "because an entry has no 'image_id'; it should be TextVQA's" in refused("textvqa", *write(toy, tmp_path))
+    toy = aokvqa_toy()
+    toy.content[2]["correct_choice_idx"] = 2
+    assert "cannot be read, because list index out of range" in refused("aokvqa", *write(toy, tmp_path))
+    toy = vqa_toy()
+    toy.content["questions"][1]["image_id"] = "seven"
+    assert "cannot be read, because" in refused("vqav2", *write(toy, tmp_path))
+
+
+def test_questions_and_annotations_of_different_splits(tmp_path):
+    toy = vqa_toy()
+    toy.annotations["annotations"][1]["question_id"] = 5
+    assert "1 of 3 ids in the questions are not in the annotations, 1007 for" in refused(
+        "vqav2", *write(toy, tmp_path)
+    )
+    toy = vqa_toy()
+    toy.annotations["annotations"].append({"question_id": 5, "answers": ["x"]})
+    assert "1 of 4 ids in the annotations are not in the questions, 5 for" in refused("vqav2", *write(toy, tmp_path))
+    toy = nocaps_toy()
+    del toy.content["images"][0]
+    assert "ids in the annotations are not in the images, 0 for" in refused("nocaps", *write(toy, tmp_path))
+
+
+def test_annotations_that_are_none(tmp_path):
+    options = write(vqa_toy(), tmp_path)
+    assert "is no annotation file of VQA" in refused("vqav2", *options[:3], options[1])
+    assert "There is no file" in refused("vqav2", *options[:3], "none.json")
+    options = write(textvqa_toy(), tmp_path)
+    assert "leave --annotations out" in refused("textvqa", *options, "--annotations", options[1])
+
+
+def test_images_that_are_missing(tmp_path):
+    toy = ocrvqa_toy()
+    samples, _ = read("ocrvqa", *write(toy, tmp_path))
+    (tmp_path / "images" / "0763.jpg").unlink()
+    with pytest.raises(InputError, match=r"1 of 2 images are not in .+, 0763.jpg for example. Give the folder that"):
+        found_images(samples, tmp_path)
