@@ -39,7 +39,8 @@ from ..common.command import default_device
 from ..common.files import write_atomically
 from ..common.machine import machine
 from ..training.collator import IGNORED, PheyeCollator
-from ..training.data import Mixture, Source
+from ..training.formats import Source
+from ..training.mixture import Mixture
 from ..training.trained import choose_trained
 from .crops import more_tiles
 from .held_out import SHAPES, SIGN, Sample, held_out_samples, percent, requests_of, scores

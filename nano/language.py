@@ -27,7 +27,7 @@ from ..common.command import default_device
 from ..image_processing_pheye import PheyeImageProcessor
 from ..processing_pheye import PheyeProcessor
 from ..training.collator import IGNORED, encode
-from ..training.data import CAPTION_INSTRUCTIONS
+from ..training.mixture import CAPTION_INSTRUCTIONS
 from . import pictures, questions, words
 from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
 from .muon import optimizers_for, set_learning_rates

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..training.collator import IGNORED, PheyeCollator
-from ..training.data import Mixture, read_mixture
+from ..training.mixture import Mixture, read_mixture
 from ..training.trained import choose_trained
 from .checkpoints import claim, load_checkpoint, log, save_checkpoint
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pheye.training.data import Source
+from pheye.training.formats import Source
 from pheye.training.stages import STAGES, completed, stage_sources
 
 pytestmark = pytest.mark.once

@@ -1,10 +1,5 @@
-"""Samples to batches: the processor's prompt, the answers labelled, broken images skipped and reported; and the same
-for the eye (`--inspect`)."""
+"""Samples to batches: the processor's prompt, the answers labelled, broken images skipped and reported."""
 
-import itertools
-import math
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +7,6 @@ from PIL import Image
 
 IGNORED = -100  # the label of a token that is not learnt
 NO_IMAGE = "It has no image, or several; Pheye sees exactly one."
-GAP = 4  # pixels between the tiles of a picture
-PAPER = (255, 0, 255)
-LEARNT, END = ">>>", "<<<"
 
 
 def encode(processor, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
@@ -131,62 +123,3 @@ class PheyeCollator:
 def name_of(sample: dict) -> str:
     source = sample.get("source")
     return f"Sample {sample['id']!r}" + (f" of {source}" if source else "")
-
-
-# --- Inspection ---
-
-
-def show_samples(samples: Iterable[dict], processor, out: str | Path, count: int = 5, max_length: int | None = None):
-    """Print `count` samples, what is learnt in marks, and write the views of each into `out` as one picture.
-
-    Of a data set with a length, samples at even distances are shown, so that each part of a mixture has its share.
-    """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    collator = PheyeCollator(processor, max_length)
-    if hasattr(samples, "__len__"):
-        count = min(count, len(samples))
-        samples = [samples[number * len(samples) // count] for number in range(count)]
-    for number, sample in enumerate(itertools.islice(samples, count)):
-        batch = collator([sample])
-        file = out / f"sample-{number}.png"
-        print(f"--- {sample['id']} ({sample.get('source') or 'no source'}): {file}")
-        if batch["skipped"]:
-            print(f"SKIPPED: {batch['skipped'][0]['error']}")
-            continue
-        views = batch["pixel_values"][0]
-        tiles(views, processor.image_processor).save(file)
-        ids, labels = batch["input_ids"][0], batch["labels"][0]
-        learnt = int((labels != IGNORED).sum())
-        print(marked_text(processor.tokenizer, ids, labels))
-        print(f"({len(ids)} tokens, {learnt} of them learnt; {len(views)} views)\n")
-
-
-def marked_text(tokenizer, ids: torch.Tensor, labels: torch.Tensor) -> str:
-    """The text of `ids` (T), its labelled parts marked."""
-    parts = []
-    for is_learnt, group in itertools.groupby(zip(ids.tolist(), labels.tolist(), strict=True), key=learns):
-        text = tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False)
-        parts.append(f"{LEARNT}{text}{END}" if is_learnt else text)
-    return "".join(parts)
-
-
-def learns(token: tuple[int, int]) -> bool:
-    return token[1] != IGNORED
-
-
-def tiles(views: torch.Tensor, image_processor) -> Image.Image:
-    """One picture of the views (V, 3, height, width): the global one, and beside it the crops where they lie."""
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
-    )
-    pixels = ((views * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)  # (V, H, W, 3)
-    global_view, *crops = (Image.fromarray(view.numpy()) for view in pixels)
-    width, height = global_view.size
-    side = math.isqrt(len(crops))
-    picture = Image.new("RGB", ((side + 1) * (width + GAP), side * (height + GAP) - GAP), PAPER)
-    picture.paste(global_view, (0, 0))
-    for number, crop in enumerate(crops):
-        column, row = divmod(number, side)
-        picture.paste(crop, ((column + 1) * (width + GAP) + GAP, row * (height + GAP)))
-    return picture

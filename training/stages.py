@@ -5,7 +5,7 @@ A stage may be run on the paper's data, each set under its name here, or on own 
 
 from dataclasses import dataclass, replace
 
-from .data import Source
+from .formats import Source
 
 ONE_WORD = "Answer the question using a single word or phrase"
 LETTER = "Answer with the option's letter from the given choices directly."

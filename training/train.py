@@ -24,8 +24,10 @@ from transformers.hf_argparser import HfArg
 import pheye
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
 
-from .collator import PheyeCollator, show_samples
-from .data import Mixture, Source, read_mixture, streamed
+from .collator import PheyeCollator
+from .formats import Source
+from .inspection import show_samples
+from .mixture import Mixture, read_mixture, streamed
 from .report import plot_log, write_model_card
 from .stages import STAGES, stage_sources
 from .trained import TRAINED_FILE, add_language_model_lora, choose_trained, describe_trained

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .data import Mixture, MixtureSampler
+from .mixture import Mixture, MixtureSampler
 from .trained import TRAINED_FILE, copy_state, nonfinite, read_trained, save_trained, trained_state
 
 UNFINISHED = "unfinished"  # folder in which files are written before they are moved to their place

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pheye.nano import draw_data
-from pheye.training.data import Mixture, Source
+from pheye.training.formats import Source
+from pheye.training.mixture import Mixture
 
 pytestmark = pytest.mark.once
 

@@ -9,7 +9,7 @@ import torch
 from pheye import PheyeForConditionalGeneration
 from pheye.nano import replay
 from pheye.training.collator import PheyeCollator
-from pheye.training.data import Mixture, read_mixture
+from pheye.training.mixture import Mixture, read_mixture
 
 from tiny import tiny_image, tiny_model, tiny_processor
 

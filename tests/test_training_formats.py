@@ -1,0 +1,171 @@
+"""Every format of training data gives the same messages, and what does not fit is refused with what was found."""
+
+import datasets
+import pytest
+
+from pheye.training.formats import Source
+from pheye.training.mixture import Mixture, streamed
+
+from toy_data import by_id, conversation, image_table, images, messages, mixture, png, with_images, write_json
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return with_images(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def shorter_waits(monkeypatch):
+    """`datasets` waits for seconds at the end of each stream until the threads of pyarrow are gone."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
+
+
+# --- JSON ---
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_llava_rows_become_messages_without_image_marks(folder, name):
+    rows = [
+        {"id": 7, "image": "a.png", "conversations": conversation(("<image>\nWas ist das?", " Ein Fuß. "))},
+        {"image": "b.png", "conversations": conversation(("What?\n<image>", "A"), ("Is it <image>red?", "B"))},
+        {"id": "u", "image": "http://host/c.png", "conversations": conversation(("Why?\nHow?", "C\nD"))},
+    ]
+    samples = by_id(mixture(write_json(folder, rows, name), turns=None))
+    turns = [[("What?", "A"), ("Is it red?", "B")], [("Was ist das?", "Ein Fuß.")], [("Why?\nHow?", "C\nD")]]
+    places = [f"{folder}/b.png", f"{folder}/a.png", "http://host/c.png"]
+    assert samples == [
+        {"id": row_id, "source": "data", "image": image, "messages": messages(*shown)}
+        for row_id, image, shown in zip("17u", places, turns, strict=True)
+    ]
+
+
+def test_json_of_messages_and_of_questions_is_read_too(folder):
+    rows = [{"images": ["a.png"], "messages": messages(("Q?", "A"))}]
+    assert mixture(write_json(folder, rows))[0]["messages"] == messages(("Q?", "A"))
+    rows = [{"file": "a.png", "q": "Q?", "a": ["x", "y", "y"]}]
+    columns = {"image_column": "file", "question_column": "q", "answers_column": "a"}
+    sample = mixture(write_json(folder, rows), **columns)[0]
+    assert sample["messages"] == messages(("Q?", "y")) and sample["image"] == f"{folder}/a.png"
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "is empty; give a data set with at least one row"),
+        ({"questions": [{"question": "Q?"}], "info": {}}, "has rows of questions, info, but none of conversations"),
+        (["a.png"], 'holds "a.png" where a row in braces is needed'),
+        ([{"image": "a.png", "conversations": []}], "its roles are none"),
+        (
+            [{"id": "x1", "image": "a.png", "conversations": conversation(("Q?", "A"))[1:]}],
+            "'x1' .*its roles are assis",
+        ),
+        ([{"image": "a.png", "conversations": conversation(("Q?", "A"))[:1]}], "Sample '0' of data .*roles are user;"),
+        ([{"image": "a.png", "conversations": conversation(("Q?", " "))}], "Sample '0' .* has the answer ' '"),
+        ([{"image": "a.png", "conversations": conversation(("<image>", "A"))}], "has an empty question"),
+        ([{"image": "a.png", "conversations": [["Q", "Ä"]]}], r'does not have the form .*\{"conversations": \[\["Q"'),
+        ([{"image": "a.png", "conversations": conversation((None, "A"))}], "has the question None"),
+    ],
+)
+def test_json_of_another_form_is_refused_with_what_was_found(folder, rows, message):
+    with pytest.raises(ValueError, match=message):
+        mixture(write_json(folder, rows))
+
+
+# --- Tables of `datasets` ---
+
+
+TWO_TURNS = [("What?", "A"), ("Why?", "B")]
+
+
+PARTS = [
+    {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A"}]},
+]
+
+
+VQA_ANSWERS = [
+    {"answer": answer, "answer_id": number} for number, answer in enumerate(["no", "yes", "yes", "no", "x"])
+]
+
+
+QA = {"question_column": "q", "answers_column": "a"}
+
+
+FORMATS = {
+    "messages": ({"images": [images(0)], "messages": [messages(*TWO_TURNS)]}, {}, messages(*TWO_TURNS)),
+    "parts": ({"images": [images(0)], "messages": [PARTS]}, {}, messages(("What?", "A"))),
+    "texts": (
+        {"images": [images(0)], "texts": [[{"user": user, "assistant": answer} for user, answer in TWO_TURNS]]},
+        {},
+        messages(*TWO_TURNS),
+    ),
+    "conversations": ({"image": images(0), "conversations": [conversation(*TWO_TURNS)]}, {}, messages(*TWO_TURNS)),
+    "system": (
+        {"image": images(0), "messages": [[{"role": "system", "content": "S"}, *messages(("What?", "A"))]]},
+        {},
+        [{"role": "system", "content": "S"}, *messages(("What?", "A"))],
+    ),
+    "one answer": (
+        {"picture": images(0), "q": ["What?"], "a": ["A"]},
+        {"image_column": "picture", "question_column": "q", "answers_column": "a"},
+        messages(("What?", "A")),
+    ),
+    "list of answers": (
+        {"image": images(0), "q": ["What?"], "a": [["B", "A", "C", "A"]]},
+        QA,
+        messages(("What?", "A")),
+    ),
+    "people's answers": (
+        {"image": images(0), "q": ["What?"], "a": [VQA_ANSWERS]},
+        QA,
+        messages(("What?", "no")),
+    ),
+    "lists of questions and answers": (
+        {"image": images(0), "q": [["What?", "Why?"]], "a": [["A", "B"]]},
+        QA,
+        messages(*TWO_TURNS),
+    ),
+    "captions": (
+        {"image": images(0), "c": [["A", "A"]]},
+        {"answers_column": "c", "prompt": "Say."},
+        messages(("Say.", "A")),
+    ),
+}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("form", FORMATS)
+def test_each_format_of_tables_gives_the_same_messages(tmp_path, form, is_stream):
+    columns, fields, expected = FORMATS[form]
+    name = next(iter(columns))
+    path = image_table(tmp_path, image_column=name, is_list=name == "images", **columns, unused=[1])
+    source = Source(path, turns=None, streaming=is_stream, **fields)
+    [sample] = streamed([source], 0) if is_stream else Mixture([source], 0)
+    assert sample["messages"] == expected
+    assert sample["image"] == png(0) and sample["source"] == "table"
+
+
+def test_a_sequence_of_dicts_is_read_as_a_list(tmp_path):
+    """Older tables hold people's answers as a dict of lists."""
+    path = image_table(tmp_path, image=images(0), q=["Q?"], a=[{"answer": ["x", "y", "y"], "id": [1, 2, 3]}])
+    assert mixture(path, question_column="q", answers_column="a")[0]["messages"] == messages(("Q?", "y"))
+
+
+@pytest.mark.parametrize(
+    "columns, fields, message",
+    [
+        ({"x": [1]}, {}, "has rows of image, x, but none of conversations.*--answers_column"),
+        ({"a": ["A"]}, QA, "no column 'q', but image, a; choose from these with --question_column"),
+        ({"q": ["Q"]}, {"answers_column": "a"}, "no column 'a', but image, q; .*--answers_column"),
+        ({"texts": [[]]}, {"image_column": "img"}, "no column 'img', but .*--image_column"),
+        ({"q": ["Q"], "a": [None]}, QA, "Sample '0' of table .*answer None"),
+        ({"q": ["Q"], "a": [[]]}, QA, "Sample '0' of table .*answer None"),
+        ({"q": [["Q", "R"]], "a": [["A"]]}, QA, "not as many answers"),
+        ({"messages": [messages(("Q", ""))]}, {}, "has the answer ''"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused_with_the_remedy(tmp_path, columns, fields, message):
+    with pytest.raises(ValueError, match=message):
+        mixture(image_table(tmp_path, image=images(0), **columns), **fields)

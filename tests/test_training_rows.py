@@ -1,0 +1,158 @@
+"""Rows of training data are found in files and tables wherever they lie, with their images."""
+
+import builtins
+import json
+
+import datasets
+import pytest
+
+from pheye.training.rows import scan_json
+
+from toy_data import (
+    by_id,
+    image_table,
+    images,
+    llava_rows,
+    messages,
+    mixture,
+    png,
+    with_images,
+    write_json,
+    write_table,
+)
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return with_images(tmp_path)
+
+
+# --- JSON ---
+
+
+@pytest.mark.parametrize("chunk", [7, 8, 13, 50, 10**6])
+@pytest.mark.parametrize("form", ["compact", "indented", "lines", "lines and blanks", "byte order mark"])
+def test_rows_of_json_are_found_byte_for_byte(tmp_path, monkeypatch, chunk, form):
+    monkeypatch.setattr("pheye.training.rows.CHUNK", chunk)
+    rows = [{"a": 'ö"]}[{\\', "b": [1, {"c": "\n,"}]}, {}, {"d": None, "é": "\u3000\U0001f441"}, {"e": -1.5e3}]
+    dump = {"ensure_ascii": False}
+    text = {
+        "compact": json.dumps(rows, **dump),
+        "indented": " \n" + json.dumps(rows, indent=3, **dump) + "\n ",
+        "lines": "\n".join(json.dumps(row, **dump) for row in rows),
+        "lines and blanks": "\n \n".join(json.dumps(row, **dump) for row in rows) + "\n\n",
+        "byte order mark": "\ufeff" + json.dumps(rows, **dump),
+    }[form]
+    content = text.encode()
+    (tmp_path / "x.json").write_bytes(content)
+    found = [json.loads(content[start:end]) for start, end, _ in scan_json(tmp_path / "x.json")]
+    assert found == rows
+
+
+def test_json_that_is_not_whole_is_refused_wherever_it_ends(tmp_path):
+    content = json.dumps([{"a": 1}, {"b": "two"}]).encode()
+    for length in range(1, len(content)):
+        (tmp_path / "x.json").write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"x\.json is no whole JSON"):
+            list(scan_json(tmp_path / "x.json"))
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"b": "tw')
+    with pytest.raises(ValueError, match=r"x\.jsonl is no whole JSON: at byte 1\d"):
+        list(scan_json(tmp_path / "x.jsonl"))
+
+
+def test_images_are_looked_for_in_the_image_folder(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    path = write_json(elsewhere, llava_rows(2))
+    assert mixture(path, image_folder=str(folder))[0]["image"] == f"{folder}/a.png"
+    with pytest.raises(ValueError, match=rf"None of the first 2 images of data exists.*at {elsewhere}/a\.png\. .*--image_folder"):  # fmt: skip  # noqa: E501
+        mixture(path)
+
+
+def test_a_few_missing_images_do_not_stop_the_reading(folder):
+    rows = llava_rows(3)
+    rows[0]["image"] = "missing.png"
+    assert len(mixture(write_json(folder, rows))) == 3
+
+
+def test_rows_without_an_image_are_left_out_and_counted(folder, capsys):
+    rows = llava_rows(4)
+    del rows[0]["image"]
+    rows[2]["image"] = ["a.png", "b.png"]
+    rows[3]["image"] = ["b.png"]
+    samples = by_id(mixture(write_json(folder, rows)))
+    assert [(sample["id"], sample["image"]) for sample in samples] == [
+        ("row-1", f"{folder}/a.png"),
+        ("row-3", f"{folder}/b.png"),
+    ]
+    assert capsys.readouterr().out == "data: 2 of 4 rows left out for not having exactly one image.\n"
+    with pytest.raises(ValueError, match=r"None of the 1 rows of .* has exactly one image"):
+        mixture(write_json(folder, rows[:1]))
+
+
+# --- Tables of `datasets` ---
+
+
+def test_images_in_tables_may_be_paths_or_bytes(folder):
+    rows = {"messages": [messages(("Q?", "A"))]}
+    path = write_table(folder, "paths", image=["a.png"], **rows)
+    assert mixture(path, image_folder=str(folder))[0]["image"] == f"{folder}/a.png"
+    with pytest.raises(ValueError, match="None of the first 1 images of paths exists"):
+        mixture(path, image_folder=str(folder / "wrong"))
+    assert mixture(write_table(folder, "bytes", image=[png(3)], **rows))[0]["image"] == png(3)
+
+
+def test_a_broken_picture_is_not_opened_and_none_or_several_are_none(tmp_path):
+    pictures = [[{"bytes": b"broken", "path": None}], [], images(0, 1)]
+    path = image_table(
+        tmp_path, image_column="images", is_list=True, images=pictures, messages=[messages(("Q", "A"))] * 3
+    )
+    assert [sample["image"] for sample in by_id(mixture(path))] == [b"broken", None, None]
+
+
+@pytest.mark.parametrize("where", ["split", "parquet", "folder"])
+def test_tables_are_found_wherever_datasets_keeps_them(tmp_path, where):
+    table = datasets.Dataset.from_dict({"id": ["x"], "image": [png(0)], "messages": [messages(("Q?", "A"))]})
+    other = datasets.Dataset.from_dict({"id": ["y"], "image": [png(0)], "messages": [messages(("Q?", "A"))]})
+    path, fields = tmp_path / "here", {}
+    if where == "split":
+        datasets.DatasetDict({"train": other, "val": table}).save_to_disk(path)
+        fields = {"split": "val"}
+        with pytest.raises(ValueError, match="it has no split 'test', but train, val"):
+            mixture(path, split="test")
+    else:
+        path.mkdir()
+        table.to_parquet(path / "x.parquet")
+        path = path / "x.parquet" if where == "parquet" else path
+    assert [sample["id"] for sample in mixture(path, **fields)] == ["x"]
+
+
+def test_tables_without_pictures_or_rows_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has neither a column `image` nor `images`, but messages"):
+        mixture(write_table(tmp_path, "text", messages=[messages(("Q", "A"))]))
+    none = datasets.load_from_disk(write_table(tmp_path, "x", image=["a"], messages=[messages(("Q", "A"))])).select([])
+    none.save_to_disk(tmp_path / "none")
+    none.to_parquet(tmp_path / "none.parquet")
+    for name in ("none", "none.parquet"):
+        with pytest.raises(ValueError, match=r"none.* (is empty; give a data set|corresponds to no data)"):
+            mixture(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["missing.json", "missing.parquet", "missing"])
+def test_what_does_not_exist_is_refused_by_its_name(tmp_path, name):
+    with pytest.raises(ValueError, match=name):
+        mixture(tmp_path / name)
+
+
+def test_a_missing_package_is_named_with_the_way_to_install_it(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without_datasets(name, *args, **kwargs):
+        if name == "datasets":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_datasets)
+    with pytest.raises(ValueError, match=r'pip install "pheye\[train\]"'):
+        mixture(tmp_path / "table")

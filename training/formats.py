@@ -1,0 +1,236 @@
+"""What a row of training data holds: several formats read as one."""
+
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+JSON_SUFFIXES = (".json", ".jsonl")
+TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+TURNS_COLUMNS = ("conversations", "messages", "texts")
+IMAGE_COLUMNS = ("image", "images")
+REMOTE = ("http://", "https://", "data:")
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a mixture.
+
+    path: a JSON or JSONL file; a folder that `save_to_disk` wrote; or what `load_dataset` takes: a folder, a table
+    file, a Hub id. `image_folder` is where relative image paths begin; for JSON, by default, the file's own folder.
+    `prompt` is appended to every question; with `caption`, one of ten instructions at random takes the question's
+    place. `turns` is the number of turns of a sample shown at a time, drawn at random; None for all. An epoch draws
+    `samples`, or `weight` times the size, or every row once, but of these no more than `most`; of streams, the first
+    that is given is a share of the mixture.
+    """
+
+    path: str
+    name: str = ""
+    image_folder: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    image_column: str | None = None
+    question_column: str | None = None
+    answers_column: str | None = None
+    prompt: str = ""
+    caption: bool = False
+    turns: int | None = 1
+    samples: int | None = None
+    most: int | None = None
+    weight: float | None = None
+
+    def __post_init__(self):
+        if not self.name:
+            path = Path(self.path)
+            parts = [path.stem if is_json(self.path) or path.suffix in TABLES else path.name, self.subset]
+            object.__setattr__(self, "name", "-".join(part for part in parts if part))
+        if self.samples is not None and self.weight is not None:
+            raise ValueError(f"{self.name} has samples={self.samples} and weight={self.weight}; give one of them.")
+        for field, least in (("turns", 1), ("samples", 1), ("most", 1)):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{self.name} has {field}={value!r}; it must be an integer of at least {least}.")
+        if self.weight is not None and not self.weight > 0:
+            raise ValueError(f"{self.name} has weight={self.weight!r}; it must be greater than 0.")
+        if self.question_column and not self.answers_column:
+            raise ValueError(f"{self.name} has a question_column but no answers_column; name both.")
+
+
+class Row(NamedTuple):
+    """A row of any format: each turn is a question and the answers to it that one may be drawn from."""
+
+    id: str
+    image: str | bytes | None
+    system: str | None
+    turns: list[tuple[str, list[str]]]
+
+
+def is_json(path: str) -> bool:
+    return Path(path).suffix.lower() in JSON_SUFFIXES
+
+
+# --- Formats: what a row holds ---
+
+
+class TurnsOf:
+    """Finds the turns in a row: the one place that knows the formats."""
+
+    def __init__(self, columns: list[str], source: Source):
+        self.columns, self.source = columns, source
+
+    def __call__(self, row: dict) -> tuple[str | None, list[tuple[str, list[str]]]]:
+        """The system message, if there is one, and the turns."""
+        cells = [as_list(row.get(column)) for column in self.columns]
+        match self.columns[0]:
+            case _ if self.source.answers_column:
+                return None, answered_turns(*([None, *cells] if len(cells) == 1 else cells))
+            case "conversations":
+                return paired([(part["from"], part["value"]) for part in cells[0]])
+            case "messages":
+                return paired([(part["role"], text_of(part["content"])) for part in cells[0]])
+            case "texts":
+                return None, [(part["user"], [part["assistant"]]) for part in cells[0]]
+
+
+def find_turns(columns: list[str], source: Source) -> TurnsOf:
+    """The reader of rows with these columns."""
+    if source.answers_column:
+        wanted = [("question_column", source.question_column), ("answers_column", source.answers_column)]
+        wanted = [(option, column) for option, column in wanted if column]
+        for option, column in wanted:
+            if column not in columns:
+                raise ValueError(unknown_column(option, column, columns, source))
+        return TurnsOf([column for _, column in wanted], source)
+    for column in TURNS_COLUMNS:
+        if column in columns:
+            return TurnsOf([column], source)
+    raise ValueError(
+        f"{source.path} ({source.name}) has rows of {', '.join(columns) or 'nothing'}, but none of "
+        f"{', '.join(TURNS_COLUMNS)}. Give the names of its columns with --image_column, --question_column and "
+        "--answers_column, or bring it into LLaVA's format (docs/training.md)."
+    )
+
+
+def find_image_column(columns: list[str], source: Source) -> str:
+    if source.image_column and source.image_column not in columns:
+        raise ValueError(unknown_column("image_column", source.image_column, columns, source))
+    for column in (source.image_column,) if source.image_column else IMAGE_COLUMNS:
+        if column in columns:
+            return column
+    raise ValueError(
+        f"{source.path} ({source.name}) has neither a column `image` nor `images`, but {', '.join(columns)}; name the "
+        "one with the pictures with --image_column."
+    )
+
+
+def unknown_column(option: str, column: str, columns: list[str], source: Source) -> str:
+    return (
+        f"{source.path} ({source.name}) has no column {column!r}, but {', '.join(columns)}; choose from these with "
+        f"--{option}, or with {option!r} in a mixture file."
+    )
+
+
+def as_list(cell):
+    """A list of dicts where `datasets` made it a dict of lists; everything else as it is."""
+    if isinstance(cell, dict) and all(isinstance(value, list) for value in cell.values()):
+        return [dict(zip(cell, values, strict=True)) for values in zip(*cell.values(), strict=True)]
+    return cell
+
+
+def text_of(content: str | list[dict]) -> str:
+    """The text of a message: a string, or the text parts of a list."""
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
+    return content
+
+
+def paired(messages: list[tuple[str, str]]) -> tuple[str | None, list[tuple[str, list[str]]]]:
+    """Messages (role, text) as a system message and turns."""
+    roles = [ROLES.get(role, role) for role, _ in messages]
+    system = messages[0][1] if roles[:1] == ["system"] else None
+    start = int(system is not None)
+    questions, answers = messages[start::2], messages[start + 1 :: 2]
+    if len(answers) == 0 or roles[start:] != ["user", "assistant"] * len(answers):
+        raise ValueError(f"its roles are {', '.join(map(str, roles)) or 'none'}; a question and its answer take turns")
+    return system, [(question, [answer]) for (_, question), (_, answer) in zip(questions, answers, strict=True)]
+
+
+def answered_turns(question, answers) -> list[tuple[str, list[str]]]:
+    """Turns of a row with a question and people's answers, of which the most frequent is taken; with lists of as many
+    questions as answers; or, without a question, with captions, of which any may be drawn."""
+    if isinstance(answers, list):
+        answers = [answer["answer"] if isinstance(answer, dict) else answer for answer in answers]
+    if isinstance(question, list):
+        if not isinstance(answers, list) or len(answers) != len(question):
+            raise ValueError("it has a list of questions, but not as many answers")
+        return [(one, [other]) for one, other in zip(question, answers, strict=True)]
+    answers = answers if isinstance(answers, list) else [answers]
+    if question is None:
+        return [("", answers)]
+    return [(question, [most_frequent(answers)])]
+
+
+def most_frequent(answers: list[str]) -> str | None:
+    """The most frequent of `answers`, the first of those that tie."""
+    return Counter(answers).most_common(1)[0][0] if answers else None
+
+
+def read_row(row: dict, number: int | str, turns_of: TurnsOf, source: Source) -> Row:
+    """A row of any format.
+
+    Raises:
+        ValueError: if it has no answer, or is not as its format says; the message names it.
+    """
+    row_id = str(number if row.get("id") is None else row["id"])
+    try:
+        try:
+            system, turns = turns_of(row)
+        except (AttributeError, KeyError, TypeError) as error:
+            cell = json.dumps({column: row.get(column) for column in turns_of.columns}, default=str)
+            raise ValueError(f"it does not have the form that docs/training.md gives, but is {cell[:300]}") from error
+        turns = [
+            (without_marks(question), [check_answer(answer) for answer in answers]) for question, answers in turns
+        ]
+        if not turns or not all(answers for _, answers in turns):
+            raise ValueError("it has no answer")
+        if not source.caption and not source.prompt and not all(question for question, _ in turns):
+            raise ValueError("it has an empty question; `prompt` or `caption` can stand in its place")
+    except ValueError as error:
+        raise ValueError(f"Sample {row_id!r} of {source.name} cannot be used: {error}.") from error
+    return Row(row_id, image_of(row, source), system, turns)
+
+
+def check_answer(answer: str) -> str:
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(
+            f"it has the answer {answer!r}, which gives nothing to learn; correct it or leave the row out"
+        )
+    return answer.strip()
+
+
+def without_marks(question: str) -> str:
+    """A question without the marks that say where other models put the image."""
+    if not isinstance(question, str):
+        raise ValueError(f"it has the question {question!r}, which is no text")
+    return re.sub(r"<image>\n|\n<image>|<image>", "", question).strip()
+
+
+def image_of(row: dict, source: Source) -> str | bytes | None:
+    """The path, URL or encoded bytes of the one image of a row; None where it has none, or several."""
+    columns = (source.image_column,) if source.image_column else IMAGE_COLUMNS
+    image = next((row[column] for column in columns if row.get(column)), None)
+    if isinstance(image, list):
+        image = image[0] if len(image) == 1 else None
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if not isinstance(image, str) or image.startswith(REMOTE):
+        return image or None
+    folder = source.image_folder
+    if folder is None:
+        folder = os.path.dirname(source.path) if is_json(source.path) else ""
+    return os.path.join(folder, image)
