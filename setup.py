@@ -64,6 +64,7 @@ setup(
         "pheye.answering",
         "pheye.benchmarks",
         "pheye.common",
+        "pheye.conversion",
         "pheye.evaluation",
         "pheye.evaluation.metrics",
         "pheye.nano",

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from pheye.configuration_pheye import PheyeConfig
-from pheye.convert_checkpoint import LM_LAYER, OLD_BLOCK, Names, sha256_of, target_shapes, template_regex
+from ..configuration_pheye import PheyeConfig
+from ..conversion.reading import sha256_of
+from ..conversion.rules import LM_LAYER, OLD_BLOCK, Names, target_shapes, template_regex
 
 VIEW_ROWS = 21  # of the published view vectors, whatever the number of views
 POLL_SECONDS = 0.01

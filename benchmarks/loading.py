@@ -17,10 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from pheye import PheyeConfig
-from pheye.convert_checkpoint import main as convert
-
+from .. import PheyeConfig
 from ..common.machine import machine
+from ..convert_checkpoint import main as convert
 from .conversion import POLL_SECONDS, evict, make_full_size, memory_beyond_page_cache
 from .measuring import summary
 

@@ -24,6 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPConfig,
 from pheye import PheyeConfig, configuration_pheye
 from pheye import convert_checkpoint as converter
 from pheye.benchmarks import conversion as benchmark
+from pheye.conversion import card, reading, rules, writing
 
 from hub_server import FakeHub
 from tiny import tiny_config, tiny_text_config, tiny_tokenizer, tiny_vision_config
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 CASES = ("x2-448", "x4-672")
 COMMANDS = {"x2-448": [str(ROOT / "convert_checkpoint.py")], "x4-672": ["-m", "pheye.convert_checkpoint"]}
-CODE = {f"{part}_pheye.py" for part in ("configuration", "image_processing", "processing", "modeling", "pipeline")}
+CODE = {path.name for path in ROOT.glob("*_pheye.py")}
 INDEX = "model.safetensors.index.json"
 VIT = "vision_encoder.vision_model.base_model.model."
 Q_PROJ = VIT + "encoder.layers.0.self_attn.q_proj"
@@ -263,10 +264,10 @@ def test_a_deeper_vision_model_and_a_whole_clip_config_give_the_same_weights(tmp
 def test_verify_finds_a_wrong_mapping(tmp_path, tensors, capsys, monkeypatch):
     """Keys and values have one shape, so only the reference can tell that they were exchanged."""
     source = write(tmp_path / "source", tensors)
-    rules = tuple(
-        rule._replace(target=rule.target[::-1]) if "to_kv" in rule.source else rule for rule in converter.RULES
+    exchanged = tuple(
+        rule._replace(target=rule.target[::-1]) if "to_kv" in rule.source else rule for rule in rules.RULES
     )
-    monkeypatch.setattr(converter, "RULES", rules)
+    monkeypatch.setattr(rules, "RULES", exchanged)
     error = refuse(capsys, source, tmp_path / "out", "--verify")
     assert "differs from the source" in error
     assert converter.main([str(source), str(tmp_path / "out")]) == 0
@@ -349,7 +350,7 @@ def test_a_dtype_that_cannot_hold_the_values_is_refused(tmp_path, tensors, capsy
 def test_casting_in_chunks_gives_what_casting_at_once_gives(tmp_path, tensors, monkeypatch):
     source = str(write(tmp_path / "source", tensors))
     converter.convert(source, tmp_path / "whole", dtype="bfloat16")
-    monkeypatch.setattr(converter, "CHUNK", 100)
+    monkeypatch.setattr(writing, "CHUNK", 100)
     converter.convert(source, tmp_path / "chunks", dtype="bfloat16")
     whole, chunks = stored(tmp_path / "whole"), stored(tmp_path / "chunks")
     assert all(torch.equal(whole[name], chunks[name]) for name in whole)
@@ -553,7 +554,7 @@ def test_an_existing_output_stays_unless_forced(tmp_path, tensors, capsys):
 
 def fail_late(monkeypatch, error):
     """Let the writing fail when half of the tensors are written."""
-    written, write_all = [], converter.write_all
+    written, write_all = [], writing.write_all
 
     def write_some(file, data):
         written.append(file)
@@ -561,7 +562,7 @@ def fail_late(monkeypatch, error):
             raise error
         write_all(file, data)
 
-    monkeypatch.setattr(converter, "write_all", write_some)
+    monkeypatch.setattr(writing, "write_all", write_some)
 
 
 def test_a_full_disk_leaves_nothing_and_a_rerun_works(tmp_path, tensors, capsys, monkeypatch):
@@ -588,26 +589,27 @@ def test_a_failed_replacement_keeps_what_was_there(tmp_path, tensors, capsys, mo
 
 
 def test_too_little_room_is_told_before_writing(tmp_path, tensors, capsys, monkeypatch):
-    usage = converter.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(converter.shutil, "disk_usage", lambda folder: usage)
+    usage = writing.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda folder: usage)
     assert "has 1,000 left" in refuse(capsys, write(tmp_path / "source", tensors), tmp_path / "out")
 
 
 STOPPED_TWICE = """
 import os, resource, signal, sys
 from pheye import convert_checkpoint
+from pheye.conversion import writing
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))
 print("status", convert_checkpoint.main(sys.argv[1:]), "left", os.listdir("."), flush=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-write_all, written = convert_checkpoint.write_all, []
+write_all, written = writing.write_all, []
 def write_some(file, data):
     written.append(file)
     if len(written) > 80:
         os.kill(os.getpid(), signal.SIGKILL)
     write_all(file, data)
-convert_checkpoint.write_all = write_some
+writing.write_all = write_some
 convert_checkpoint.main(sys.argv[1:])
 """
 
@@ -667,7 +669,7 @@ def test_options_override_names_and_folders_come_before_the_hub(tmp_path, tensor
     source = write(tmp_path / "source", tensors, encoder="gone", decoder="gone", tokenizer="gone")
     (source / "decoder").rename(tmp_path / "decoder")
     (source / "encoder").rename(tmp_path / "encoder")
-    monkeypatch.setattr(converter, "snapshot_download", None)  # no call to the Hub
+    monkeypatch.setattr(reading, "snapshot_download", None)  # no call to the Hub
     options = {part: str(tmp_path / folder) for part, folder in
                {"encoder": "encoder", "decoder": "decoder", "tokenizer": "decoder"}.items()}  # fmt: skip
     converter.convert(str(source), tmp_path / "out", **options)
@@ -688,7 +690,7 @@ def test_only_configs_and_tokenizer_of_the_parts_are_fetched(tmp_path, tensors, 
                 fetched.add((repo, path.name))
         return str(hub[repo])
 
-    monkeypatch.setattr(converter, "snapshot_download", download)
+    monkeypatch.setattr(reading, "snapshot_download", download)
     converter.convert(str(source), tmp_path / "out")
     assert {("a/vit", "config.json"), ("b/lm", "config.json"), ("b/lm", "tokenizer.json")} <= fetched
     assert not [name for _, name in fetched if "model" in name]
@@ -799,25 +801,25 @@ def test_no_field_of_the_card_is_left_open(converted):
 @pytest.mark.parametrize("case", CASES)
 def test_names_lead_there_and_back(case):
     """The checkpoints that the benchmark makes have the names and shapes of a published one."""
-    tensors = converter.read_checkpoint(GOLDEN / case / "checkpoint.pt")
+    tensors = reading.read_checkpoint(GOLDEN / case / "checkpoint.pt")
     settings = json.loads((GOLDEN / case / "config.json").read_text())
-    config = converter.make_config(settings, GOLDEN / case / "encoder", GOLDEN / case / "decoder", tensors)
+    config = reading.make_config(settings, GOLDEN / case / "encoder", GOLDEN / case / "decoder", tensors)
     made = benchmark.published_state(config, lambda name, shape: torch.empty(shape))
     assert {name: made[name].shape for name in made} == {name: tensors[name].shape for name in tensors}
 
 
 def test_every_rule_is_needed_and_says_why(converted):
-    for rule in converter.RULES:
+    for rule in rules.RULES:
         assert rule.why
         assert f"{rule.source}: {rule.why}" in converted[1]["x2-448"]
 
 
 def test_published_scores_cover_the_published_variants():
-    assert converter.PUBLISHED_SCORES.keys() == configuration_pheye.VARIANTS.keys()
+    assert card.PUBLISHED_SCORES.keys() == configuration_pheye.VARIANTS.keys()
 
 
 def test_a_full_size_model_has_the_papers_number_of_parameters():
-    shapes = converter.target_shapes(PheyeConfig.from_variant("x4-448"))
+    shapes = rules.target_shapes(PheyeConfig.from_variant("x4-448"))
     assert sum(math.prod(shape) for shape in shapes.values()) == 2_350_063_136
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from pheye.benchmarks.conversion import published_state
-from pheye.reference import Reference, attention, draw_test_picture, layer_norm
+from pheye.conversion.reference import Reference, attention, draw_test_picture, layer_norm
 
 from tiny import tiny_config, tiny_text_config, tiny_vision_config
 

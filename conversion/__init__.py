@@ -1,0 +1,1 @@
+"""From a published checkpoint to a folder that transformers loads; the command is `convert_checkpoint.py`."""

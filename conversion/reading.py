@@ -1,0 +1,206 @@
+"""A published checkpoint: its files, settings, tensors, and the configs that they go with."""
+
+import hashlib
+import json
+import math
+import mmap
+import pickle
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+
+from .rules import MODEL, TILES_PER_SIDE, ConversionError, Plan
+
+if TYPE_CHECKING:
+    from ..configuration_pheye import PheyeConfig
+
+SETTINGS = ("encoder", "tokenizer", "decoder", "first_level", "level", "cross_interval", "from_layer", "reduce")
+CONFIG_FILES = ("config.json", "preprocessor_config.json")
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+)
+
+
+class Source(NamedTuple):
+    folder: Path
+    settings: dict  # the published config.json
+    name: str  # Hub id, or the folder's own name
+    revision: str | None  # commit on the Hub
+
+
+def find_source(source: str, options: dict[str, str | None]) -> Source:
+    """A local folder, or what is needed of a Hub repo."""
+    folder, revision, name = Path(source), None, source
+    if folder.is_dir():
+        name = folder.resolve().name
+    else:
+        folder = download(source, ["config.json"], "SOURCE")
+        revision = folder.name  # the cache names a snapshot by its commit
+    settings = read_settings(folder / "config.json", options)
+    if revision is not None:
+        inside = [
+            f"{settings[part]}/{file}"
+            for part in ("encoder", "decoder", "tokenizer")
+            if not options.get(part)
+            for file in (*CONFIG_FILES, *TOKENIZER_FILES)
+        ]
+        folder = download(source, ["config.json", "checkpoint.pt", *inside], "SOURCE", revision)
+    if not (folder / "checkpoint.pt").is_file():
+        raise ConversionError(f"{source} has no checkpoint.pt; give a published Pheye repo, or a folder like one.")
+    return Source(folder, settings, name, revision)
+
+
+def read_settings(path: Path, options: dict[str, str | None]) -> dict:
+    """The published config.json, checked for what the conversion needs."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} could not be read as JSON: {error}.") from error
+    missing = [name for name in SETTINGS if not isinstance(settings, dict) or name not in settings]
+    missing = [name for name in missing if not options.get(name)]
+    if missing:
+        raise ConversionError(f"{path} lacks {', '.join(missing)}; it is not the config.json of a published Pheye.")
+    for part in ("encoder", "decoder", "tokenizer"):
+        if not options.get(part) and not isinstance(settings[part], str):
+            raise ConversionError(f"{path} has {part} {settings[part]!r}, which is no name; give --{part}.")
+    for name, least in (("cross_interval", 1), ("from_layer", 0), ("reduce", 1)):
+        if type(settings[name]) is not int or settings[name] < least:
+            raise ConversionError(f"{path} has {name} {settings[name]!r}, which is no integer of at least {least}.")
+    level = settings["level"]
+    if isinstance(level, bool) or level not in TILES_PER_SIDE:
+        reason = (
+            "exists in the published code as a number only and cannot run there" if level in (1, 4) else "is unknown"
+        )
+        raise ConversionError(
+            f"{path} has level {level!r}, which {reason}, so there is no model to reproduce; levels 2 (2 x 2 crops) "
+            "and 3 (3 x 3 crops) can be converted."
+        )
+    return settings
+
+
+def download(repo: str, files: list[str], what: str, revision: str | None = None) -> Path:
+    """The folder in the cache with those `files` of a Hub repo that exist."""
+    try:
+        return Path(snapshot_download(repo, allow_patterns=files, revision=revision))
+    except (OSError, ValueError) as error:  # requests, missing repos and malformed names
+        raise ConversionError(
+            f"{what} {repo!r} is neither a folder nor a Hub repo that can be read ({error})."
+        ) from error
+
+
+def find_part(source: Source, part: str, option: str | None, files: tuple[str, ...]) -> tuple[Path, str | None]:
+    """Folder of the `part` ("encoder", ...), fetched if need be, and its Hub id where it has one.
+
+    The name in config.json is taken as a folder beside it first, `option` as any folder.
+    """
+    if option:
+        folder, name = Path(option), option
+    else:
+        name = source.settings[part]
+        folder = source.folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # a repo names no folder outside itself
+            folder = None
+    if folder is not None and folder.is_dir():
+        # A folder given for a published name is that name's.
+        published = source.settings.get(part) if option else None
+        return folder, published if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(published)) else None
+    return download(name, list(files), f"--{part}" if option else part), name
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pickled state dict, mapped into memory. Nothing in the file can run."""
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path} holds something other than tensors, which could run code when loaded, and is refused; nothing of "
+            f"it was run. ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ConversionError(
+            f"{path} is no whole checkpoint in torch's zip format: {str(error).splitlines()[0]}. Download it again; "
+            "if it was saved by torch before 1.6, load it with weights_only=True and save it anew."
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ConversionError(f"{path} holds no dict of named tensors, but a {type(tensors).__name__}.")
+    return {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
+
+
+def sha256_of(path: Path) -> str:
+    # In one call on the mapped file, which leaves the interpreter to other threads all the while.
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(data).hexdigest()
+
+
+def make_config(settings: dict, encoder: Path, decoder: Path, tensors: dict[str, torch.Tensor]) -> "PheyeConfig":
+    """The configuration; LoRA ranks come from the tensors, since config.json does not tell them."""
+    from transformers import AutoConfig
+
+    from ..configuration_pheye import PheyeConfig
+
+    ranks = {}
+    for name, tensor in tensors.items():
+        if (match := re.search(r"\.lora_A\.(first|second)\.weight$", name)) and isinstance(tensor, torch.Tensor):
+            ranks.setdefault(match[1], tensor.shape[0])
+    # Where a set is missing, the published rank, so that the names of what is missing can be told.
+    global_rank = ranks.get("first", 8) if settings["first_level"] else 0
+    local_rank = ranks.get("second", 16)
+    try:
+        return PheyeConfig(
+            vision_config=AutoConfig.from_pretrained(encoder, trust_remote_code=False),
+            text_config=AutoConfig.from_pretrained(decoder, trust_remote_code=False),
+            tiles_per_side=TILES_PER_SIDE[settings["level"]],
+            cross_attention_interval=settings["cross_interval"],
+            cross_attention_start_layer=settings["from_layer"],
+            cross_attention_reduction=settings["reduce"],
+            global_lora_rank=global_rank,
+            global_lora_alpha=2.0 * global_rank,
+            local_lora_rank=local_rank,
+            local_lora_alpha=2.0 * local_rank,
+            architectures=["PheyeForConditionalGeneration"],
+        )
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"The configs of encoder, decoder and checkpoint make no model: {error}") from error
+
+
+@dataclass
+class Conversion:
+    """What is known about one run."""
+
+    source: Source
+    dtype: torch.dtype | None  # of all tensors; None keeps those of the source
+    plan: Plan
+    config: "PheyeConfig"
+    folders: dict[str, Path]  # of the encoder's and decoder's configs and of the tokenizer
+    hub_ids: dict[str, str | None]  # of the same, where they have one
+
+
+def make_conversion(
+    source: Source, tensors: dict, plan: Plan, options: dict[str, str | None], dtype: torch.dtype | None
+) -> Conversion:
+    """Find the configs, and hold the plan against the model that they describe."""
+    folders, hub_ids = {}, {}
+    files = {"encoder": CONFIG_FILES, "decoder": CONFIG_FILES, "tokenizer": TOKENIZER_FILES}
+    for part, names in files.items():
+        folders[part], hub_ids[part] = find_part(source, part, options.get(part), names)
+    config = make_config(source.settings, folders["encoder"], folders["decoder"], tensors)
+    plan.check(config)
+    language_model = Counter()
+    for name, piece in plan.pieces.items():
+        if name.startswith(MODEL + "language_model."):
+            language_model[dtype or piece.dtype] += math.prod(piece.shape)
+    for part in (config, config.vision_config, config.text_config):
+        part.dtype = language_model.most_common(1)[0][0]
+        part.name_or_path = ""  # a folder of this machine
+    return Conversion(source, dtype, plan, config, folders, hub_ids)
