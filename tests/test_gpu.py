@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import CompileConfig
 
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
-from pheye.modeling_pheye import dropout
+from pheye.vision_pheye import dropout
 
 from tiny import tiny_image, tiny_model, tiny_processor
 

@@ -12,37 +12,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    AutoModel,
-    Dinov2Config,
-    Dinov2WithRegistersConfig,
     DynamicCache,
-    SiglipVisionConfig,
-    ViTConfig,
 )
 
 from pheye import PheyeForConditionalGeneration, PheyeModel, PheyeProcessor
-from pheye.modeling_pheye import PheyeLora, dropout
+from pheye.modeling_pheye import CALL, put_before
 
-from tiny import randomize, tiny_config, tiny_model, tiny_text_config, tiny_vision_config
+from tiny import randomize, tiny_config, tiny_model, tiny_text_config
+from tiny import tiny_pixels as pixels
+from tiny import tiny_text as text
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
-
-VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
-VISION_CONFIGS = {
-    "clip": tiny_vision_config(),
-    "siglip": SiglipVisionConfig(intermediate_size=48, **VIT),
-    "vit": ViTConfig(intermediate_size=48, **VIT),
-    "dinov2": Dinov2Config(mlp_ratio=2, **VIT),
-    "dinov2_with_registers": Dinov2WithRegistersConfig(mlp_ratio=2, num_register_tokens=3, **VIT),
-}
-
-
-def pixels(images: int = 2, views: int = 5, size: int = 32) -> torch.Tensor:
-    return torch.randn(images, views, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def text(rows: int = 2, length: int = 7) -> torch.Tensor:
-    return torch.randint(1, 257, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
 # --- Against the published implementation ---
@@ -114,86 +94,6 @@ def test_golden_outputs_in_bfloat16(golden):
 # --- Against plain formulas ---
 
 
-def merged_tower(model: PheyeModel, lora: torch.nn.ModuleDict) -> torch.nn.Module:
-    """The vision tower with one LoRA set added into its weights: W + B A * alpha / rank."""
-    tower = AutoModel.from_config(model.config.vision_config).eval()
-    tower.load_state_dict(model.vision_tower.state_dict())
-    for name, module in tower.named_modules():
-        if name.replace(".", "_") in lora:
-            update = lora[name.replace(".", "_")]
-            delta = update.B.flatten(1) @ update.A.flatten(1) * update.scaling
-            module.weight.data += delta.reshape(module.weight.shape)
-    return tower
-
-
-def states_before_the_last_norm(tower: torch.nn.Module, views: torch.Tensor) -> torch.Tensor:
-    seen = []
-    layers = next(module for module in tower.modules() if isinstance(module, torch.nn.ModuleList))
-    handle = layers[-1].register_forward_hook(lambda module, args, output: seen.append(output))
-    tower(views)
-    handle.remove()
-    return seen[0] if torch.is_tensor(seen[0]) else seen[0][0]
-
-
-@pytest.mark.parametrize("family", VISION_CONFIGS)
-@pytest.mark.parametrize("global_rank", [0, 3])
-def test_image_features_are_those_of_two_passes_with_merged_lora(family, global_rank):
-    model = tiny_model(vision_config=VISION_CONFIGS[family], global_lora_rank=global_rank).model
-    images = pixels()
-    features = model.get_image_features(images).last_hidden_state.unflatten(1, (5, -1))  # (B, V, N, D)
-
-    encoding = model.view_encoding
-    whole = states_before_the_last_norm(merged_tower(model, model.global_lora), images[:, 0])
-    vectors = encoding.view_embedding.weight
-    reference = F.layer_norm(whole, (32,), encoding.global_norm.weight, encoding.global_norm.bias, 1e-5) + vectors[0]
-    assert torch.allclose(features[:, 0], reference, atol=1e-4)
-    local_tower = merged_tower(model, model.local_lora)
-    for view in range(1, 5):
-        crop = states_before_the_last_norm(local_tower, images[:, view])
-        norm = encoding.local_norm
-        reference = F.layer_norm(crop, (32,), norm.weight, norm.bias, 1e-5) + vectors[view]
-        assert torch.allclose(features[:, view], reference, atol=1e-4)
-
-
-def test_lora_adapts_every_linear_of_the_encoder_and_the_patch_embedding_and_nothing_else():
-    model = tiny_model(vision_config=VISION_CONFIGS["siglip"]).model
-    layers = [
-        f"encoder_layers_{layer}_{linear}"
-        for layer in range(2)
-        for linear in [*(f"self_attn_{name}_proj" for name in ("q", "k", "v", "out")), "mlp_fc1", "mlp_fc2"]
-    ]
-    assert set(model.local_lora) == set(model.global_lora) == {"embeddings_patch_embedding", *layers}
-    assert not any("head" in name for name in model.local_lora)  # the pooling head has linears of its own
-    assert len(tiny_model(global_lora_rank=0).model.global_lora) == 0
-
-
-@pytest.mark.parametrize("reduction", [1, 2, 4])
-@pytest.mark.parametrize("vision_wider", [False, True])
-def test_block_is_the_formula_of_the_paper(reduction, vision_wider):
-    vision = tiny_vision_config(hidden_size=256 if vision_wider else 32)
-    model = tiny_model(vision_config=vision, cross_attention_reduction=reduction).model
-    block = model.cross_attention_blocks[0]
-    width = max(128, vision.hidden_size)
-    heads, inner = width // 64, width // reduction
-    x, m = torch.randn(2, 6, 128), torch.randn(2, 9, vision.hidden_size)
-
-    q = block.to_q(F.layer_norm(x, (128,), block.attention_norm.weight, block.attention_norm.bias))
-    k, v = block.to_k(m), block.to_v(m)
-    size = inner // heads
-    attended = torch.zeros(2, 6, inner)
-    for row in range(2):
-        for head in range(heads):
-            part = slice(head * size, (head + 1) * size)
-            for position in range(6):
-                scores = k[row, :, part] @ q[row, position, part] / math.sqrt(64)
-                attended[row, position, part] = (scores.exp() / scores.exp().sum()) @ v[row, :, part]
-    h = x + block.to_out(attended)
-    inside = block.mlp_in(F.layer_norm(h, (128,), block.mlp_norm.weight, block.mlp_norm.bias))
-    assert block.mlp_in.out_features == 4 * 128 // reduction
-    gelu = 0.5 * inside * (1 + torch.erf(inside / math.sqrt(2)))
-    assert torch.allclose(block(x, m)[0], h + block.mlp_out(gelu), atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("interval", "start", "layers"), [(1, 0, (0, 1, 2, 3)), (2, 0, (1, 3)), (2, 2, (3,)), (3, 0, (2,)), (4, 1, (3,))]
 )
@@ -254,15 +154,6 @@ def test_image_features_can_stand_in_for_pixels(model):
     assert torch.equal(model(text(), image_hidden_states=features).logits, outputs.logits)
 
 
-def test_vision_tower_states_and_attentions_on_request():
-    model = tiny_model()
-    model.set_attn_implementation("eager")
-    outputs = model.get_image_features(pixels(), output_hidden_states=True, output_attentions=True)
-    assert [tuple(state.shape) for state in outputs.hidden_states] == [(10, 5, 32)] * 3
-    assert [tuple(weights.shape) for weights in outputs.attentions] == [(10, 2, 5, 5)] * 2
-    assert len(model.get_image_features(pixels(), return_dict=False)) == 1
-
-
 def test_logits_to_keep(model):
     logits = model(text(), pixels()).logits
     assert torch.allclose(model(text(), pixels(), logits_to_keep=1).logits, logits[:, -1:], atol=1e-6)
@@ -273,24 +164,6 @@ def test_logits_to_keep(model):
 def test_inputs_embeds_in_place_of_ids(model):
     embeds = model.get_input_embeddings()(text())
     assert torch.equal(model(inputs_embeds=embeds, pixel_values=pixels()).logits, model(text(), pixels()).logits)
-
-
-def test_cross_attentions_with_eager_attention():
-    model = tiny_model()
-    model.set_attn_implementation("eager")
-    outputs = model(text(4), pixels(), output_attentions=True, output_hidden_states=True)
-    assert [tuple(weights.shape) for weights in outputs.cross_attentions] == [(4, 2, 7, 25)] * 2  # (rows, H, T, N)
-    assert len(outputs.attentions) == 4
-    assert len(outputs.hidden_states) == 5
-    assert torch.allclose(outputs.cross_attentions[0].sum(-1), torch.ones(4, 2, 7), atol=1e-5)
-
-    # Each row's weights are its own: those of the row alone with its image.
-    alone = model(text(4)[2:3], pixels()[1:], output_attentions=True).cross_attentions
-    for weights, single in zip(outputs.cross_attentions, alone, strict=True):
-        assert torch.allclose(weights[2:3], single, atol=1e-5)
-    assert model(text(), pixels()).cross_attentions is None
-    base = model.model(text(4), pixels(), output_attentions=True)
-    assert torch.equal(base.cross_attentions[1], outputs.cross_attentions[1])
 
 
 def test_base_model_gives_the_hidden_states_of_the_language_model(model):
@@ -357,6 +230,62 @@ def test_half_precision_is_close_to_float32(dtype):
     assert (logits - expected).abs().max() < 0.06 * expected.abs().max()
 
 
+def test_cross_attentions_of_one_call_change_nothing_else(model):
+    """The model's own attention stays what it was, during the call for the language model and after it for all."""
+    eager = tiny_model()
+    eager.set_attn_implementation("eager")
+    expected = eager(text(4), pixels(), output_attentions=True)
+    before = model.config._attn_implementation, model.model.language_model.config._attn_implementation
+    plain = model(text(4), pixels())
+    outputs = model(text(4), pixels(), output_cross_attentions=True)
+    assert before == ("sdpa", "sdpa")
+    assert (model.config._attn_implementation, model.model.language_model.config._attn_implementation) == before
+    assert outputs.attentions is None and plain.cross_attentions is None
+    for weights, others in zip(outputs.cross_attentions, expected.cross_attentions, strict=True):
+        assert torch.allclose(weights, others, atol=1e-5)
+    assert torch.allclose(outputs.logits, plain.logits, atol=1e-5)
+    assert torch.equal(model(text(4), pixels()).logits, plain.logits)
+    assert model(text(), pixels(), output_attentions=False, output_cross_attentions=True).cross_attentions
+    assert eager(text(), pixels(), output_attentions=True, output_cross_attentions=False).cross_attentions is None
+    assert model(text(), output_cross_attentions=True).cross_attentions is None  # no image, nothing to look at
+
+
+# --- What is put between layers ---
+
+
+class Layer(nn.Module):
+    def __init__(self, index: int, by_name: bool):
+        super().__init__()
+        self.index, self.by_name = index, by_name
+
+    def forward(self, hidden_states, **kwargs):
+        assert not kwargs, "the layer got what was meant for its step"
+        return hidden_states * 10 + self.index
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_steps_are_taken_right_before_layers_in_calls_that_carry_a_call(by_name):
+    layers, seen = nn.ModuleList(Layer(index, by_name) for index in range(3)), []
+
+    def step(index, states, call):
+        seen.append((index, call))
+        return states + call
+
+    put_before(layers, step)
+
+    def run(**kwargs):
+        states = torch.zeros(1)
+        for layer in layers:
+            states = layer(hidden_states=states, **kwargs) if by_name else layer(states, **kwargs)
+        return states.item()
+
+    expected = 0
+    for index in range(3):
+        expected = (expected + 5) * 10 + index
+    assert run(**{CALL: 5}) == expected and seen == [(0, 5), (1, 5), (2, 5)]
+    assert run() == 12 and len(seen) == 3
+
+
 # --- Bad input ---
 
 
@@ -380,8 +309,11 @@ def test_pixel_values_of_another_shape_are_refused(model, shape, said):
 def test_rows_that_are_no_multiple_of_the_images_are_refused(model):
     with pytest.raises(ValueError, match="3 rows of text for 2 images"):
         model(text(3), pixels(2))
-    with pytest.raises(ValueError, match="2 rows of text for 0 images"):
+    with pytest.raises(ValueError, match="of one image or more"):
         model(text(2), pixels(0))
+    features = model.get_image_features(pixels(2)).last_hidden_state
+    with pytest.raises(ValueError, match="2 rows of text for 0 images"):
+        model(text(2), image_hidden_states=features[:0])
     with pytest.raises(ValueError, match="5 rows of text for 2 images"):
         model.generate(text(5), pixel_values=pixels(2), max_new_tokens=1)
 
@@ -411,63 +343,3 @@ def test_contradicting_arguments_are_refused(model):
         model(pixel_values=pixels())
     with pytest.raises(ValueError, match="one of pixel_values and image_hidden_states"):
         model(text(), pixels(), image_hidden_states=torch.zeros(2, 25, 32))
-
-
-def test_vision_tower_whose_linears_were_replaced_is_refused():
-    model = tiny_model()
-    layer = model.model.vision_tower.encoder.layers[0]
-    layer.mlp.fc1 = torch.nn.Linear(32, 48)
-    with pytest.raises(ValueError, match=r"lost their LoRA: encoder_layers_0_mlp_fc1 and 1 more.*to_not_quantize"):
-        model(text(), pixels())
-
-
-def test_vision_tower_without_one_token_per_patch_is_refused():
-    model = tiny_model()
-    model.config.vision_config.patch_size = 8
-    with pytest.raises(ValueError, match="CLIPVisionModel gives 5 tokens a view where 17 were expected"):
-        model(text(), pixels())
-
-
-# --- LoRA's dropout ---
-
-
-@pytest.mark.parametrize("p", [0.05, 0.5])
-def test_dropout_sets_its_share_to_zero_and_changes_nothing_else(p):
-    x = torch.rand(1003, 333) + 1  # no multiple of the four entries that share a random number
-    torch.manual_seed(0)
-    y, scale = dropout(x, p)
-    assert scale == 1 / (1 - p)
-    dropped = y == 0
-    assert torch.equal(y[~dropped], x[~dropped])
-    deviation = (p * (1 - p) / x.numel()) ** 0.5
-    assert abs(dropped.float().mean() - p) < 5 * deviation
-    chances = dropped.flatten()
-    for place in range(4):
-        assert abs(chances[place::4].float().mean() - p) < 5 * 2 * deviation
-        beside = (chances[place:-4:4] & chances[place + 1 : -3 : 4]).float().mean()  # neighbours are independent
-        assert abs(beside - p * p) < 5 * 2 * (p * p * (1 - p * p) / x.numel()) ** 0.5
-    torch.manual_seed(0)
-    assert torch.equal(dropout(x, p)[0], y)
-    assert not torch.equal(dropout(x, p)[0], y)
-
-
-def test_gradient_of_dropout_is_zero_where_it_dropped():
-    x = torch.randn(40, 50, requires_grad=True)
-    y, _ = dropout(x, 0.3)
-    y.sum().backward()
-    assert torch.equal(x.grad, (y != 0).float())
-
-
-def test_update_in_training_is_on_average_that_of_evaluation():
-    torch.manual_seed(0)
-    lora = PheyeLora(nn.Linear(8, 6), rank=2, alpha=6.0, dropout=0.25)
-    nn.init.normal_(lora.A), nn.init.normal_(lora.B)
-    x = torch.randn(8).expand(1, 1, 200_000, 8)
-    with torch.no_grad():
-        low, up = lora.train()(x)
-        trained = (low @ up)[0, 0]
-        low, up = lora.eval()(x[:, :, :1])
-    expected = lora.B @ lora.A @ x[0, 0, 0] * 3
-    assert torch.allclose((low @ up).flatten(), expected, atol=1e-5)
-    error = trained.std(0) / len(trained) ** 0.5
-    assert error.min() > 0 and ((trained.mean(0) - expected).abs() < 5 * error).all()

@@ -82,3 +82,11 @@ def tiny_image(seed: int = 0, width: int = 90, height: int = 70) -> Image.Image:
     """Random colours in patches large enough to survive the resize."""
     colours = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
+
+
+def tiny_pixels(images: int = 2, views: int = 5, size: int = 32) -> torch.Tensor:
+    return torch.randn(images, views, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def tiny_text(rows: int = 2, length: int = 7) -> torch.Tensor:
+    return torch.randint(1, 257, (rows, length), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,148 @@
+"""How an image is seen: which views are which, LoRA for each kind of view, and the encoding that tells views apart.
+
+Source: "Efficient Architectures for High Resolution Vision-Language Models", arXiv 2501.02584, section 2.2.
+
+Shapes: B images, V views per image (the global view first), N tokens of a view, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_pheye import PheyeConfig
+
+# Norms beside a tower's layers, by the names that they have in transformers.
+FIRST_NORMS = ("pre_layrnorm", "pre_layernorm")
+LAST_NORMS = ("post_layernorm", "layernorm", "norm")
+
+
+def split_views(rows: torch.Tensor, views: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B * V, ...) to the global views (B, 1, ...) and crops (B, V - 1, ...): the one place that tells them apart."""
+    rows = rows.unflatten(0, (-1, views))  # (B, V, ...)
+    return rows[:, :1], rows[:, 1:]
+
+
+def join_views(global_view: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
+    """The inverse of `split_views`."""
+    return torch.cat([global_view, crops], dim=1).flatten(0, 1)  # (B * V, ...)
+
+
+def dropout(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
+    """x with a share `p` of its entries set to zero, and the factor by which the rest is still to be scaled.
+
+    torch draws each entry's chance by itself, one after another on a CPU: a sixth of a training step. There four come
+    from one random number, which makes `p` a multiple of 2 ** -16.
+    """
+    if x.device.type != "cpu":
+        return F.dropout(x, p), 1.0
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return x.masked_fill(bits[: x.numel()].view(x.shape) < round(p * 2**16) - 2**15, 0), 1 / (1 - p)
+
+
+class PheyeLora(nn.Module):
+    """Low-rank update B(A(x)) * alpha / rank of one frozen linear or convolution (section 2.2), in its two factors.
+
+    A and B are plain parameters, not modules, so that PEFT's target names and "all-linear" do not take them for
+    layers of the vision tower.
+    """
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.scaling = alpha / rank
+        self.dropout = dropout
+        if isinstance(base, nn.Conv2d):
+            self.convolution = {"stride": base.stride, "padding": base.padding}
+            self.A = nn.Parameter(torch.empty(rank, base.in_channels, *base.kernel_size))
+            self.B = nn.Parameter(torch.empty(base.out_channels, rank, 1, 1))
+        else:
+            self.convolution = None
+            self.A = nn.Parameter(torch.empty(rank, base.in_features))
+            self.B = nn.Parameter(torch.empty(base.out_features, rank))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For the frozen module's input (B, views, ...), A(x) as (B, views, N, rank) and B, scaled, as (rank, D)."""
+        scaling = self.scaling
+        if self.training and self.dropout:
+            x, rest = dropout(x, self.dropout)
+            scaling *= rest
+        A = self.A.to(x.dtype)
+        if self.convolution is None:
+            low = F.linear(x, A).flatten(2, -2)
+        else:
+            low = F.conv2d(x.flatten(0, 1), A, **self.convolution).flatten(2).transpose(1, 2).unflatten(0, x.shape[:2])
+        return low, self.B.flatten(1).T * scaling  # a new tensor, for FSDP takes the parameter away again
+
+
+def add_view_lora(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    global_lora: PheyeLora | None,
+    local_lora: PheyeLora | None,
+    views: int,
+) -> torch.Tensor:
+    """Add the LoRA updates of a linear or convolution with input `x` to its output: (B * V, N, D), of a convolution
+    (B * V, D, height, width); the global set's to global views, the local set's to crops.
+
+    One product adds both, so that half precision rounds once and the large output is written once: it has room for
+    both ranks, and each row's numbers in one of them, zeros in the other. Without gradients `output` is changed.
+    """
+    is_map, rows = output.ndim == 4, output
+    if is_map:
+        rows = output.flatten(2).transpose(1, 2)  # (B * V, N, D)
+    lows, ups = [], []
+    for lora, seen in zip((global_lora, local_lora), split_views(x, views), strict=True):
+        if lora is None:
+            low, up = rows.new_zeros(*seen.shape[:2], rows.shape[1], 0), rows.new_zeros(0, rows.shape[2])
+        else:
+            low, up = (factor.to(rows) for factor in lora(seen))
+        lows.append(low)
+        ups.append(up)
+    (global_low, local_low), (global_up, local_up) = lows, ups
+    low = join_views(F.pad(global_low, (0, len(local_up))), F.pad(local_low, (len(global_up), 0)))
+    low, up = low.flatten(0, 1), torch.cat(ups)  # (B * V * N, ranks) and (ranks, D)
+    if rows is output and not torch.is_grad_enabled():
+        rows.view(-1, rows.shape[-1]).addmm_(low, up)
+        return rows
+    # Not in place: autograd would copy the gradient of what was changed.
+    rows = torch.addmm(rows.flatten(0, 1), low, up).view_as(rows)
+    return (rows.transpose(1, 2) if is_map else rows).reshape(output.shape)
+
+
+def last_norms(tower: nn.Module, layers: nn.ModuleList) -> list[nn.Module]:
+    """The norms that a vision tower puts behind its layers.
+
+    Raises:
+        ValueError: if a norm stands beside the layers of which nobody knows whether it comes before or behind them.
+    """
+    found = []
+    for parent in tower.modules():
+        if all(module is not layers for module in parent.modules()):
+            continue  # its norms belong to the embeddings, a layer or a pooler
+        for name, module in parent.named_children():
+            if not type(module).__name__.endswith("Norm") or name in FIRST_NORMS:
+                continue
+            if name not in LAST_NORMS:
+                raise ValueError(
+                    f"{type(tower).__name__} cannot be a Pheye vision tower: Pheye reads the states before the last "
+                    f"norm, and does not know whether its {name!r} is that one."
+                )
+            found.append(module)
+    return found
+
+
+class PheyeViewEncoding(nn.Module):
+    """Tells views apart: a LayerNorm for the global view and one for the crops, then a learned vector per view."""
+
+    def __init__(self, config: PheyeConfig):
+        super().__init__()
+        self.global_norm = nn.LayerNorm(config.vision_config.hidden_size, eps=1e-5)
+        self.local_norm = nn.LayerNorm(config.vision_config.hidden_size, eps=1e-5)
+        self.view_embedding = nn.Embedding(config.views_per_image, config.vision_config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B * V, N, D) to (B, V * N, D)."""
+        views = self.view_embedding.num_embeddings
+        global_view, crops = split_views(hidden_states, views)
+        hidden_states = join_views(self.global_norm(global_view), self.local_norm(crops)).unflatten(0, (-1, views))
+        vectors = self.view_embedding(torch.arange(views, device=hidden_states.device))  # (V, D)
+        return (hidden_states + vectors[:, None]).flatten(1, 2)
