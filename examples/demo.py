@@ -14,9 +14,11 @@ from PIL import Image
 from skimage import data
 
 from pheye import PheyeForConditionalGeneration, PheyeImageToTextPipeline, PheyeProcessor
+from pheye.common.command import Parser
 from pheye.evaluation.heatmaps import explain
 from pheye.nano import pictures, words
-from pheye.nano.questions import CAPTION, SIGN
+from pheye.nano.questions import SIGN
+from pheye.processing_pheye import CAPTION_INSTRUCTION
 
 NANO = Path(__file__).parent.parent / "checkpoints" / "pheye-nano"
 CAP_HEIGHTS = 0.03, 0.06  # of the letters, over the picture's height
@@ -32,7 +34,7 @@ def drawn_signs(count: int, seed: int) -> list[pictures.Picture]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=NANO, help="folder or Hub id of a trained Pheye; by default Pheye-nano")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where the pictures go")
     parser.add_argument("--signs", type=int, default=10)
@@ -54,7 +56,10 @@ def main():
     print(f"  {right} of {len(signs)} right\n")
 
     photograph = Image.open(Path(data.__file__).parent / "coffee.png").convert("RGB")
-    for name, image, question in (("sign", signs[0].image, CAPTION), ("photograph", photograph, "Is there a circle?")):
+    for name, image, question in (
+        ("sign", signs[0].image, CAPTION_INSTRUCTION),
+        ("photograph", photograph, "Is there a circle?"),
+    ):
         drawing, found = explain(model, processor, image, question, max_new_tokens=TOKENS)
         path = arguments.output / f"{name}-attention.png"
         drawing.save(path)

@@ -1,7 +1,7 @@
 """A new, untrained Pheye from a pretrained vision transformer and a pretrained language model, saved ready to train.
 
-    python examples/new_model.py --vision FOLDER_OR_ID --language-model FOLDER_OR_ID --output FOLDER
-                                 [--tiles-per-side 3] [--interval 4] [--no-lora]
+    python examples/new_model.py --vision FOLDER_OR_ID --language_model FOLDER_OR_ID --output FOLDER
+                                 [--tiles_per_side 3] [--interval 4] [--no_lora]
 
 What trains is what the paper trains: the cross-attention blocks, both LoRA sets and the encoding of the views.
 """
@@ -14,16 +14,17 @@ from transformers import AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pheye import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
+from pheye.common.command import Parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vision", required=True)
-    parser.add_argument("--language-model", required=True)
+    parser.add_argument("--language_model", required=True)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--tiles-per-side", type=int, default=3)
+    parser.add_argument("--tiles_per_side", type=int, default=3)
     parser.add_argument("--interval", type=int, default=4)
-    parser.add_argument("--no-lora", action="store_true", help="leave the vision transformer as it is")
+    parser.add_argument("--no_lora", action="store_true", help="leave the vision transformer as it is")
     arguments = parser.parse_args()
 
     model = PheyeForConditionalGeneration.from_pretrained_parts(

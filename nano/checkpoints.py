@@ -9,7 +9,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+from ..common.command import InputError
+from ..common.files import read_record, write_record
+from ..common.machine import versions
+
+RECORD, CHECKPOINT, LOG = "run.json", "checkpoint.pt", "log.jsonl"  # in the folder of a run
 
 
 def autocast(device: str) -> torch.autocast:
@@ -23,13 +27,13 @@ def claim(output: Path, **settings):
     """Take `output` for a run with `settings`, or go on with the run that began there with the same.
 
     Raises:
-        ValueError: if the folder holds something else, or a run with other settings.
+        InputError: if the folder holds something else, or a run with other settings.
     """
-    from ..training.train import claim_output, write_record  # much that processes that draw do not need
-
-    settings = json.loads(json.dumps(settings, default=str))
-    claim_output(output, settings)
-    write_record(output, settings, finished=False)
+    if read_record(output / RECORD, settings, output) is not None:
+        return
+    if output.is_dir() and any(output.iterdir()):
+        raise InputError(f"{output} is not empty and holds no run of this command; choose another --output.")
+    write_record(output / RECORD, settings, versions=versions())
 
 
 def save_checkpoint(output: Path, model: nn.Module, optimizers: Sequence[Optimizer], step: int):

@@ -5,6 +5,7 @@ import copy
 import torch
 
 from .. import PheyeConfig, PheyeForConditionalGeneration
+from ..common.command import InputError
 
 SPREAD = 0.25  # of the numbers that tell rows and columns of new crops apart; features have a spread of about 1
 
@@ -27,7 +28,7 @@ def with_places_changed(model: PheyeForConditionalGeneration) -> dict[str, torch
     The global view gets the crop's norm and vector. It keeps its LoRA, for that of the crop has a higher rank.
 
     Raises:
-        ValueError: if the global view's LoRA is of a higher rank than that of the crop, and so does not fit.
+        InputError: if the global view's LoRA is of a higher rank than that of the crop, and so does not fit.
     """
     weights, config = dict(model.state_dict()), model.config
     encoding, vectors = "pheye.view_encoding", "pheye.view_encoding.view_embedding.weight"
@@ -37,7 +38,7 @@ def with_places_changed(model: PheyeForConditionalGeneration) -> dict[str, torch
         weights[one], weights[other] = weights[other], weights[one]
     rank, room = config.global_lora_rank, config.local_lora_rank
     if rank > room:
-        raise ValueError(f"LoRA of the global view has rank {rank}, which does not fit into the crops' {room}.")
+        raise InputError(f"LoRA of the global view has rank {rank}, which does not fit into the crops' {room}.")
     for name in [name for name in weights if ".global_lora." in name]:
         crop_name = name.replace(".global_lora.", ".local_lora.")
         new = weights[crop_name].clone()
@@ -50,7 +51,7 @@ def with_places_changed(model: PheyeForConditionalGeneration) -> dict[str, torch
     return weights
 
 
-def more_tiles(
+def with_crops(
     model: PheyeForConditionalGeneration, tiles_per_side: int, with_lora: bool
 ) -> PheyeForConditionalGeneration:
     """`model` for `tiles_per_side` x `tiles_per_side` crops, with new vectors for them if it had another number of

@@ -14,12 +14,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from ..answering.engine import answer, open_model
-from ..common.command import at_least, default_device, exit_status, require
+from ..common.command import Parser, add_model_options, at_least, default_device, exit_status
 from ..common.files import write_atomically
 from ..common.machine import machine, versions
-from ..evaluation.attention import global_shares
-from ..evaluation.detail import TERTILES
+from ..evaluation.tertiles import TERTILES
+from ..evaluation.word_attention import global_shares
 from . import questions
 from .held_out import (
     CAP_HEIGHTS,
@@ -27,8 +29,8 @@ from .held_out import (
     SEED,
     SHAPES,
     SIGN,
-    Sample,
-    held_out_samples,
+    HeldOutPicture,
+    held_out_pictures,
     percent,
     requests_of,
     scores,
@@ -36,6 +38,7 @@ from .held_out import (
 )
 
 LOOKED_AT = 300  # pictures whose attention is measured
+TOKENS = 16  # of an answer, at most
 
 
 # --- Tables and plot ---
@@ -77,8 +80,6 @@ def attention_table(attention: dict) -> list[str]:
 
 def plot(result: dict, path: Path):
     """Exact reading by tertile and input; attention on the global view by block and tertile."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     reading, looking = figure.subplots(1, 2)
     for name, found in result["inputs"].items():
@@ -139,68 +140,77 @@ def report(result: dict) -> str:
 # --- The command ---
 
 
-def looked_at(samples: Sequence[Sample]) -> Iterator[dict]:
+def looked_at(pictures: Sequence[HeldOutPicture]) -> Iterator[dict]:
     """Pictures for the attention, drawn one at a time."""
-    for sample, group in zip(samples, tertiles_of(samples), strict=True):
-        yield {"_line": sample.index, "image": sample.image(), "prompt": questions.SIGN, "tertile": group}
+    for picture, group in zip(pictures, tertiles_of(pictures), strict=True):
+        yield {"_line": picture.index, "image": picture.image(), "prompt": questions.SIGN, "tertile": group}
 
 
-def run(args: argparse.Namespace):
-    require("matplotlib")
-    samples = held_out_samples(args.count)
-    revision, load = open_model(args.model, args.revision, "auto", args.device)
+def evaluate(
+    model: str,
+    output: Path,
+    *,
+    count: int,
+    reduced: list[int],
+    batch_size: int,
+    workers: int,
+    dtype: str,
+    device: str | None,
+    revision: str | None,
+):
+    """Write answers, scores, tables and plot; the arguments are the command's options."""
+    device = device or default_device()
+    pictures = held_out_pictures(count)
+    commit, load = open_model(model, revision, dtype, device)
+    settings = {"model": model, "revision": commit or revision, "dtype": dtype, "seed": SEED, "count": count}
     inputs = {}
-    for reduced in (None, *args.reduced):
-        name = f"reduced to {reduced}" if reduced else "full"
-        settings = {"model": args.model, "revision": revision, "seed": SEED, "count": args.count, "reduced": reduced}
+    for side in (None, *reduced):
         rows = answer(
             load,
-            requests_of(samples, reduced),
-            args.output / f"answers-{reduced or 'full'}.jsonl",
-            batch_size=args.batch_size,
-            generate_kwargs={"max_new_tokens": 16, "do_sample": False},
-            settings=settings,
-            workers=args.workers,
+            requests_of(pictures, side),
+            output / f"answers-{side or 'full'}.jsonl",
+            batch_size=batch_size,
+            generate_kwargs={"max_new_tokens": TOKENS, "do_sample": False},
+            settings={**settings, "reduced": side},
+            workers=workers,
         )
+        name = f"reduced to {side}" if side else "full"
         inputs[name] = scores([json.loads(line) for line in rows.read_text().splitlines()])
-    model, processor = load()
-    attention = global_shares(model, processor, looked_at(samples[:LOOKED_AT]), 16)
+    attention = global_shares(*load(), looked_at(pictures[:LOOKED_AT]), TOKENS)
     result = {
-        "model": args.model,
-        "revision": revision,
-        "pictures": args.count,
-        "machine": machine(args.device),
+        "model": model,
+        "revision": commit or revision,
+        "pictures": count,
+        "machine": machine(device),
         "versions": versions(),
         "inputs": inputs,
         "attention": attention,
     }
-    plot(result, args.output / "nano.png")
-    write_atomically(args.output / "nano.json", [json.dumps(result, indent=1).encode() + b"\n"])
-    write_atomically(args.output / "nano.md", [report(result).encode()])
+    plot(result, output / "nano.png")
+    write_atomically(output / "nano.json", [json.dumps(result, indent=1).encode() + b"\n"])
+    write_atomically(output / "nano.md", [report(result).encode()])
     print("\n".join(scores_table(inputs["full"])))
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pheye.nano.evaluation",
-        description="Score a Pheye on drawn pictures that training never showed.",
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(
+        prog="python -m pheye.nano.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, metavar="FOLDER_OR_ID")
+    add_model_options(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--count", type=at_least(3), default=1000, help="pictures (default: %(default)s)")
     parser.add_argument(
         "--reduced", type=at_least(1), nargs="*", default=[448, 224], help="sides, in pixels (default: 448 224)"
     )
     parser.add_argument("--batch_size", type=at_least(1), default=8, help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw (default: %(default)s)")
-    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
-    return parser.parse_args(argv)
+    parser.add_argument("--workers", type=at_least(0), default=2, help="processes that draw (default: %(default)s)")
+    return vars(parser.parse_args(argv))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return exit_status(run, parse_arguments(argv))
+    return exit_status(evaluate, **parse(argv))
 
 
 if __name__ == "__main__":

@@ -8,30 +8,23 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..answering.rows import Request
-from ..evaluation.anls import edit_distance
-from ..evaluation.bootstrap import confidence_interval
-from ..evaluation.detail import TERTILES
+from ..evaluation.metrics.anls import edit_distance
+from ..evaluation.metrics.bootstrap import confidence_interval
+from ..evaluation.tertiles import TERTILES, tertiles
 from ..image_processing_pheye import resize
-from . import pictures, questions, words
+from . import questions, words
+from .pictures import Picture, scene
 
 SEED = 2501
-
-
 LETTERS = 3, 7  # of the word on the sign, fewest and most
-
-
 SIZES = 300, 2000  # of its picture in pixels, shortest and longest side
-
-
 CAP_HEIGHTS = 0.025, 0.06  # of its capitals over the picture's height
-
-
 SIGN, SHAPES = "sign", "shapes"  # kinds of question
 
 
 @dataclass
-class Sample:
-    """A held-out picture, drawn anew whenever it is needed, with its two questions and answers."""
+class HeldOutPicture:
+    """A picture drawn anew whenever it is needed, with its two questions and answers."""
 
     index: int
     word: str
@@ -46,7 +39,7 @@ class Sample:
 
 
 @functools.lru_cache(maxsize=1)  # several questions in a row are about one picture
-def draw(index: int, zoom: int = 1):
+def draw(index: int, zoom: int = 1) -> Picture:
     """Held-out picture number `index`: a sign with one word, real or made-up, and up to five shapes.
 
     With `zoom` it has so many times fewer pixels a side, and so many times higher letters, as in one of the crops.
@@ -54,40 +47,38 @@ def draw(index: int, zoom: int = 1):
     rng = random.Random(f"held out {SEED} {index}")
     text = words.word(rng, True, *LETTERS)
     sizes, cap_heights = tuple(side // zoom for side in SIZES), tuple(zoom * share for share in CAP_HEIGHTS)
-    return pictures.scene(rng, True, sizes=sizes, cap_heights=cap_heights, text=text)
+    return scene(rng, True, sizes=sizes, cap_heights=cap_heights, text=text)
 
 
-def held_out_samples(count: int, zoom: int = 1) -> list[Sample]:
+def held_out_pictures(count: int, zoom: int = 1) -> list[HeldOutPicture]:
     """The first `count` held-out pictures."""
-    samples = []
+    pictures = []
     for index in range(count):
-        picture = draw(index, zoom)
-        asked = questions.shape_questions(random.Random(f"shapes {SEED} {index}"), picture, 1)
-        samples.append(Sample(index, picture.signs[0], picture.cap_height, asked[0], zoom))
-    return samples
+        drawn = draw(index, zoom)
+        [question] = questions.shape_questions(random.Random(f"shapes {SEED} {index}"), drawn, 1)
+        pictures.append(HeldOutPicture(index, drawn.signs[0], drawn.cap_height, question, zoom))
+    return pictures
 
 
-def requests_of(samples: Sequence[Sample], reduced: int | None) -> list[Request]:
+def requests_of(pictures: Sequence[HeldOutPicture], reduced: int | None) -> list[Request]:
     """Both questions about each picture; about a reduced one only that for the sign."""
-    groups = tertiles_of(samples)
     requests = []
-    for sample, group in zip(samples, groups, strict=True):
-        image = functools.partial(sample.image, reduced)
-        asked = [(SIGN, questions.SIGN, sample.word)]
+    for picture, group in zip(pictures, tertiles_of(pictures), strict=True):
+        image = functools.partial(picture.image, reduced)
+        asked = [(SIGN, questions.SIGN, picture.word)]
         if not reduced:
-            asked.append((SHAPES, *sample.shape_question))
+            asked.append((SHAPES, *picture.shape_question))
         for kind, question, reference in asked:
             fields = {"kind": kind, "question": question, "reference": reference, "tertile": group}
-            fields["cap_height"] = round(sample.cap_height, 5)
-            requests.append(Request(f"{sample.index}-{kind}", image, question, fields))
+            fields["cap_height"] = round(picture.cap_height, 5)
+            requests.append(Request(f"{picture.index}-{kind}", image, question, fields))
     return requests
 
 
-def tertiles_of(samples: Sequence[Sample]) -> list[str]:
-    """Small, medium or large: each sample's letters among those of all."""
-    order = sorted(range(len(samples)), key=lambda place: samples[place].cap_height)
-    ranks = {place: rank for rank, place in enumerate(order)}
-    return [TERTILES[ranks[place] * len(TERTILES) // len(samples)] for place in range(len(samples))]
+def tertiles_of(pictures: Sequence[HeldOutPicture]) -> list[str]:
+    """Small, medium or large: each picture's letters among those of all."""
+    groups = tertiles({place: picture.cap_height for place, picture in enumerate(pictures)})
+    return [TERTILES[groups[place]] for place in range(len(pictures))]
 
 
 # --- Scores ---

@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.utils.data import DataLoader, Dataset
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from ..common.command import default_device
+from ..common.command import Parser, at_least, default_device, exit_status
 from ..image_processing_pheye import PheyeImageProcessor
-from ..processing_pheye import PheyeProcessor
+from ..processing_pheye import CAPTION_INSTRUCTION, PheyeProcessor
 from ..training.collator import IGNORED, encode
 from ..training.mixture import CAPTION_INSTRUCTIONS
 from . import pictures, questions, words
@@ -81,7 +82,7 @@ def conversation(rng: random.Random) -> list[dict[str, str]]:
     """Messages about an imagined picture."""
     if rng.random() < 0.3:
         picture = imagined(rng, signs=1 if rng.random() < 0.4 else rng.randint(2, 8))
-        instruction = rng.choice((questions.CAPTION, *CAPTION_INSTRUCTIONS))
+        instruction = rng.choice((CAPTION_INSTRUCTION, *CAPTION_INSTRUCTIONS))
         turns = [(instruction, questions.caption(picture))]
     else:
         picture = imagined(rng, signs=rng.choice((0, 0, 0, 1, 2, 3)))
@@ -177,7 +178,7 @@ def train(output: Path, steps: int, seed: int = 0, workers: int = 0, device: str
     tokenizer = train_tokenizer(seed)
     processor = PheyeProcessor(PheyeImageProcessor(), tokenizer)
     model = PhiForCausalLM(language_config(len(tokenizer))).train().to(device)
-    optimizers = optimizers_for(model, model, 3e-3, 1.5e-3)
+    optimizers = optimizers_for(model, model.model.layers, 3e-3, 1.5e-3)
     losses = []
     order = range(load_checkpoint(output, model, optimizers), steps)
     for step, tensors in zip(order, batches(processor, seed, order, workers), strict=True):
@@ -200,15 +201,25 @@ def train(output: Path, steps: int, seed: int = 0, workers: int = 0, device: str
     tokenizer.save_pretrained(output / "language")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000, help=f"the first {LESSON * MOST_SHAPES} are of short texts")
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(
+        prog="python -m pheye.nano.language", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--steps", type=at_least(0), default=6000, help=f"the first {LESSON * MOST_SHAPES} are of short texts"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that make the texts")
-    parser.add_argument("--device", default=default_device())
-    train(**vars(parser.parse_args()))
+    parser.add_argument("--workers", type=at_least(0), default=1, help="processes that make the texts")
+    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
+    return vars(parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return exit_status(train, **parse(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

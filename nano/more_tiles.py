@@ -1,6 +1,6 @@
 """Let a Pheye that was trained on few crops see more of them, or give it LoRA.
 
-    python -m pheye.nano.more_tiles --model nano/stage1 --output nano/base2 [--tiles-per-side 3] [--lora]
+    python -m pheye.nano.more_tiles --model nano/stage1 --output nano/base2 [--tiles_per_side 3] [--lora]
 
 Learning to read from one crop costs a quarter of learning it from nine, and most of what is learnt is the same. With
 one crop both views show the same, and blocks may come to read the global one, where nothing small can be read once
@@ -8,27 +8,43 @@ there are nine. So the first crop and the global view change places when more cr
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
-from .crops import more_tiles
+from ..common.command import Parser, at_least, exit_status
+from .crops import with_crops
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def more_tiles(model: Path, output: Path, *, tiles_per_side: int, lora: bool):
+    """Write the model for so many crops to `output`; the arguments are the command's options."""
+    processor = PheyeProcessor.from_pretrained(model)
+    processor.image_processor.tiles_per_side = tiles_per_side
+    before = PheyeForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    with_crops(before, tiles_per_side, lora).save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(
+        prog="python -m pheye.nano.more_tiles",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--tiles-per-side", type=int, default=3)
+    parser.add_argument("--tiles_per_side", type=at_least(1), default=3)
     parser.add_argument("--lora", action="store_true", help="both sets of LoRA, if it has none")
-    arguments = parser.parse_args()
-    model = PheyeForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32)
-    processor = PheyeProcessor.from_pretrained(arguments.model)
-    processor.image_processor.tiles_per_side = arguments.tiles_per_side
-    more_tiles(model, arguments.tiles_per_side, arguments.lora).save_pretrained(arguments.output)
-    processor.save_pretrained(arguments.output)
+    return vars(parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return exit_status(more_tiles, **parse(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,9 +6,6 @@ Matrices of one shape are orthogonalized together, which is faster again where t
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from transformers import PreTrainedModel
-
-from ..modeling_pheye import transformer_layers
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the Newton-Schulz iteration that torch.optim.Muon takes
 ITERATIONS = 5
@@ -55,11 +52,8 @@ class Muon(Optimizer):
             parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
 
 
-def optimizers_for(
-    model: nn.Module, transformer: PreTrainedModel, matrix_rate: float, rate: float
-) -> tuple[Muon, AdamW]:
-    """Muon for the matrices in the layers of `transformer`, which is a part of `model`; AdamW for everything else."""
-    layers = transformer_layers(transformer, transformer.config.num_hidden_layers, "part")
+def optimizers_for(model: nn.Module, layers: nn.ModuleList, matrix_rate: float, rate: float) -> tuple[Muon, AdamW]:
+    """Muon for the matrices in `layers`, the transformer layers of `model`; AdamW for everything else."""
     matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
     held = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in held]

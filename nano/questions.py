@@ -2,36 +2,18 @@
 
 import random
 
-from ..evaluation.tasks import CAPTION
-from . import pictures
-from .pictures import KINDS, Picture, Shape
+from ..processing_pheye import CAPTION_INSTRUCTION
+from .pictures import KINDS, Picture, Shape, scene
 
 SIGN = "What is written on the sign?"
-
-
 SIGNS = "What is written on the signs?"
-
-
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-
 MOST_SHAPES = {"describe": 2, "instruct": 5, "tasks": 5}  # on a picture, by stage
-
-
 MOST_SIGNS = {"describe": 1, "instruct": 10, "tasks": 1}  # or as many as find room
-
-
 CAPTIONS = {"describe": 1.0, "instruct": 0.3, "tasks": 0.25}  # share of the pictures that are described
-
-
 SHAPE_QUESTIONS = 8  # about a picture that is not described
-
-
 CAP_HEIGHTS = 0.055, 0.2  # of letters, over the height of a crop
-
-
 SIDES = 100, 420  # pixels of the picture that a crop shows, along each side, before it is brought to a view
-
 
 Turn = tuple[str, str]
 
@@ -96,13 +78,13 @@ def sign_question(picture: Picture) -> Turn:
 # --- Pictures of a stage ---
 
 
-def sample(stage: str, rng: random.Random, tiles_per_side: int = 3) -> tuple[Picture, list[Turn]]:
+def stage_picture(stage: str, rng: random.Random, tiles_per_side: int = 3) -> tuple[Picture, list[Turn]]:
     """A picture for a stage with its turns: a caption, or the question for the signs and several about shapes.
 
     A caption stands alone, for it would give away the answers to the questions that follow. With fewer tiles pictures
     are smaller and letters larger, so that crops look the same.
     """
-    picture = pictures.scene(
+    picture = scene(
         rng,
         sizes=tuple(side * tiles_per_side for side in SIDES),
         cap_heights=tuple(share / tiles_per_side for share in CAP_HEIGHTS),
@@ -110,7 +92,7 @@ def sample(stage: str, rng: random.Random, tiles_per_side: int = 3) -> tuple[Pic
         shapes=rng.randint(0, MOST_SHAPES[stage]),
     )
     if rng.random() < CAPTIONS[stage]:
-        return picture, [(CAPTION, caption(picture))]
+        return picture, [(CAPTION_INSTRUCTION, caption(picture))]
     turns = [sign_question(picture), *shape_questions(rng, picture)]
     rng.shuffle(turns)
     return picture, turns

@@ -15,6 +15,7 @@ import argparse
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
+from ..common.command import InputError, Parser, at_least, exit_status
 from ..training.collator import IGNORED, PheyeCollator
 from ..training.mixture import Mixture, read_mixture
 from ..training.trained import choose_trained
@@ -37,7 +39,7 @@ WARMUP = 20  # steps
 SAVE_EVERY, LOG_EVERY = 150, 30  # steps
 
 
-class Pictures:
+class FeatureStore:
     """The samples of a mixture in random order, again from the start where it ends, and their features on the disk."""
 
     def __init__(self, folder: Path, mixture: Mixture, processor: PheyeProcessor, seed: int):
@@ -56,7 +58,7 @@ class Pictures:
         """Store what the vision tower gives to the view encoding for the pictures of round `number`.
 
         Raises:
-            ValueError: if a picture cannot be read.
+            InputError: if a picture cannot be read.
         """
         if self.file(number).exists():
             return
@@ -64,7 +66,7 @@ class Pictures:
         pixel_values, errors = self.collator.open_images([sample["image"] for sample in samples])
         for sample, error in zip(samples, errors, strict=True):
             if error is not None:
-                raise ValueError(f"{sample['id']}: {error} Draw the data anew.")
+                raise InputError(f"{sample['id']}: {error} Draw the data anew.")
         seen = []
         hook = model.pheye.view_encoding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         model.get_image_features(pixel_values)
@@ -116,16 +118,16 @@ def train(model: Path, data: list[str], output: Path, rounds: int, learning_rate
     choose_trained(trained, freeze=["lora"] if has_lora else None)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    pictures = Pictures(output / "features", Mixture(read_mixture(data, turns=None), seed), processor, seed)
+    store = FeatureStore(output / "features", Mixture(read_mixture(data, turns=None), seed), processor, seed)
     steps = list(schedule(rounds, seed))
     done, began = load_checkpoint(output, trained, [optimizer]), time.time()
     losses: dict[bool, list[float]] = {True: [], False: []}
     for step, (number, is_new, indices) in enumerate(steps[done:], done):
         if is_new:
-            pictures.encode(number, trained)
+            store.encode(number, trained)
         share = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * step / len(steps))))
         optimizer.param_groups[0]["lr"] = learning_rate * share
-        batch = pictures.batch(indices)
+        batch = store.batch(indices)
         seen = trained.pheye.view_encoding(batch.pop("features"))
         loss = trained(image_hidden_states=seen, **batch).loss
         loss.backward()
@@ -144,16 +146,24 @@ def train(model: Path, data: list[str], output: Path, rounds: int, learning_rate
     processor.save_pretrained(output)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(
+        prog="python -m pheye.nano.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--data", nargs="+", required=True, help="as the training command takes it")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--rounds", type=int, default=500, help=f"of {BATCH} new pictures each")
-    parser.add_argument("--learning_rate", type=float, default=7e-4)
+    parser.add_argument("--rounds", type=at_least(1), default=500, help=f"of {BATCH} new pictures each")
+    parser.add_argument("--learning_rate", type=float, default=7e-4, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    train(**vars(parser.parse_args()))
+    return vars(parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return exit_status(train, **parse(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

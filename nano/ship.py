@@ -9,12 +9,14 @@ it go the code files, `log.jsonl` with every logged step of all runs, and their 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
+from ..common.command import InputError, Parser, exit_status
 from ..common.files import write_atomically
 from ..training.trainer import last_checkpoint
 from .checkpoints import LOG
@@ -24,14 +26,14 @@ def read_log(run: Path) -> list[dict]:
     """What a run logged, step by step; of steps that it took twice, after a kill, the second time.
 
     Raises:
-        ValueError: if `run` is no folder of a run.
+        InputError: if `run` is no folder of a run.
     """
     if (run / LOG).is_file():
         rows = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
     elif (checkpoint := last_checkpoint(run)) is not None:
         rows = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     else:
-        raise ValueError(f"{run} holds neither {LOG} nor a checkpoint; give the folders of runs.")
+        raise InputError(f"{run} holds neither {LOG} nor a checkpoint; give the folders of runs.")
     by_step = {row["step"]: {"run": run.name, **row} for row in rows if "loss" in row}
     return [by_step[step] for step in sorted(by_step)]
 
@@ -59,13 +61,20 @@ def ship(runs: list[Path], output: Path):
     print(f"{output}: {model.num_parameters():,} parameters, {size / 1e6:.1f} MB")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(
+        prog="python -m pheye.nano.ship", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders, in order")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    ship(arguments.runs, arguments.output)
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    return vars(parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return exit_status(ship, **parse(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from .. import PheyeForConditionalGeneration
-from ..common.command import default_device
+from ..common.command import Parser, at_least, default_device, exit_status
 from ..image_processing_pheye import tile_boxes, tile_image
 from . import pictures
 from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
@@ -36,7 +37,7 @@ VIEW = 224
 TILES = 3
 PAGES, SCENES, CROPS = 10, 2, 3  # of a batch; of each scene the global view and the crops with most letters
 ECHOES = 3  # times that a batch is used, its colours changed: drawing costs more than a step
-CHUNK = 8  # batches that a process draws at a time
+BATCHES_AT_ONCE = 8  # that a process draws
 EASY, HARD = 400, 1000  # draws up to which pages are easy, and from which on they are as hard as they will be
 CAP_HEIGHTS, EASY_CAP_HEIGHT = (13, 44), 24  # of pages, in pixels of a view: least and most, and least at first
 NOTHING_WEIGHT, NO_SHAPE_WEIGHT = 0.15, 0.01  # of patches without a letter and without a shape, which are most
@@ -125,13 +126,13 @@ def batch(
 def drawn(
     indices: range, seed: int, held_out: bool, workers: int, ahead: bool, together: int = 1
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Draws of `together` batches, CHUNK at a time made by each of `workers` processes, and if `ahead` while the last
+    """Draws of `together` batches, BATCHES_AT_ONCE made by each of `workers` processes, and if `ahead` while the last
     ones are being used.
 
     Where the processor trains, drawing beside it would slow it down by more than the time that it takes by itself.
     """
     draw = functools.partial(batch, seed=seed, held_out=held_out, together=together)
-    size = CHUNK * workers * together
+    size = BATCHES_AT_ONCE * workers * together
     chunks = [indices[first : first + size] for first in range(0, len(indices), size)]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pending = None
@@ -232,7 +233,7 @@ def train(
         trained = PheyeForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
         reader.vision.load_state_dict(trained.pheye.vision_tower.state_dict())
     reader.to(device)
-    optimizers = optimizers_for(reader, reader.vision, 3e-3, 1.5e-3)
+    optimizers = optimizers_for(reader, reader.vision.encoder.layers, 3e-3, 1.5e-3)
     step = load_checkpoint(output, reader, optimizers)
     tests = list(drawn(range(TEST_BATCHES), seed, True, workers, False)) if step < steps else []
     skipped = HARD if start else 0  # draws; a tower that reads needs no easy ones
@@ -266,17 +267,27 @@ def train(
     CLIPImageProcessorPil().save_pretrained(output / "vision")  # mean and std, for whoever builds on it
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(
+        prog="python -m pheye.nano.vision", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--steps", type=at_least(0), default=6000, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
-    parser.add_argument("--together", type=int, default=1, help="batches of a step; a GPU takes as long for several")
-    parser.add_argument("--start", type=Path, help="folder of a Pheye whose tower to begin with")
-    parser.add_argument("--device", default=default_device())
-    train(**vars(parser.parse_args()))
+    parser.add_argument("--workers", type=at_least(1), default=os.cpu_count(), help="processes that draw")
+    parser.add_argument(
+        "--together", type=at_least(1), default=1, help="batches of a step; a GPU takes as long for several"
+    )
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="a Pheye whose tower to begin with")
+    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
+    return vars(parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return exit_status(train, **parse(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

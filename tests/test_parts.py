@@ -125,8 +125,8 @@ def test_new_model_saves_loads_and_answers_almost_as_its_language_model(siglip, 
 
 def test_example_goes_from_two_folders_to_a_saved_trainable_model(clip, language_model, tmp_path):
     example = Path(__file__).parent.parent / "examples" / "new_model.py"
-    arguments = ["--vision", clip, "--language-model", language_model, "--output", tmp_path]
-    arguments += ["--tiles-per-side", "2", "--interval", "2"]
+    arguments = ["--vision", clip, "--language_model", language_model, "--output", tmp_path]
+    arguments += ["--tiles_per_side", "2", "--interval", "2"]
     result = subprocess.run([sys.executable, example, *map(str, arguments)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     model = PheyeForConditionalGeneration.from_pretrained(tmp_path)

@@ -3,19 +3,18 @@
 import pytest
 import torch
 
-from pheye.nano.crops import SPREAD, more_tiles
+from pheye.nano.crops import SPREAD, with_crops
 
 from tiny import tiny_image, tiny_model, tiny_processor
 
 pytestmark = pytest.mark.once
-
 
 VECTORS = "pheye.view_encoding.view_embedding.weight"
 
 
 def test_weights_stay_and_new_crops_can_be_told_apart():
     before = tiny_model(tiles_per_side=2)
-    after = more_tiles(before, 3, with_lora=True)
+    after = with_crops(before, 3, with_lora=True)
     old, new = before.state_dict(), after.state_dict()
     assert old.keys() == new.keys() and len(new[VECTORS]) == 10
     assert all(torch.equal(old[name], new[name]) for name in old if name != VECTORS)
@@ -33,7 +32,7 @@ def test_new_crops_are_seen_as_the_global_view_was_that_showed_the_same():
     for name, parameter in before.named_parameters():
         if "lora" in name or "view_encoding" in name:
             parameter.normal_()
-    after = more_tiles(before, 2, with_lora=False)
+    after = with_crops(before, 2, with_lora=False)
     assert before.config.global_lora_rank < before.config.local_lora_rank
     view = torch.randn(1, 1, 3, *[before.config.vision_config.image_size] * 2)
     one = before.get_image_features(view.expand(-1, 2, -1, -1, -1)).last_hidden_state.unflatten(1, (2, -1))
@@ -48,12 +47,12 @@ def test_new_crops_are_seen_as_the_global_view_was_that_showed_the_same():
 def test_lora_of_the_global_view_that_does_not_fit_is_refused():
     model = tiny_model(tiles_per_side=1, global_lora_rank=4, local_lora_rank=2)
     with pytest.raises(ValueError, match="rank 4, which does not fit into the crops' 2"):
-        more_tiles(model, 2, with_lora=False)
+        with_crops(model, 2, with_lora=False)
 
 
 def test_new_lora_changes_nothing_until_it_has_learnt():
     before = tiny_model(tiles_per_side=2, global_lora_rank=0, local_lora_rank=0)
-    after = more_tiles(before, 2, with_lora=True)
+    after = with_crops(before, 2, with_lora=True)
     assert not any("_lora." in name for name in before.state_dict())
     assert any("local_lora." in name for name in after.state_dict())
     inputs = tiny_processor()(images=tiny_image(), text="What?", return_tensors="pt")

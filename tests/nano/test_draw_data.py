@@ -13,7 +13,7 @@ pytestmark = pytest.mark.once
 
 @pytest.mark.parametrize("stage", ["describe", "instruct", "tasks"])
 def test_a_data_set_is_written_once_and_read_by_the_training_command(stage, tmp_path, monkeypatch):
-    monkeypatch.setattr(draw_data, "CHUNK", 2)
+    monkeypatch.setattr(draw_data, "PICTURES_PER_CHUNK", 2)
     path = draw_data.write_data(tmp_path, stage, 3, workers=1)
     written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("images/*/*.jpg")}
     assert len(written) == 3

@@ -13,6 +13,15 @@ from tiny import tiny_model, tiny_processor
 pytestmark = pytest.mark.once
 
 
+def test_the_table_gives_shares_in_percent():
+    signs = {"questions": 3, "exact": 0.3333, "interval": [0.0, 1.0], "character_error": 0.3077}
+    shapes = {"questions": 2, "exact": 0.5, "interval": [0.0, 1.0], "character_error": 0.4}
+    assert evaluate.scores_table({SIGN: signs, SHAPES: shapes})[2:] == [
+        "| what is written on the sign | 3 | 33.3 % (0.0 to 100.0) | 30.8 % |",
+        "| shapes, all questions | 2 | 50.0 % (0.0 to 100.0) |  |",
+    ]
+
+
 def test_the_command_writes_tables_and_plot_and_goes_on_where_it_stopped(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "model")

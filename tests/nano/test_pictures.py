@@ -1,4 +1,4 @@
-"""Words, fonts and pictures of Pheye-nano: what is held out stays out, and everything is where it is said to be."""
+"""Pictures of Pheye-nano: everything in them is where it is said to be."""
 
 import random
 
@@ -6,38 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pheye.nano import fonts, pictures, words
+from pheye.nano import fonts, pictures
 
 pytestmark = pytest.mark.once
-
-
-@pytest.mark.parametrize("held_out", [False, True])
-def test_words_for_testing_never_occur_in_training(held_out):
-    rng = random.Random(0)
-    for _ in range(300):
-        for word in words.sign_text(rng, held_out).split():
-            assert len(word) < 3 or words.is_held_out(word) == held_out
-        assert 3 <= len(words.word(rng, held_out, 3, 7)) <= 7
-    drawn = {words.made_up_word(rng, held_out) for _ in range(300)}
-    assert all(word.isupper() and word.isalpha() for word in drawn)
-    assert len(words.real_words(held_out)) > 2000
-
-
-def test_a_seventh_of_all_words_is_held_out():
-    shares = [len(words.real_words(held_out)) for held_out in (True, False)]
-    assert shares[0] / sum(shares) == pytest.approx(1 / words.HELD_OUT_EVERY, rel=0.1)
-
-
-def test_packages_alone_bring_enough_families_and_none_is_in_both_parts(monkeypatch):
-    monkeypatch.setattr(fonts, "system_fonts", tuple)
-    fonts.families.cache_clear()
-    training, testing = fonts.families(False), fonts.families(True)
-    fonts.families.cache_clear()
-    assert len(training) >= 12 and len(testing) >= 4
-    assert not set(training) & set(testing)
-    assert {file for files in training.values() for file in files}.isdisjoint(
-        file for files in testing.values() for file in files
-    )
 
 
 def any_font() -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from pheye.nano import questions
 from pheye.nano.pictures import Letter, Picture, Shape
+from pheye.processing_pheye import CAPTION_INSTRUCTION
 
 pytestmark = pytest.mark.once
 
@@ -56,13 +57,13 @@ def test_the_question_about_signs():
 def test_captions_stand_alone():
     for stage in ("describe", "instruct", "tasks"):
         for seed in range(4):
-            _, turns = questions.sample(stage, random.Random(seed))
+            _, turns = questions.stage_picture(stage, random.Random(seed))
             asked = [question for question, _ in turns]
-            assert questions.CAPTION not in asked or len(asked) == 1
+            assert CAPTION_INSTRUCTION not in asked or len(asked) == 1
 
 
 @pytest.mark.parametrize("stage", ["describe", "instruct", "tasks"])
 def test_pictures_of_a_stage_have_as_many_shapes_and_signs_as_it_says(stage):
-    drawn = [questions.sample(stage, random.Random(seed))[0] for seed in range(60)]
+    drawn = [questions.stage_picture(stage, random.Random(seed))[0] for seed in range(60)]
     assert {len(picture.signs) for picture in drawn} == set(range(1, questions.MOST_SIGNS[stage] + 1))
     assert max(len(picture.shapes) for picture in drawn) == questions.MOST_SHAPES[stage]

@@ -44,19 +44,19 @@ def train(folder, name, rounds):
 def test_features_stand_for_their_pictures(folder):
     model, processor = tiny_model(), tiny_processor()
     mixture = Mixture(read_mixture([str(folder / "data.json")], turns=None), 0)
-    pictures = replay.Pictures(folder / "features", mixture, processor, 0)
+    store = replay.FeatureStore(folder / "features", mixture, processor, 0)
     for number in range(3):  # the sixth picture is the first again
-        pictures.encode(number, model)
+        store.encode(number, model)
     indices = [4, 1, 5]
-    batch = pictures.batch(indices)
+    batch = store.batch(indices)
     seen = model.pheye.view_encoding(batch.pop("features"))
     found = model(image_hidden_states=seen, **batch)
     names = ("input_ids", "attention_mask", "labels", "pixel_values")
-    whole = PheyeCollator(processor)([pictures.sample(index) for index in indices])
+    whole = PheyeCollator(processor)([store.sample(index) for index in indices])
     expected = model(**{name: whole[name] for name in names})
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-2, atol=0)  # features are kept in bfloat16
     assert all(torch.equal(batch[name], whole[name]) for name in names[:3])
-    assert pictures.sample(5) == pictures.sample(0) and len({pictures.sample(index)["id"] for index in range(5)}) == 5
+    assert store.sample(5) == store.sample(0) and len({store.sample(index)["id"] for index in range(5)}) == 5
 
 
 def test_blocks_and_view_encoding_train_and_nothing_else(folder):
@@ -93,7 +93,7 @@ def test_pictures_come_once_as_new_and_later_again_but_not_too_often():
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(folder, monkeypatch):
     expected = train(folder, "whole", 3)
-    encode = replay.Pictures.encode
+    encode = replay.FeatureStore.encode
 
     def stop(self, number, model):
         if number == 2:
@@ -101,7 +101,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(folder, monkeypatch):
         encode(self, number, model)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(replay.Pictures, "encode", stop)
+        patch.setattr(replay.FeatureStore, "encode", stop)
         train(folder, "stopped", 3)
     found = train(folder, "stopped", 3)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -111,5 +111,5 @@ def test_a_folder_takes_more_rounds_but_no_features_of_another_model(folder):
     train(folder, "run", 1)
     train(folder, "run", 2)
     (folder / "model").rename(folder / "other")
-    with pytest.raises(ValueError, match=r"run with other settings: model \(model was '.*model', now '.*other'\)"):
+    with pytest.raises(ValueError, match=r"with other settings: model was '.*model' and is now '.*other'"):
         replay.train(folder / "other", [str(folder / "data.json")], folder / "run", 2, learning_rate=1e-2)

@@ -1,0 +1,66 @@
+"""The ways of training Pheye-nano that are compared, on tiny parts: they differ as they say."""
+
+import pytest
+import torch
+from torch import nn
+
+from pheye.nano.ways import WAYS, build
+
+from tiny import tiny_model, tiny_processor
+
+pytestmark = pytest.mark.once
+
+
+def test_each_way_differs_as_it_says(parts):
+    models = {name: build(way, seed=0, tiles_per_side=3, **parts)[0] for name, way in WAYS.items()}
+    assert models["full"].config.cross_attention_layers == (1, 3) and models["full"].config.views_per_image == 10
+    assert models["k1"].config.views_per_image == 2 and models["every4th"].config.cross_attention_layers == (3,)
+    assert models["one_lora"].pheye.global_lora is models["one_lora"].pheye.local_lora
+    assert models["full"].pheye.global_lora is not models["full"].pheye.local_lora
+    for name in ("no_lora", "every4th", "prefix"):
+        assert not any("lora" in key for key, _ in models[name].named_parameters())
+    for name, model in models.items():
+        trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained and not any("vision_tower" in key for key in trained)
+        assert any("language_model" in key for key in trained) == (name == "prefix")
+
+
+def test_the_same_seed_gives_the_same_start(parts):
+    first, again, other = (build(WAYS["full"], seed, tiles_per_side=3, **parts)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("tiles_per_side", [1, 3])
+def test_ways_of_looking_begin_with_blocks_that_learnt(tiles_per_side, tmp_path):
+    start = tiny_model(tiles_per_side=tiles_per_side)
+    for name, parameter in start.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(parameter)  # what it learnt
+    old = start.pheye.cross_attention_blocks.state_dict()
+    start.save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    for name, views, lora in (("full", 10, True), ("k1", 2, True), ("one_lora", 10, True), ("no_lora", 10, False)):
+        model, processor = build(WAYS[name], seed=0, tiles_per_side=3, start=tmp_path)
+        assert model.config.views_per_image == processor.image_processor.tiles_per_side**2 + 1 == views
+        second = [parameter for key, parameter in model.named_parameters() if "_lora." in key and key.endswith(".B")]
+        assert bool(second) == lora and not any(parameter.any() for parameter in second)  # LoRA begins as nothing
+        blocks = model.pheye.cross_attention_blocks.state_dict()
+        assert all(torch.equal(blocks[key], learnt) for key, learnt in old.items())
+        vectors, learnt = (one.pheye.view_encoding.view_embedding.weight for one in (model, start))
+        assert torch.equal(vectors, learnt) == (vectors.shape == learnt.shape)
+
+
+def test_the_prefix_model_says_what_its_forward_pass_predicts(parts):
+    model, processor = build(WAYS["prefix"], seed=0, tiles_per_side=3, **parts)
+    model.eval()
+    inputs = processor(images=torch.rand(3, 60, 50), text="What?", return_tensors="pt")
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        length = inputs["input_ids"].shape[1]
+        assert torch.equal(ids[:, :length], inputs["input_ids"])
+        logits = model(**inputs, labels=inputs["input_ids"]).logits
+        assert logits.shape[1] == 10 * 17 + length
+        assert logits[0, -1].argmax() == ids[0, length]
+        other = model(**{**inputs, "pixel_values": inputs["pixel_values"] + 1}, labels=inputs["input_ids"]).logits
+        assert not torch.allclose(logits[0, -1], other[0, -1])
