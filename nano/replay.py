@@ -63,15 +63,12 @@ class FeatureStore:
         if self.file(number).exists():
             return
         samples = [self.sample(number * BATCH + row) for row in range(BATCH)]
-        pixel_values, errors = self.collator.open_images([sample["image"] for sample in samples])
+        image_inputs, errors = self.collator.open_images([sample["image"] for sample in samples])
         for sample, error in zip(samples, errors, strict=True):
             if error is not None:
                 raise InputError(f"{sample['id']}: {error} Draw the data anew.")
-        seen = []
-        hook = model.pheye.view_encoding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        model.get_image_features(pixel_values)
-        hook.remove()
-        features = seen[0].unflatten(0, (BATCH, -1)).bfloat16()  # (B, V, N, D)
+        seen = model.pheye.encode_views(**image_inputs).last_hidden_state
+        features = seen.unflatten(0, (BATCH, -1)).bfloat16()  # (B, V, N, D)
         temporary = self.file(number).with_suffix(".new")
         save_file({"features": features.contiguous()}, temporary)
         os.replace(temporary, self.file(number))

@@ -25,6 +25,19 @@ def test_each_way_differs_as_it_says(parts):
         assert any("language_model" in key for key in trained) == (name == "prefix")
 
 
+@torch.no_grad()
+def test_one_lora_set_sees_every_view_alike(parts):
+    for name in ("full", "one_lora"):
+        model, _ = build(WAYS[name], seed=0, tiles_per_side=3, **parts)
+        for key, parameter in model.named_parameters():
+            if "_lora." in key:
+                nn.init.normal_(parameter)
+        views = torch.rand(1, 1, 3, 224, 224).expand(-1, 10, -1, -1, -1)
+        global_view, *crops = model.pheye.encode_views(views).last_hidden_state
+        assert all(torch.allclose(crop, crops[0], atol=1e-4) for crop in crops)
+        assert torch.allclose(global_view, crops[0], atol=1e-4) == (name == "one_lora")
+
+
 def test_the_same_seed_gives_the_same_start(parts):
     first, again, other = (build(WAYS["full"], seed, tiles_per_side=3, **parts)[0].state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
