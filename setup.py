@@ -86,5 +86,9 @@ setup(
         "nano": NANO,
         "test": sorted({*TEST, *TRAIN, *EVAL, *NANO}),
     },
-    entry_points={"lmms_eval.models": ["pheye = pheye.evaluation.lmms:manifest"]},
+    package_data={"pheye": ["py.typed"]},
+    entry_points={
+        "console_scripts": ["pheye = pheye.__main__:main"],
+        "lmms_eval.models": ["pheye = pheye.evaluation.lmms:manifest"],
+    },
 )
