@@ -1,1 +1,1 @@
-"""The scores of the paper, by one command, and pictures of where the model looks."""
+"""The scores of the paper, by one command, and drawings of where the model looks."""

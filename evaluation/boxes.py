@@ -1,4 +1,20 @@
-"""Boxes of answers: which one is meant, how large it is, and the files that hold them."""
+"""Boxes of answers: the files that hold them, which one is meant, and how large it is.
+
+A file of boxes is one of these; ids are compared as text:
+
+- Lines of JSON, one per box: `question_id` (or `id`), `area` (box over image, 0 to 1), and, where a question has
+  several lines, the box's text in `text`, `answer` or `object`.
+- Lines of JSON, one per question: `question_id` (or `id`) and all its boxes, either as `annotations` (each with
+  `category` and `bounding_box`: x, y, width and height in pixels) beside the image's `width` and `height`, as in the
+  authors' VQAv2_sample_areas, or as `ocr_info` (below); and `answers`: texts, or objects with `answer`.
+- TextVQA's OCR file (Rosetta): `data`, a list with `image_id` and `ocr_info` (each with `word` and `bounding_box`,
+  whose `width` and `height` are shares of the image's). The rows must then hold `image_id`, or `--questions` names
+  TextVQA's question file.
+
+Of several boxes, a question gets the one whose text is most similar to the answers, on the mean over all of them (each
+row's `references` or `answers`, or else the file's). A question whose boxes have nothing in common with any answer is
+left out, and so is one without boxes.
+"""
 
 import json
 from collections import Counter
@@ -11,13 +27,15 @@ from ..common.command import InputError
 from .json_lines import read_lines, read_text
 from .tertiles import accuracy_by_tertile, scores_by_id
 
-# Boxes that were turned upright reach beyond the picture; above this, they are in pixels.
+BOX_FILES = __doc__  # for the help of commands
+
+# Boxes that were turned upright reach beyond the image; above this, they are in pixels.
 LARGEST_SIDE = 1.5
 
 
 @dataclass
 class Box:
-    """area: over that of the picture; text: what is in the box, or None for the only box of a question."""
+    """area: over that of the image; text: what is in the box, or None for the only box of a question."""
 
     area: float
     text: str | None = None
@@ -25,7 +43,7 @@ class Box:
 
 @dataclass
 class Boxes:
-    """What a file of boxes holds, by id of the question, or of the picture where `of_images`."""
+    """What a file of boxes holds, by id of the question, or of the image where `of_images`."""
 
     source: str
     by_id: dict[str, list[Box]] = field(default_factory=dict)
@@ -82,7 +100,7 @@ def answer_areas(rows: Sequence[dict], boxes: Boxes) -> dict[str, float]:
         if boxes.of_images:
             if row.get("image_id") is None:
                 raise InputError(
-                    f"{boxes.source} lists boxes by picture, but the row of {row_id!r} has no image_id; give "
+                    f"{boxes.source} lists boxes by image, but the row of {row_id!r} has no image_id; give "
                     "TextVQA's question file as --questions."
                 )
             key = str(row["image_id"])
@@ -115,9 +133,8 @@ def answer_texts(row: dict) -> list[str]:
     return answers
 
 
-def by_detail(rows: Sequence[dict], boxes: Boxes | str | Path) -> dict:
-    """What `--by-detail` of an evaluation reports: accuracy per tertile, and how many rows had no box."""
-    boxes = boxes if isinstance(boxes, Boxes) else read_boxes(boxes)
+def accuracy_by_box(rows: Sequence[dict], boxes: Boxes) -> dict:
+    """Accuracy per tertile of the answer's box, and how many rows had no box."""
     areas = answer_areas(rows, boxes)
     scores = scores_by_id(rows, "the result")
     return {"tertiles": accuracy_by_tertile(scores, areas), "left_out": len(rows) - len(areas)}
@@ -127,7 +144,7 @@ def by_detail(rows: Sequence[dict], boxes: Boxes | str | Path) -> dict:
 
 
 def read_boxes(path: str | Path) -> Boxes:
-    """Boxes of any of the formats above.
+    """The boxes in a file of any of these formats.
 
     Raises:
         InputError: if the file has another format.
@@ -178,9 +195,9 @@ def entry_boxes(entry: dict, where: str) -> list[Box]:
             names = [name for name in ("text", "answer", "object") if entry.get(name) is not None]
             return [Box(share(entry["area"]), str(entry[names[0]]) if names else None)]
         if "annotations" in entry:
-            picture = entry["width"] * entry["height"]
+            whole = entry["width"] * entry["height"]
             found = [(*box["bounding_box"], box["category"]) for box in entry["annotations"]]
-            return [Box(share(width * height / picture), str(text)) for _, _, width, height, text in found]
+            return [Box(share(width * height / whole), str(text)) for _, _, width, height, text in found]
         if "ocr_info" in entry:
             return [Box(ocr_area(box["bounding_box"]), str(box["word"])) for box in entry["ocr_info"]]
     except InputError as error:
@@ -193,14 +210,18 @@ def entry_boxes(entry: dict, where: str) -> list[Box]:
     )
 
 
-def share(area: float) -> float:
-    if isinstance(area, bool) or not isinstance(area, (int, float)) or not 0 <= area <= 1:
-        raise InputError(f"an area of {area!r} is no share of the picture's between 0 and 1.")
+def is_share(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= 1
+
+
+def share(area: object) -> float:
+    if not is_share(area):
+        raise InputError(f"an area of {area!r} is no share of the image's between 0 and 1.")
     return float(area)
 
 
 def ocr_area(box: dict) -> float:
     sides = box["width"], box["height"]
     if not all(0 <= side <= LARGEST_SIDE for side in sides):
-        raise InputError(f"a box of {sides[0]} x {sides[1]} is not given as shares of the picture's width and height.")
+        raise InputError(f"a box of {sides[0]} x {sides[1]} is not given as shares of the image's width and height.")
     return min(1.0, sides[0] * sides[1])

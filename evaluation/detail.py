@@ -1,26 +1,10 @@
 """How accuracy depends on the size of what a question asks for (section 3.3 of the paper).
 
-    python -m pheye.evaluation.detail A B --boxes BOXES --output table.md plot.png
+    pheye detail A B --boxes BOXES --output table.md plot.png
 
 A and B are the folders that two evaluations wrote, or files of rows: lines of JSON with `id` and `score` (or `error`,
-which counts as 0).
-Samples fall into three groups of equal number by the area of the answer's box over that of the picture. Printed and
-written are the accuracy in each and its relative change from A to B, the paper's Table 2.
-
-BOXES is one of these; ids are compared as text:
-
-- Lines of JSON, one per box: `question_id` (or `id`), `area` (box over picture, 0 to 1), and, where a question has
-  several lines, the box's text in `text`, `answer` or `object`.
-- Lines of JSON, one per question: `question_id` (or `id`) and all its boxes, either as `annotations` (each with
-  `category` and `bounding_box`: x, y, width and height in pixels) beside the picture's `width` and `height`, as in the
-  authors' VQAv2_sample_areas, or as `ocr_info` (below); and `answers`: texts, or objects with `answer`.
-- TextVQA's OCR file (Rosetta): `data`, a list with `image_id` and `ocr_info` (each with `word` and `bounding_box`,
-  whose `width` and `height` are shares of the picture's). The rows must then hold `image_id`, or `--questions` names
-  TextVQA's question file.
-
-Of several boxes, a question gets the one whose text is most similar to the answers, on the mean over all of them (each
-row's `references` or `answers`, or those of BOXES). A question whose boxes have nothing in common with any answer is
-left out, and so is one without boxes.
+which counts as 0). Samples fall into three groups of equal number by the area of the answer's box over that of the
+image. Printed and written are the accuracy in each and its relative change from A to B, the paper's Table 2.
 """
 
 import argparse
@@ -29,17 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.command import InputError, exit_status, require
+from ..common.command import InputError, Parser, exit_status, require
 from ..common.files import write_atomically
-from .boxes import Boxes, answer_areas, answer_texts, read_boxes
-from .json_lines import read_lines, read_text
+from .boxes import BOX_FILES, Boxes, answer_areas, answer_texts, read_boxes
+from .json_lines import ROWS, read_lines, read_text
 from .tertiles import accuracy_by_tertile, scores_by_id
 
-ROWS = "rows.jsonl"  # in the folder of an evaluation
-
-
 SUFFIXES = (".md", ".png", ".pdf", ".svg")
-
 
 # --- Accuracy ---
 
@@ -113,7 +93,7 @@ def markdown(comparison: dict, names: Sequence[str] = ("before", "after")) -> st
     """Table 2 of the paper for one pair of results."""
     heads = [name.replace("|", "\\|") for name in names]
     lines = [
-        f"| answer's box | samples | box / picture | {heads[0]} | {heads[1]} | relative change |",
+        f"| answer's box | samples | box / image | {heads[0]} | {heads[1]} | relative change |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for group in comparison["tertiles"]:
@@ -125,7 +105,7 @@ def markdown(comparison: dict, names: Sequence[str] = ("before", "after")) -> st
     return "\n".join(lines) + "\n"
 
 
-def plot(comparison: dict, path: Path, names: Sequence[str] = ("before", "after")):
+def plot_change(comparison: dict, path: Path, names: Sequence[str] = ("before", "after")):
     """Relative change per tertile, as bars."""
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -150,32 +130,12 @@ def result_names(paths: Sequence[Path]) -> list[str]:
     return names if names[0] != names[1] else [path.resolve().parent.name for path in paths]
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pheye.evaluation.detail", description="Compare two results by the size of the answer's box."
-    )
-    parser.add_argument("before", type=Path, metavar="A", help="output of the first evaluation")
-    parser.add_argument("after", type=Path, metavar="B", help="that of the second")
-    parser.add_argument("--boxes", required=True, type=Path, help="JSONL of boxes, or TextVQA's OCR file")
-    parser.add_argument("--questions", type=Path, help="TextVQA's question file, where the rows name no picture")
-    parser.add_argument(
-        "--output", type=Path, nargs="+", default=[], metavar="FILE", help="the table (.md), the plot (.png) or both"
-    )
-    args = parser.parse_args(argv)
-    for path in args.output:
-        if path.suffix not in SUFFIXES:
-            parser.error(f"--output {path} must end in one of {', '.join(SUFFIXES)}")
-    return args
-
-
-def run(args: argparse.Namespace):
-    questions = read_questions(args.questions) if args.questions else {}
-    results = [
-        [{**questions.get(str(row["id"]), {}), **row} for row in read_results(path)]
-        for path in (args.before, args.after)
-    ]
-    comparison = compare(*results, read_boxes(args.boxes))
-    names = result_names([args.before, args.after])
+def detail(before: Path, after: Path, *, boxes: Path, questions: Path | None, output: Sequence[Path]):
+    """Compare two results; the arguments are the command's options."""
+    asked = read_questions(questions) if questions else {}
+    results = [[{**asked.get(str(row["id"]), {}), **row} for row in read_results(path)] for path in (before, after)]
+    comparison = compare(*results, read_boxes(boxes))
+    names = result_names([before, after])
     table = markdown(comparison, names)
     print(table, end="")
     for count, what in (
@@ -184,17 +144,39 @@ def run(args: argparse.Namespace):
     ):
         if count:
             print(f"{count} samples {what} and are left out.", file=sys.stderr)
-    for path in args.output:
+    for path in output:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".md":
             write_atomically(path, [table.encode()])
         else:
-            plot(comparison, path, names)
+            plot_change(comparison, path, names)
+
+
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(
+        prog="pheye detail",
+        description=__doc__,
+        epilog=BOX_FILES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("before", type=Path, metavar="A", help="output of the first evaluation")
+    parser.add_argument("after", type=Path, metavar="B", help="that of the second")
+    parser.add_argument("--boxes", required=True, type=Path, help="JSONL of boxes, or TextVQA's OCR file")
+    parser.add_argument("--questions", type=Path, help="TextVQA's question file, where the rows name no image")
+    parser.add_argument(
+        "--output", type=Path, nargs="+", default=[], metavar="FILE", help="the table (.md), the plot (.png) or both"
+    )
+    options = vars(parser.parse_args(argv))
+    for path in options["output"]:
+        if path.suffix not in SUFFIXES:
+            parser.error(f"--output {path} must end in one of {', '.join(SUFFIXES)}")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return exit_status(run, parse_arguments(argv))
+    return exit_status(detail, **parse(argv))
 
 
 if __name__ == "__main__":

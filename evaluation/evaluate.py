@@ -1,6 +1,6 @@
 """A benchmark's score by one command.
 
-    python -m pheye.evaluation.evaluate --model FOLDER_OR_ID --task TASK --data FILE_OR_DATASET --output FOLDER
+    pheye evaluate --model FOLDER_OR_ID --task TASK --data FILE_OR_DATASET --output FOLDER
     accelerate launch --num_processes 8 -m pheye.evaluation.evaluate ...
 
 The folder gets `rows.jsonl`, a line per sample (id, question, references, answer or error, score), and `result.json`,
@@ -11,20 +11,18 @@ the evaluation server takes instead of a score. After a kill, the same command g
 import argparse
 import hashlib
 import json
-import os
 import platform
 import sys
 from pathlib import Path
 
-import torch
-
-from ..answering.engine import answer, open_model
+from ..answering.engine import answer, default_workers, open_model
 from ..answering.rows import Request, encode
-from ..common.command import InputError, at_least, exit_status, process_state, require
+from ..common.command import InputError, Parser, add_model_options, at_least, exit_status, process_state, require
 from ..common.files import write_atomically
 from ..common.machine import versions
-from .boxes import Boxes, answer_areas, by_detail, read_boxes
+from .boxes import Boxes, accuracy_by_box, answer_areas, read_boxes
 from .formats import found_images
+from .json_lines import ROWS
 from .metrics.bootstrap import confidence_interval
 from .samples import Sample
 from .sources import read_samples
@@ -32,7 +30,7 @@ from .tasks import TASKS, Task
 from .tertiles import tertiles
 
 LEVEL = 0.95  # of the confidence interval
-ROWS, RESULT, SERVER_FILE = "rows.jsonl", "result.json", "server.json"
+RESULT, SERVER_FILE = "result.json", "server.json"
 
 # --- What is asked ---
 
@@ -100,13 +98,24 @@ def scored(rows: list[dict], task: Task, boxes: Boxes | None) -> dict:
         "confidence_interval": [100 * bound for bound in confidence_interval(scores, LEVEL)],
         "other_scores": {name: 100 * score for name, score in others.items()},
     }
-    return result if boxes is None else {**result, "by_detail": by_detail(rows, boxes)}
+    return result if boxes is None else {**result, "by_detail": accuracy_by_box(rows, boxes)}
 
 
 def server_entries(rows: list[dict], task: Task) -> list[dict]:
     """What the benchmark's evaluation server takes; a row with an error has an empty answer."""
     id_key, answer_key = task.server_keys
     return [{id_key: row["id"], answer_key: row.get("answer", "")} for row in rows]
+
+
+def facts_of(settings: dict, decoding: dict, processes: int, arguments: dict) -> dict:
+    """What a score depends on."""
+    return {
+        **{name: settings[name] for name in ("split", "model", "revision", "dtype", "prompt")},
+        "decoding": decoding,
+        "versions": {**versions(), "python": platform.python_version()},
+        "processes": processes,
+        "arguments": arguments,
+    }
 
 
 def as_json(value: object) -> bytes:
@@ -135,7 +144,9 @@ def finish(task: Task, samples: list[Sample], total: int, folder: Path, boxes: B
     elif not partial:
         write_atomically(folder / SERVER_FILE, [as_json(server_entries(rows, task))])
         result["server_file"] = SERVER_FILE
-    result |= {"published": {"split": task.published_split, "scores": task.published}, **facts}
+    published = task.published
+    scores = {"split": published.split, "scores": published.scores} if published else {"split": "", "scores": {}}
+    result |= {"published": scores, **facts}
     write_atomically(folder / RESULT, [as_json(result)])
     return result
 
@@ -156,8 +167,8 @@ def report(result: dict, task: Task, folder: Path) -> str:
         for group in result.get("by_detail", {}).get("tertiles", ()):
             lines.append(f"{group['tertile']} answer boxes ({group['samples']}): {100 * group['accuracy']:.1f}")
     if task.published:
-        listed = ", ".join(f"{model} {score}" for model, score in task.published.items())
-        lines.append(f"published ({task.published_split}): {listed}")
+        listed = ", ".join(f"{model} {score}" for model, score in task.published.scores.items())
+        lines.append(f"published ({task.published.split}): {listed}")
     return "\n".join(lines)
 
 
@@ -178,79 +189,95 @@ def check_output(folder: Path, limit: int | None):
         raise InputError(f"{folder} holds the result of a whole run: leave --limit out, or choose another output.")
 
 
-def find_boxes(args: argparse.Namespace, task: Task, samples: list[Sample]) -> Boxes | None:
+def with_images(samples: list[Sample], folder: Path) -> list[Sample]:
+    """`samples` with paths in `folder`, unless they come with images of their own."""
+    return found_images(samples, folder) if samples[0].names else samples
+
+
+def find_boxes(file: str | None, samples: list[Sample], source: str, task: Task) -> Boxes | None:
     """The answers' boxes, if they are asked for, and if there are enough for three groups."""
-    if args.by_detail is None:
+    if file is None:
         return None
     if not task.asks or samples[0].references is None:
-        raise InputError(f"--by_detail needs questions whose answers are public: leave it out for {args.data}.")
-    boxes = read_boxes(args.by_detail)
+        raise InputError(f"--by_detail needs questions whose answers are public: leave it out for {source}.")
+    boxes = read_boxes(file)
     tertiles(answer_areas([{"id": sample.id, **fields_of(sample)} for sample in samples], boxes))
     return boxes
 
 
-def run(args: argparse.Namespace):
-    """Answer, score and write."""
-    task, folder = find_task(args.task), Path(args.output)
-    check_output(folder, args.limit)
+def evaluate(
+    model: str,
+    task: str,
+    data: str,
+    output: str,
+    *,
+    split: str | None,
+    limit: int | None,
+    batch_size: int,
+    max_new_tokens: int | None,
+    num_beams: int | None,
+    dtype: str,
+    device: str | None,
+    workers: int | None,
+    revision: str | None,
+    by_detail: str | None,
+    annotations: str | None,
+    images: str | None,
+    **dataset_options,
+):
+    """Answer, score and write; the arguments are the command's options."""
+    arguments = {**locals()}  # as the command was given them, in the order of the signature
+    arguments |= arguments.pop("dataset_options")
+    task, folder = find_task(task), Path(output)
+    check_output(folder, limit)
     for package in task.metric.packages:
         require(package)
-    state = process_state(cpu=args.device == "cpu")
-    samples, split = read_samples(task, args)
-    chosen = samples[: args.limit]
-    if chosen[0].names:
-        chosen = found_images(chosen, Path(args.images or Path(args.data).parent))
-    boxes = find_boxes(args, task, chosen)
-    device = args.device or state.device
-    revision, load = open_model(args.model, args.revision, args.dtype, device)
+    state = process_state(device)
+    samples, split = read_samples(task, data, split=split, annotations=annotations, images=images, **dataset_options)
+    chosen = with_images(samples[:limit], Path(images or Path(data).parent))
+    boxes = find_boxes(by_detail, chosen, data, task)
+    device = device or state.device
+    commit, load = open_model(model, revision, dtype, device)
     decoding = {
-        "max_new_tokens": args.max_new_tokens or task.max_new_tokens,
-        "num_beams": args.num_beams or task.num_beams,
+        "max_new_tokens": max_new_tokens or task.max_new_tokens,
+        "num_beams": num_beams or task.num_beams,
         "do_sample": False,
     }
     settings = {
-        "model": args.model,
-        "revision": revision,
-        "dtype": args.dtype,
+        "model": model,
+        "revision": commit,
+        "dtype": dtype,
         "task": task.name,
         "split": split,
         "prompt": task.prompt,
-        "images": args.images,
+        "images": images,
         "samples": digest_of(samples, task),
     }
-    workers = args.workers
-    if workers is None:  # on a CPU, the model itself keeps all cores busy
-        workers = 0 if torch.device(device).type == "cpu" else 4
     answer(
         load,
         [request_of(sample, task) for sample in chosen],
         folder / ROWS,
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         generate_kwargs=decoding,
         settings=settings,
-        workers=workers,
+        workers=default_workers(device) if workers is None else workers,
     )
     if state.is_main_process:
-        facts = {
-            "split": split,
-            **{name: settings[name] for name in ("model", "revision", "dtype", "prompt")},
-            "decoding": decoding,
-            "versions": {**versions(), "python": platform.python_version()},
-            "processes": state.num_processes,
-            "arguments": vars(args),
-        }
+        facts = facts_of(settings, decoding, state.num_processes, arguments)
         print(report(finish(task, chosen, len(samples), folder, boxes, facts), task, folder))
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pheye.evaluation.evaluate", description="Score a benchmark.")
-    parser.add_argument("--model", required=True, metavar="FOLDER_OR_ID")
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(prog="pheye evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
     parser.add_argument("--task", required=True, help=", ".join(TASKS))
     parser.add_argument(
         "--data",
         required=True,
         metavar="FILE_OR_DATASET",
-        help="the benchmark's official file, or a data set: a folder made by save_to_disk, or what load_dataset takes",
+        help="the benchmark's official file, or a data set: a folder made by save_to_disk, a .parquet, .arrow or .csv "
+        "file, or what load_dataset takes",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument("--split", help="(default: the file's only one, or the task's)")
@@ -260,17 +287,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=at_least(1), default=8, help="samples at once (default: 8)")
     parser.add_argument("--max_new_tokens", type=at_least(1), help="(default: the task's)")
     parser.add_argument("--num_beams", type=at_least(1), help="(default: the task's)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--device", help="such as cpu or cuda (default: each process takes one of its own)")
     parser.add_argument(
         "--workers", type=at_least(0), help="processes that open images, per device (default: 4; on a CPU none)"
     )
-    parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
     parser.add_argument(
         "--by_detail",
-        "--by-detail",
         metavar="BOXES",
-        help="also by the size of the answer's box; for the file see pheye.evaluation.detail",
+        help="also by the size of the answer's box; for the file see pheye detail --help",
     )
     files = parser.add_argument_group("official files only")
     files.add_argument("--annotations", metavar="FILE", help="answers to the questions of VQAv2 or OK-VQA")
@@ -285,15 +308,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     dataset.add_argument("--id_column", help="texts or integers, each once (default: the number of the row)")
     dataset.add_argument("--config", help="configuration of the data set, where it has several")
     dataset.add_argument("--data_files", help="files or pattern, where --data is a loader such as parquet")
-    args = parser.parse_args(argv)
-    if args.device and ":" in args.device and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error(f"--device {args.device} would put all processes on one device; leave it out")
-    return args
+    return vars(parser.parse_args(argv))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return exit_status(run, parse_arguments(argv))
+    return exit_status(evaluate, **parse(argv))
 
 
 if __name__ == "__main__":

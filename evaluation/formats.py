@@ -1,4 +1,4 @@
-"""From a benchmark's official files, or the columns of a data set, to samples: picture, question and references.
+"""From a benchmark's official files to samples: names of the image, question and references.
 
 Every reader checks what it needs before a model is loaded, and says what to do where something is missing.
 """
@@ -15,8 +15,6 @@ from .samples import Sample, right_option, texts
 from .tasks import Task
 
 LINES = (".jsonl", ".jsonlines")
-
-
 SUFFIXES = (".json", *LINES)
 
 
@@ -70,10 +68,10 @@ def matching(asked: set, answered: set, asked_name: str, answered_name: str):
 
 
 def read_vqa(data: dict, annotations: dict | None) -> list[Sample]:
-    """VQAv2 and OK-VQA: a file of questions and one of annotations, about COCO's pictures of 2014 and 2015."""
+    """VQAv2 and OK-VQA: a file of questions and one of annotations, about COCO's images of 2014 and 2015."""
     subtype = data["data_subtype"]  # such as val2014 or test-dev2015
     split, year = re.fullmatch(r"(.+?)(\d*)", subtype).groups()
-    pictures = f"{'test' if split.startswith('test') else split}{year}"
+    folder = f"{'test' if split.startswith('test') else split}{year}"
     references = {}
     if annotations is not None:
         references = {entry["question_id"]: texts(entry["answers"]) for entry in annotations["annotations"]}
@@ -81,7 +79,7 @@ def read_vqa(data: dict, annotations: dict | None) -> list[Sample]:
     return [
         Sample(
             entry["question_id"],
-            folders(f"COCO_{pictures}_{entry['image_id']:012d}.jpg", pictures),
+            folders(f"COCO_{folder}_{entry['image_id']:012d}.jpg", folder),
             question=entry["question"],
             references=references.get(entry["question_id"]),
             split=split,
@@ -106,7 +104,7 @@ def read_textvqa(data: dict) -> list[Sample]:
 
 
 def read_textcaps(data: dict) -> list[Sample]:
-    """Several entries may be about one picture, each with a caption of its own and all references."""
+    """Several entries may be about one image, each with a caption of its own and all references."""
     entries = {}
     for entry in data["data"]:
         entries.setdefault(entry["image_id"], entry)
@@ -151,7 +149,7 @@ def read_docci(data: list) -> list[Sample]:
 
 
 def read_aokvqa(data: list) -> list[Sample]:
-    """About COCO's pictures of 2017."""
+    """About COCO's images of 2017."""
     return [
         Sample(
             entry["question_id"],
@@ -230,7 +228,7 @@ FORMATS = {
         read_coco_captions,
     ),
     "docci": Format(
-        "DOCCI's: a line of JSON per picture with `example_id`, `image_file`, `split` and `description`",
+        "DOCCI's: a line of JSON per image with `example_id`, `image_file`, `split` and `description`",
         lambda data: isinstance(data, list) and has(first_of(data), "example_id", "image_file", "description"),
         read_docci,
     ),
@@ -308,7 +306,7 @@ def vqa_annotations(path: str | None) -> dict | None:
 
 
 def found_images(samples: list[Sample], folder: Path) -> list[Sample]:
-    """`samples` with the paths of their pictures in `folder`."""
+    """`samples` with the paths of their images in `folder`."""
     paths, missing = {}, []
     for sample in samples:
         if sample.names not in paths:

@@ -1,9 +1,11 @@
-"""Lines of JSON that a user gives, read in the user's words."""
+"""Lines of JSON: files that a user gives, and the rows of an evaluation."""
 
 import json
 from pathlib import Path
 
 from ..common.command import InputError
+
+ROWS = "rows.jsonl"  # in the folder of an evaluation
 
 
 def read_text(path: Path) -> str:

@@ -2,7 +2,7 @@
 
     lmms-eval --model pheye --model_args pretrained=FOLDER_OR_ID --tasks textvqa_val --batch_size 8 --output_path OUT
 
-lmms-eval loads the data, deals the requests out to the processes, and scores; the answers are `answering`'s.
+lmms-eval loads the data, deals the requests out to the processes, and scores; the answers are those of `answering`.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ..answering.engine import answer_batches, open_model
+from ..answering.engine import answer_batches, default_workers, open_model
 from ..answering.rows import Request
-from ..common.command import InputError, process_state
+from ..common.command import DTYPES, InputError, process_state
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
 
 try:
@@ -32,13 +32,12 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger(__name__)  # not `warnings`: lmms-eval silences them all
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 IMAGE_TOKEN = "<image>"  # tasks put it where other models want one; Pheye's prompt has none
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of no use to a greedy answer or to beams
 
 
 class RefusedTask(Exception):
-    """A task that Pheye cannot do. Not a ValueError, which would count as one broken picture and an empty answer."""
+    """A task that Pheye cannot do. Not a ValueError, which would count as one broken image and an empty answer."""
 
 
 def manifest():
@@ -88,8 +87,8 @@ def cut(answer: str, until: Sequence[str]) -> str:
     return answer
 
 
-def only_picture(visuals: Sequence | None, where: str) -> Image.Image:
-    """The one picture in what a task shows; `where` names the document.
+def only_image(visuals: Sequence | None, where: str) -> Image.Image:
+    """The one image in what a task shows; `where` names the document.
 
     Raises:
         RefusedTask: if it shows anything else.
@@ -98,15 +97,15 @@ def only_picture(visuals: Sequence | None, where: str) -> Image.Image:
     if len(visuals) == 1 and isinstance(visuals[0], Image.Image):
         return visuals[0]
     kinds = ", ".join(sorted({type(visual).__name__ for visual in visuals}))
-    shown = f"{len(visuals)} objects ({kinds})" if visuals else "no picture"
+    shown = f"{len(visuals)} objects ({kinds})" if visuals else "no image"
     raise RefusedTask(
-        f"{where} shows {shown}, but Pheye answers about exactly one picture: leave this task out, or give one of "
-        "your own by --include_path that has only the documents with a single picture."
+        f"{where} shows {shown}, but Pheye answers about exactly one image: leave this task out, or give one of "
+        "your own by --include_path that has only the documents with a single image."
     )
 
 
-def picture(documents, doc_id: int, doc_to_visual, where: str) -> Image.Image:
-    return only_picture(doc_to_visual(documents[doc_id]), where)
+def document_image(documents, doc_id: int, doc_to_visual, where: str) -> Image.Image:
+    return only_image(doc_to_visual(documents[doc_id]), where)
 
 
 # --- The model ---
@@ -140,15 +139,13 @@ class Pheye(lmms):
             logger.warning("max_batch_size=%s changes nothing: batches have batch_size.", max_batch_size)
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype} must be one of {', '.join(DTYPES)}.")
-        state = process_state(cpu=device == "cpu")
-        if device and ":" in device and state.num_processes > 1:
-            raise InputError(f"device={device} would put all processes on one device; leave it out.")
+        state = process_state(device)
         self.batch_size = int(batch_size)
         self._device = torch.device(device or state.device)
         self._rank, self._world_size = state.process_index, state.num_processes
         if workers is None:  # what tasks define can only be inherited by a process, not sent to it
             inherited = multiprocessing.get_start_method() == "fork"
-            workers = 4 if self._device.type != "cpu" and inherited else 0
+            workers = default_workers(self._device) if inherited else 0
         self.workers = workers
         revision = None if revision is None else str(revision)  # lmms-eval makes numbers of texts that look so
         _, load = open_model(pretrained, revision, dtype, self._device)
@@ -163,7 +160,7 @@ class Pheye(lmms):
         raise InputError("Leave --apply_chat_template out: Pheye's prompt is always put around the question.")
 
     def generate_until(self, requests: list) -> list[str]:
-        """The answers, in the order of `requests`; empty where a picture cannot be read, with a warning."""
+        """The answers, in the order of `requests`; empty where an image cannot be read, with a warning."""
         self.check(requests)
         groups = defaultdict(list)  # a batch has one set of decoding arguments
         for index, instance in enumerate(requests):
@@ -173,7 +170,7 @@ class Pheye(lmms):
             for indices in groups.values():
                 arguments, until = decoding(requests[indices[0]].args[1])
                 asked = [self.request(index, requests[index]) for index in indices]
-                asked.sort(key=lambda request: -len(request.prompt))  # as in `answering.answer`
+                asked.sort(key=lambda request: -len(request.prompt))  # as in `answering.engine`
                 batches = answer_batches(self.model, self.processor, asked, self.batch_size, self.workers, arguments)
                 for batch in batches:
                     for request, text, error in batch:
@@ -189,13 +186,13 @@ class Pheye(lmms):
         for index, instance in enumerate(requests):
             first.setdefault(instance.args[4:], (index, instance))
         for index, instance in first.values():
-            with contextlib.suppress(OSError):  # one broken picture
+            with contextlib.suppress(OSError):  # one broken image
                 self.request(index, instance).image()
 
     def request(self, index: int, instance) -> Request:
         context, _, doc_to_visual, doc_id, task, split = instance.args
         documents = self.task_dict[task][split]
-        image = functools.partial(picture, documents, doc_id, doc_to_visual, where(instance))
+        image = functools.partial(document_image, documents, doc_id, doc_to_visual, where(instance))
         return Request(index, image, prompt_of(context))
 
     def loglikelihood(self, requests: list):

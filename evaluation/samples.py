@@ -12,7 +12,7 @@ from .tasks import Task, letters
 class Sample:
     """What is asked, and what counts as right.
 
-    names: where the picture may be inside the folder of images, the likeliest first; image: its path, or a function
+    names: where the image may be inside the folder of images, the likeliest first; image: its path, or a function
     that gives it; references: None if they are not public; split: None where the file does not say.
     """
 

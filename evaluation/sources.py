@@ -1,14 +1,17 @@
-"""Where samples come from: a benchmark's official file, or the columns of a data set."""
+"""Where samples come from: a benchmark's official file, or the columns of a data set.
 
-import argparse
+Everything is checked here, before a model is loaded, and what is missing is said with its remedy.
+"""
+
 import functools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..common.command import InputError, require
-from ..common.tables import cell_image, open_dataset
+from ..common.command import InputError, process_state
+from ..common.tables import FILES as TABLE_FILES
+from ..common.tables import encoded_image, images_of, is_saved, load_table
 from .formats import FORMATS, SUFFIXES, file_samples
 from .samples import Sample, check_samples, right_option, texts
 from .tasks import Task
@@ -28,56 +31,64 @@ def default_columns(task: Task) -> dict[str, str | None]:
     }
 
 
-def chosen_columns(task: Task, args: argparse.Namespace) -> dict[str, str | None]:
+def chosen_columns(task: Task, named: dict[str, str | None]) -> dict[str, str | None]:
+    """named: columns that the user has named, by option: `image_column` and so on."""
     columns = default_columns(task)
     for kind in columns:
-        name = getattr(args, f"{kind}_column")
+        name = named.get(f"{kind}_column")
         if name is not None and columns[kind] is None and kind != "id":
             raise InputError(f"--task {task.name} has no {kind}: leave --{kind}_column out.")
         columns[kind] = name or columns[kind]
     return columns
 
 
-def dataset_samples(source: str, task: Task, args: argparse.Namespace) -> list[Sample]:
-    """All rows of a data set; the id is the row's number, unless a column holds ids."""
-    datasets = require("datasets")
-    saved = os.path.isfile(os.path.join(source, "state.json"))  # by itself, so that there is no split to choose
-    split = args.split or (None if saved else task.split)
-    where = argparse.Namespace(split=split, config=args.config, data_files=args.data_files)
-    dataset = open_dataset(datasets, source, where)
-    split = split or (str(dataset.split) if dataset.split is not None else None)
-    columns = chosen_columns(task, args)
-    if args.answers_column is None and columns["answers"] not in dataset.column_names:
+def dataset_samples(
+    task: Task,
+    source: str,
+    *,
+    split: str | None = None,
+    config: str | None = None,
+    data_files: str | None = None,
+    **named: str | None,
+) -> list[Sample]:
+    """All rows of a data set; the id is the row's number, unless a column holds ids.
+
+    named: columns that the user has named, by option: `image_column` and so on.
+    """
+    if split is None and not is_one_table(source):
+        split = task.split
+    with process_state().main_process_first():  # the others find it downloaded
+        table = load_table(source, config=config, split=split, data_files=data_files)
+    split = split or (str(table.split) if table.split is not None else None)
+    columns = chosen_columns(task, named)
+    if named.get("answers_column") is None and columns["answers"] not in table.column_names:
         columns["answers"] = None  # as in a test set without public answers
     for kind, name in columns.items():
-        if name is not None and name not in dataset.column_names:
+        if name is not None and name not in table.column_names:
             raise InputError(
-                f"{source} has no column {name!r}; its columns are {', '.join(dataset.column_names)}. Name the one of "
+                f"{source} has no column {name!r}; its columns are {', '.join(table.column_names)}. Name the one of "
                 f"the {kind} by --{kind}_column."
             )
-    feature = dataset.features[columns["image"]]
-    if isinstance(feature, datasets.Image):  # so that a broken one can become a row
-        dataset = dataset.cast_column(columns["image"], datasets.Image(decode=False))
-    elif getattr(feature, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
-        raise InputError(
-            f"Column {columns['image']!r} of {source} holds {feature}; it must hold images, paths, URLs or bytes. "
-            "Name another by --image_column."
-        )
-    images = dataset.select_columns([columns["image"]])
+    images = images_of(table, columns["image"], source)
     samples = []
-    for row, entry in enumerate(text_rows(dataset, columns)):
-        picture = functools.partial(cell_image, images, columns["image"], row)
-        samples.append(replace(row_sample(entry, task), id=entry.get("id", row), image=picture, split=split))
+    for row, entry in enumerate(text_rows(table, columns)):
+        image = functools.partial(encoded_image, images, row)
+        samples.append(replace(row_sample(entry, task), id=entry.get("id", row), image=image, split=split))
     return samples
 
 
-def text_rows(dataset, columns: dict[str, str | None]) -> Iterator[dict]:
-    """What each row holds but for the picture, under the kinds' names."""
+def is_one_table(source: str) -> bool:
+    """Whether there is no split to choose: in a single saved data set, and in a table file."""
+    return os.path.isfile(source) or os.path.isfile(os.path.join(source, "state.json"))
+
+
+def text_rows(table, columns: dict[str, str | None]) -> Iterator[dict]:
+    """What each row holds but for the image, under the kinds' names."""
     kinds = {kind: name for kind, name in columns.items() if name is not None and kind != "image"}
     if not kinds:
-        yield from ({} for _ in range(len(dataset)))
+        yield from ({} for _ in range(len(table)))
         return
-    for row in dataset.select_columns(sorted(set(kinds.values()))):
+    for row in table.select_columns(sorted(set(kinds.values()))):
         yield {kind: row[name] for kind, name in kinds.items()}
 
 
@@ -99,35 +110,50 @@ def row_sample(entry: dict, task: Task) -> Sample:
 # --- All sources ---
 
 
-def read_samples(task: Task, args: argparse.Namespace) -> tuple[list[Sample], str]:
-    """All samples of the split that is evaluated, and its name."""
-    path = Path(args.data)
-    if path.is_file():
-        dataset_only = ("config", "data_files", *(f"{kind}_column" for kind in default_columns(task)))
-        unused = [f"--{name}" for name in dataset_only if getattr(args, name) is not None]
-        if unused:
-            raise InputError(f"{args.data} is a file: leave {', '.join(unused)} out.")
-        samples = file_samples(path, task, args.annotations)
+def read_samples(
+    task: Task,
+    source: str,
+    *,
+    split: str | None = None,
+    annotations: str | None = None,
+    images: str | None = None,
+    **dataset_options: str | None,
+) -> tuple[list[Sample], str]:
+    """All samples of the split that is evaluated, and its name.
+
+    Args:
+        annotations: for the official files of VQAv2 and OK-VQA.
+        images: whether a folder of images was named, which a data set has no use for.
+        dataset_options: as `dataset_samples` takes them.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix.lower() not in TABLE_FILES:
+        refuse_unused(f"{source} is a file", dataset_options)
+        samples = file_samples(path, task, annotations)
     else:
-        if path.is_dir() and not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            raise InputError(f"{args.data} is a folder; give {FORMATS[task.format].description}.")
-        if not path.is_dir() and (path.suffix in SUFFIXES or path.is_absolute() or args.data.count("/") > 1):
-            raise InputError(f"There is no {args.data}; give {FORMATS[task.format].description}; or a data set.")
-        unused = [f"--{name}" for name in ("annotations", "images") if getattr(args, name) is not None]
-        if unused:
-            raise InputError(f"{args.data} is a data set: leave {', '.join(unused)} out.")
-        samples = dataset_samples(args.data, task, args)
-    samples, split = of_split(samples, args, task)
-    check_samples(samples, split, args.data, task)
+        if path.is_dir() and not is_saved(path):
+            raise InputError(f"{source} is a folder; give {FORMATS[task.format].description}.")
+        if not path.exists() and (path.suffix in SUFFIXES or path.is_absolute() or source.count("/") > 1):
+            raise InputError(f"There is no {source}; give {FORMATS[task.format].description}; or a data set.")
+        refuse_unused(f"{source} is a data set", {"annotations": annotations, "images": images})
+        samples = dataset_samples(task, source, split=split, **dataset_options)
+    samples, split = of_split(samples, split, source, task)
+    check_samples(samples, split, source, task)
     return samples, split
 
 
-def of_split(samples: list[Sample], args: argparse.Namespace, task: Task) -> tuple[list[Sample], str]:
+def refuse_unused(reason: str, options: dict[str, str | None]):
+    """Raise InputError if one of `options` was given."""
+    if unused := [f"--{name}" for name, value in options.items() if value is not None]:
+        raise InputError(f"{reason}: leave {', '.join(unused)} out.")
+
+
+def of_split(samples: list[Sample], split: str | None, source: str, task: Task) -> tuple[list[Sample], str]:
     """The samples of the split that is asked for, or else of the only one, or else of the task's."""
     names = sorted({sample.split for sample in samples if sample.split is not None})
     if not names:
-        return samples, args.split or task.split
-    split = args.split or (names[0] if len(names) == 1 else task.split)
+        return samples, split or task.split
+    split = split or (names[0] if len(names) == 1 else task.split)
     if split not in names:
-        raise InputError(f"{args.data} has no split {split!r}; choose --split from {', '.join(names)}.")
+        raise InputError(f"{source} has no split {split!r}; choose --split from {', '.join(names)}.")
     return [sample for sample in samples if sample.split == split], split

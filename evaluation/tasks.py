@@ -1,29 +1,25 @@
-"""The benchmarks as records: prompt, decoding arguments, metric, file format, and the published scores (section 3)."""
+"""The benchmarks as records: prompt, decoding arguments, metric and file format (section 3 of the paper)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ..common.published import PUBLISHED, Published
+from ..processing_pheye import (
+    CAPTION_INSTRUCTION,
+    CAPTION_WITH_TEXT_INSTRUCTION,
+    DESCRIPTION_INSTRUCTION,
+    LETTER_INSTRUCTION,
+    ONE_WORD_INSTRUCTION,
+)
 from .metrics.anls import anls
+from .metrics.bleu import bleu
+from .metrics.cider import cider
 from .metrics.matching import exact_match, option_accuracy
 from .metrics.vqa import vqa_accuracy
 
 # The paper gives an instruction after the question and not what stands between; a space, as in our training data.
-ONE_WORD = "{question} Answer the question using a single word or phrase"
-
-
-LETTER = "{question}\n{options}\nAnswer with the option's letter from the given choices directly."
-
-
-CAPTION = "Provide a one-sentence caption for the provided image"
-
-
-CAPTION_WITH_TEXT = (
-    "Generate a one-sentence caption for the provided image, incorporating textual elements visible in the image."
-)
-
-
-DESCRIPTION = "Generate a highly detailed description for the provided image using multiple sentences"
-
+ONE_WORD = f"{{question}} {ONE_WORD_INSTRUCTION}"
+LETTER = f"{{question}}\n{{options}}\n{LETTER_INSTRUCTION}"
 
 # --- Metrics ---
 
@@ -38,15 +34,7 @@ def one_by_one(metric: Callable[[str, Sequence[str]], float]) -> Callable[[list[
 
 
 def cider_scores(answers: list[str], references: list[list[str]]) -> list[float]:
-    from .metrics.cider import cider
-
     return cider(answers, references)[1].tolist()
-
-
-def bleu_score(answers: list[str], references: list[list[str]]) -> float:
-    from .metrics.bleu import bleu
-
-    return bleu(answers, references)
 
 
 @dataclass(frozen=True)
@@ -63,19 +51,10 @@ class Metric:
 
 
 VQA = Metric("VQA accuracy", one_by_one(vqa_accuracy))
-
-
 ANLS = Metric("ANLS", one_by_one(anls))
-
-
 MATCH = Metric("exact match", one_by_one(exact_match))
-
-
 OPTION = Metric("multiple choice accuracy", one_by_one(option_accuracy))
-
-
-CIDER = Metric("CIDEr", cider_scores, {"BLEU-4": bleu_score}, ("sacrebleu",))
-
+CIDER = Metric("CIDEr", cider_scores, {"BLEU-4": bleu}, ("sacrebleu",))
 
 # --- Tasks ---
 
@@ -84,10 +63,10 @@ CIDER = Metric("CIDEr", cider_scores, {"BLEU-4": bleu_score}, ("sacrebleu",))
 class Task:
     """One benchmark.
 
-    split: what is evaluated where a data set has several and none is named; published: scores on `published_split`;
-    prompt: with places for a question and options; format: a key of `formats.FORMATS`; server_keys: names of id and
-    answer in the file that the benchmark's evaluation server takes. The paper does not say how it decoded: these are
-    greedy, as in the published script, and long enough for the answers.
+    split: what is evaluated where a data set has several and none is named; prompt: with places for a question and
+    options; format: a key of `formats.FORMATS`; server_keys: names of id and answer in the file that the benchmark's
+    evaluation server takes. The paper does not say how it decoded: these are greedy, as in the published script, and
+    long enough for the answers.
     """
 
     name: str
@@ -97,8 +76,6 @@ class Task:
     format: str
     max_new_tokens: int
     num_beams: int = 1
-    published_split: str = ""
-    published: dict[str, float] = field(default_factory=dict)
     server_keys: tuple[str, str] | None = None
 
     @property
@@ -108,6 +85,10 @@ class Task:
     @property
     def has_options(self) -> bool:
         return "{options}" in self.prompt
+
+    @property
+    def published(self) -> Published | None:
+        return PUBLISHED.get(self.name)
 
     def prompt_for(self, question: str, options: Sequence[str] = ()) -> str:
         """The user's turn."""
@@ -121,85 +102,24 @@ def letters(count: int) -> list[str]:
 
 
 ANSWERS = ("question_id", "answer")
-
-
 CAPTIONS = ("image_id", "caption")
-
 
 TASKS = {
     task.name: task
     for task in (
-        Task(
-            "vqav2",
-            "val",
-            ONE_WORD,
-            VQA,
-            "vqa",
-            max_new_tokens=32,
-            published_split="test-dev",
-            published={
-                "Pheye-x4-448": 75.2,
-                "Pheye-x4-672": 75.5,
-                "Pheye-x2-448": 76.0,
-                "Pheye-x2-672": 76.4,
-                "moondream2": 77.7,
-                "MoE-LLaVA-2.7Bx4": 77.1,
-            },
-            server_keys=ANSWERS,
-        ),
-        Task(
-            "textvqa",
-            "val",
-            ONE_WORD,
-            VQA,
-            "textvqa",
-            max_new_tokens=32,
-            published_split="val",
-            published={
-                "Pheye-x4-448": 45.9,
-                "Pheye-x4-672": 49.2,
-                "Pheye-x2-448": 47.3,
-                "Pheye-x2-672": 50.5,
-                "moondream2": 49.7,
-                "MoE-LLaVA-2.7Bx4": 50.2,
-            },
-            server_keys=ANSWERS,
-        ),
-        Task(
-            "nocaps",
-            "val",
-            CAPTION,
-            CIDER,
-            "coco-captions",
-            max_new_tokens=64,
-            published_split="val",
-            published={
-                "Pheye-x4-448": 110.1,
-                "Pheye-x4-672": 110.8,
-                "Pheye-x2-448": 111.8,
-                "Pheye-x2-672": 110.5,
-                "moondream2": 92.5,
-            },
-            server_keys=CAPTIONS,
-        ),
+        Task("vqav2", "val", ONE_WORD, VQA, "vqa", max_new_tokens=32, server_keys=ANSWERS),
+        Task("textvqa", "val", ONE_WORD, VQA, "textvqa", max_new_tokens=32, server_keys=ANSWERS),
+        Task("nocaps", "val", CAPTION_INSTRUCTION, CIDER, "coco-captions", max_new_tokens=64, server_keys=CAPTIONS),
         Task(
             "textcaps",
             "val",
-            CAPTION_WITH_TEXT,
+            CAPTION_WITH_TEXT_INSTRUCTION,
             CIDER,
             "textcaps",
             max_new_tokens=64,
-            published_split="test",
-            published={
-                "Pheye-x4-448": 106.4,
-                "Pheye-x4-672": 111.9,
-                "Pheye-x2-448": 108.9,
-                "Pheye-x2-672": 115.9,
-                "moondream2": 120.2,
-            },
             server_keys=CAPTIONS,
         ),
-        Task("docci", "test", DESCRIPTION, CIDER, "docci", max_new_tokens=256),
+        Task("docci", "test", DESCRIPTION_INSTRUCTION, CIDER, "docci", max_new_tokens=256),
         Task("okvqa", "val", ONE_WORD, VQA, "vqa", max_new_tokens=32),
         Task("aokvqa", "val", LETTER, OPTION, "aokvqa", max_new_tokens=32),
         Task("gqa", "testdev", ONE_WORD, MATCH, "gqa", max_new_tokens=32, server_keys=("questionId", "prediction")),

@@ -9,8 +9,8 @@ import pytest
 from pheye.common.command import InputError
 from pheye.evaluation.boxes import (
     Box,
+    accuracy_by_box,
     answer_areas,
-    by_detail,
     choose_box,
     read_boxes,
     similarities,
@@ -85,7 +85,7 @@ def test_one_line_per_question_as_the_authors_set_has_it(tmp_path):
     assert answer_areas([{"id": 3, "references": ["42"]}, {"id": 4}], boxes) == {"4": 1}
 
 
-def test_ocr_boxes_of_pictures(tmp_path):
+def test_ocr_boxes_of_images(tmp_path):
     boxes = read_boxes(ocr_file(tmp_path / "ocr.json"))
     rows = [
         {"id": 1, "image_id": "abc", "references": ["nokia"] * 10},
@@ -135,6 +135,6 @@ def test_other_formats_are_refused(tmp_path, lines, message):
 def test_result_by_detail_counts_rows_without_a_box(tmp_path):
     path = flat_boxes(tmp_path / "boxes.jsonl", {1: 0.1, 2: 0.2, 3: 0.3})
     rows = [*rows_of({3: 0.9, 1: 0.3, 4: 1.0}), {"id": 2, "error": "broken"}]
-    result = by_detail(rows, path)
+    result = accuracy_by_box(rows, read_boxes(path))
     assert [group["accuracy"] for group in result["tertiles"]] == [0.3, 0, 0.9]
     assert result["left_out"] == 1

@@ -24,9 +24,9 @@ pytestmark = pytest.mark.once
 def test_missing_and_unreadable_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"There is no file .*none\.jsonl"):
         read_boxes(tmp_path / "none.jsonl")
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(InputError, match="no text file"):
-        read_boxes(tmp_path / "picture.png")
+        read_boxes(tmp_path / "image.png")
     with pytest.raises(InputError, match="no `id`"):
         read_results(write(tmp_path / "rows.jsonl", {"score": 1}))
     with pytest.raises(InputError, match="no question file"):
@@ -43,7 +43,7 @@ def test_comparison_takes_the_samples_that_both_results_have(tmp_path):
     assert [group["change"] for group in result["tertiles"]] == [pytest.approx(75), -50, None]
     assert (result["left_out"], result["in_one_only"]) == (1, 1)
     assert markdown(result, ("A|x", "B")).splitlines() == [
-        "| answer's box | samples | box / picture | A\\|x | B | relative change |",
+        "| answer's box | samples | box / image | A\\|x | B | relative change |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| small | 2 | 0 % to 10 % | 40.0 | 70.0 | +75.0 % |",
         "| medium | 2 | 20 % to 30 % | 50.0 | 25.0 | -50.0 % |",
@@ -92,7 +92,7 @@ def test_command_writes_table_and_plot(tmp_path, capsys):
     assert "| x4-448 | x4-672 | relative change |" in capsys.readouterr().out
 
 
-def test_command_looks_pictures_up_in_the_question_file(tmp_path, capsys):
+def test_command_looks_images_up_in_the_question_file(tmp_path, capsys):
     words = {"one": 0.1, "two": 0.2, "three": 0.3}
     data = [{"image_id": "abc", "ocr_info": [ocr_word(word, side, side) for word, side in words.items()]}]
     (tmp_path / "ocr.json").write_text(json.dumps({"data": data}))

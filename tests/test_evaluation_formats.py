@@ -27,7 +27,7 @@ def test_official_file(task, tmp_path):
     assert samples == toy.samples
     assert split == toy.split
     paths = [sample.image for sample in found_images(samples, tmp_path)]
-    assert paths == [tmp_path / name for name in toy.pictures]
+    assert paths == [tmp_path / name for name in toy.images]
 
 
 @pytest.mark.parametrize(("subtype", "split"), [("test-dev2015", "test-dev"), ("test2015", "test")])

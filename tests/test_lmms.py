@@ -27,7 +27,7 @@ from pheye.answering.engine import answer
 from pheye.answering.rows import Request
 from pheye.common.command import InputError
 from pheye.evaluation import lmms
-from pheye.evaluation.lmms import Pheye, RefusedTask, cut, decoding, only_picture, prompt_of
+from pheye.evaluation.lmms import Pheye, RefusedTask, cut, decoding, only_image, prompt_of
 
 from tiny import tiny_image
 
@@ -42,7 +42,7 @@ QUESTIONS = [
     "Where?",
     "Why is it so?",
 ]
-BROKEN = 3  # which of their pictures is none
+BROKEN = 3  # which of their images is none
 
 
 @pytest.fixture(autouse=True)
@@ -59,17 +59,18 @@ def png(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def pictures() -> list[bytes]:
+def encoded_images() -> list[bytes]:
     return [b"broken" if number == BROKEN else png(number) for number in range(len(QUESTIONS))]
 
 
 @pytest.fixture(scope="module")
 def answers_of_our_engine(model, processor, tmp_path_factory):
-    """The answers to `QUESTIONS`, empty where there is no picture, for decoding arguments."""
+    """The answers to `QUESTIONS`, empty where there is no image, for decoding arguments."""
 
     def answers(**generate_kwargs) -> list[str]:
         requests = [
-            Request(n, data, question) for n, (data, question) in enumerate(zip(pictures(), QUESTIONS, strict=True))
+            Request(n, data, question)
+            for n, (data, question) in enumerate(zip(encoded_images(), QUESTIONS, strict=True))
         ]
         output = tmp_path_factory.mktemp("engine") / "rows.jsonl"
         options = {"batch_size": 1, "generate_kwargs": generate_kwargs, "settings": {}}
@@ -143,16 +144,16 @@ def test_other_models_image_token_is_no_part_of_the_prompt():
 @pytest.mark.parametrize(
     ("visuals", "shown"),
     [
-        (None, "no picture"),
-        ([], "no picture"),
+        (None, "no image"),
+        ([], "no image"),
         ([None], r"1 objects \(NoneType\)"),
         (["film.mp4"], r"1 objects \(str\)"),
         ([tiny_image(), tiny_image()], r"2 objects \(Image\)"),
     ],
 )
-def test_anything_but_one_picture_is_refused_with_the_remedy(visuals, shown):
+def test_anything_but_one_image_is_refused_with_the_remedy(visuals, shown):
     with pytest.raises(RefusedTask, match=f"^Document 3 of toy shows {shown}, but .* exactly one .*--include_path"):
-        only_picture(visuals, "Document 3 of toy")
+        only_image(visuals, "Document 3 of toy")
 
 
 # --- What lmms-eval calls ---
@@ -177,7 +178,7 @@ def instances(gen_kwargs: list[dict]) -> list[Instance]:
 def adapter(model_folder):
     def adapter(documents: list[dict] | None = None, **options) -> Pheye:
         adapter = Pheye(**{"pretrained": str(model_folder), "dtype": "float32", "batch_size": "2", **options})
-        adapter.task_dict = {"toy": {"test": documents or [{"images": [data]} for data in pictures()]}}
+        adapter.task_dict = {"toy": {"test": documents or [{"images": [data]} for data in encoded_images()]}}
         return adapter
 
     return adapter
@@ -215,20 +216,20 @@ def test_longest_prompts_come_first_in_batches_of_one_kind(adapter, monkeypatch)
     assert calls == [(7, 1, [2, 4, 0]), (7, 2, [1, 3])]
 
 
-def test_a_task_of_several_pictures_stops_before_the_first_answer(adapter, monkeypatch):
+def test_a_task_of_several_images_stops_before_the_first_answer(adapter, monkeypatch):
     monkeypatch.setattr(lmms, "answer_batches", lambda *args: pytest.fail("answered"))
     documents = [{"images": [png(0), png(1)]}] * len(QUESTIONS)
     with pytest.raises(RefusedTask, match=r"Document 0 of toy shows 2 objects \(Image\)"):
         adapter(documents).generate_until(instances([{}]))
 
 
-def test_several_pictures_later_on_are_no_empty_answer(adapter):
+def test_several_images_later_on_are_no_empty_answer(adapter):
     documents = [{"images": [png(n)] * (1 + n // 4)} for n in range(len(QUESTIONS))]
     with pytest.raises(RefusedTask, match=r"Document 4 of toy shows 2 objects \(Image\)"):
         adapter(documents).generate_until(instances([{"max_new_tokens": 1}]))
 
 
-def test_a_task_that_begins_with_a_broken_picture_goes_on(adapter):
+def test_a_task_that_begins_with_a_broken_image_goes_on(adapter):
     documents = [{"images": [b"broken"]}, *({"images": [png(n)]} for n in range(1, len(QUESTIONS)))]
     given = adapter(documents).generate_until(instances([{"max_new_tokens": 1}]))
     assert [bool(text) for text in given] == [False, True, True, True, True]
@@ -256,8 +257,9 @@ def test_bad_options_are_refused_before_the_model_is_loaded(adapter, options, me
 
 def test_one_device_for_several_processes_is_refused(adapter, monkeypatch):
     state = types.SimpleNamespace(num_processes=2, process_index=1, device="cpu")
-    monkeypatch.setattr(lmms, "process_state", lambda cpu: state)
-    with pytest.raises(InputError, match="device=cuda:0 would put all processes on one device"):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", lambda **kwargs: state)
+    with pytest.raises(InputError, match="--device cuda:0 would put all processes on one device"):
         adapter(device="cuda:0")
     assert (adapter()._rank, adapter()._world_size, adapter().device) == (1, 2, torch.device("cpu"))
 
@@ -306,7 +308,7 @@ dataset_kwargs:
     test: {data}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function utils.pictures
+doc_to_visual: !function utils.images
 doc_to_text: "<image>{{{{question}}}}"
 doc_to_target: "{name}"
 generation_kwargs: {generation_kwargs}
@@ -315,7 +317,7 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """
-UTILS = 'def pictures(doc):\n    return [doc["image"].convert("RGB")]\n'
+UTILS = 'def images(doc):\n    return [doc["image"].convert("RGB")]\n'
 
 
 def checked(command: list, **kwargs) -> str:
@@ -353,7 +355,7 @@ def write_tasks(folder: Path, answers: dict[str, list[str]], generation_kwargs: 
     """A task per name, whose right answers are `answers`, but for the first two."""
     folder.mkdir()
     (folder / "utils.py").write_text(UTILS)
-    rows = {"image": [{"bytes": data, "path": None} for data in pictures()], "question": QUESTIONS}
+    rows = {"image": [{"bytes": data, "path": None} for data in encoded_images()], "question": QUESTIONS}
     rows |= {name: ["?", "?", *texts[2:]] for name, texts in answers.items()}
     features = {"image": datasets.Image(decode=False)} | {
         name: datasets.Value("string") for name in rows if name != "image"

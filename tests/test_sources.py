@@ -4,7 +4,7 @@ import datasets
 import pytest
 from accelerate import PartialState
 
-from toys import CAPTIONS, HUMANS, docci_toy, gqa_toy, pictures, read, refused, textvqa_toy, write
+from toys import CAPTIONS, HUMANS, docci_toy, gqa_toy, image_paths, read, refused, textvqa_toy, write
 
 pytestmark = pytest.mark.once
 
@@ -36,7 +36,7 @@ def test_split_of_a_file_that_does_not_say(tmp_path):
 
 
 def test_columns_of_a_data_set(tmp_path):
-    columns = {"photo": pictures(tmp_path), "q": ["What?", "Who?", "How?"], "a": HUMANS, "key": ["x", "y", "z"]}
+    columns = {"photo": image_paths(tmp_path), "q": ["What?", "Who?", "How?"], "a": HUMANS, "key": ["x", "y", "z"]}
     data = datasets.Dataset.from_dict(columns).cast_column("photo", datasets.Image())
     datasets.DatasetDict({"train": data, "val": data.select([1, 2])}).save_to_disk(tmp_path / "saved")
     options = ["--image_column", "photo", "--question_column", "q", "--answers_column", "a", "--id_column", "key"]
@@ -51,7 +51,7 @@ def test_columns_of_a_data_set(tmp_path):
 
 
 def test_data_set_with_the_usual_columns(tmp_path):
-    paths = pictures(tmp_path)
+    paths = image_paths(tmp_path)
     datasets.Dataset.from_dict({"image": paths, "captions": CAPTIONS}).save_to_disk(tmp_path / "captions")
     samples, split = read("docci", "--data", str(tmp_path / "captions"))
     assert [(s.id, s.question, s.references) for s in samples] == [(i, "", tuple(CAPTIONS[i])) for i in range(3)]
@@ -64,8 +64,18 @@ def test_data_set_with_the_usual_columns(tmp_path):
     assert samples[0].options == ("cat", "dog")
 
 
+def test_table_file(tmp_path):
+    rows = {"image": image_paths(tmp_path), "question": ["a", "b", "c"], "answers": [["x"]] * 3}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    samples, split = read("textvqa", "--data", str(tmp_path / "rows.parquet"))
+    assert [(s.question, s.references) for s in samples] == [("a", ("x",)), ("b", ("x",)), ("c", ("x",))]
+    assert samples[0].image() == rows["image"][0]
+    assert split == "train"
+    assert "leave --images out" in refused("textvqa", "--data", str(tmp_path / "rows.parquet"), "--images", ".")
+
+
 def test_data_set_without_answers(tmp_path):
-    rows = {"image": pictures(tmp_path), "question": ["a", "b", "c"]}
+    rows = {"image": image_paths(tmp_path), "question": ["a", "b", "c"]}
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
     assert "3 of 3 samples" in refused("textvqa", "--data", str(tmp_path / "saved"))
     datasets.DatasetDict({"test": datasets.Dataset.from_dict(rows)}).save_to_disk(tmp_path / "splits")
@@ -75,7 +85,7 @@ def test_data_set_without_answers(tmp_path):
 
 
 def test_data_set_with_the_wrong_columns(tmp_path):
-    rows = {"image": pictures(tmp_path), "question": ["a", "b", "c"], "answers": [1, 2, 3]}
+    rows = {"image": image_paths(tmp_path), "question": ["a", "b", "c"], "answers": [1, 2, 3]}
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
     source = str(tmp_path / "saved")
     assert "they must be a text, a list of texts" in refused("textvqa", "--data", source)
@@ -92,7 +102,7 @@ def test_sources_that_are_none(tmp_path):
     assert "is a folder; give TextVQA's: an object" in refused("textvqa", "--data", str(tmp_path))
     for name in (str(tmp_path / "x"), "x.json", "a/b/c"):
         assert f"There is no {name}; give" in refused("textvqa", "--data", name)
-    assert "is neither a folder, nor a list, nor a dataset" in refused("textvqa", "--data", "some/dataset-v1.5")
+    assert "'some/dataset-v1.5' cannot be read as a data set" in refused("textvqa", "--data", "some/dataset-v1.5")
     options = write(textvqa_toy(), tmp_path)
     message = refused("textvqa", *options, "--id_column", "x", "--config", "y")
     assert "is a file: leave --config, --id_column out" in message

@@ -8,22 +8,22 @@ import pytest
 from PIL import Image
 
 from pheye.common.command import InputError
-from pheye.evaluation.evaluate import parse_arguments
+from pheye.evaluation.evaluate import parse
 from pheye.evaluation.samples import Sample
 from pheye.evaluation.sources import read_samples
 from pheye.evaluation.tasks import TASKS
 
-DARK, LIGHT, BROKEN = 40, 220, None  # pictures of one grey, and a file that is none
+DARK, LIGHT, BROKEN = 40, 220, None  # images of one grey, and a file that is none
 
 
 @dataclass
 class Toy:
-    """content: of the file that `name` names; pictures: file names under the folder; answers: of a model that sees
+    """content: of the file that `name` names; images: file names under the folder; answers: of a model that sees
     dark or light; scores: of the three rows, in percent, where they are worked out by hand."""
 
     name: str
     content: object
-    pictures: tuple[str, str, str]
+    images: tuple[str, str, str]
     samples: list[Sample]
     answers: tuple[str, str]
     scores: tuple[float, float, float] | None = None
@@ -37,15 +37,11 @@ def ten(*counted: tuple[int, str]) -> list[str]:
 
 # Nine agree with the first answer (1), one with the second (9 of 10 times a third: 0.3).
 HUMANS = [ten((9, "red"), (1, "blue")), ten((1, "2"), (9, "3")), ten((10, "cat"))]
-
-
 VQA_ANSWERS, VQA_SCORES = ("Red.", "two"), (100, 30, 0)
-
-
 CAPTIONS = [["a red car on a road", "a car drives"], ["two dogs play in the snow"], ["a cat sleeps", "a sleeping cat"]]
 
 
-def vqa_toy(subtype: str = "val2014", pictures: str = "val2014", answered: bool = True) -> Toy:
+def vqa_toy(subtype: str = "val2014", images: str = "val2014", answered: bool = True) -> Toy:
     questions = [
         {"image_id": image_id, "question": f"What {image_id}?", "question_id": 1000 + image_id}
         for image_id in (9, 7, 8)
@@ -63,7 +59,7 @@ def vqa_toy(subtype: str = "val2014", pictures: str = "val2014", answered: bool 
         }
         for question, humans in zip(questions, HUMANS, strict=True)
     ]
-    names = [f"COCO_{pictures}_00000000000{image_id}.jpg" for image_id in (9, 7, 8)]
+    names = [f"COCO_{images}_00000000000{image_id}.jpg" for image_id in (9, 7, 8)]
     split = subtype[:-4]
     return Toy(
         "questions.json",
@@ -78,7 +74,7 @@ def vqa_toy(subtype: str = "val2014", pictures: str = "val2014", answered: bool 
         [
             Sample(
                 question["question_id"],
-                (name, f"{pictures}/{name}"),
+                (name, f"{images}/{name}"),
                 None,
                 question["question"],
                 (),
@@ -389,31 +385,31 @@ def write(toy: Toy, folder: Path) -> list[str]:
         path.write_text("".join(json.dumps(line) + "\n" for line in toy.content))
     else:
         path.write_text(json.dumps(toy.content))
-    for name, grey in zip(toy.pictures, (DARK, LIGHT, BROKEN), strict=True):
-        picture = folder / name
-        picture.parent.mkdir(exist_ok=True)
+    for name, grey in zip(toy.images, (DARK, LIGHT, BROKEN), strict=True):
+        image = folder / name
+        image.parent.mkdir(exist_ok=True)
         if grey is BROKEN:
-            picture.write_bytes(b"no image")
-        elif not picture.exists():
-            Image.new("RGB", (40, 30), (grey, grey, grey)).save(picture)
+            image.write_bytes(b"no image")
+        elif not image.exists():
+            Image.new("RGB", (40, 30), (grey, grey, grey)).save(image)
     if toy.annotations is None:
         return ["--data", str(path)]
     (folder / "annotations.json").write_text(json.dumps(toy.annotations))
     return ["--data", str(path), "--annotations", str(folder / "annotations.json")]
 
 
-def pictures(folder: Path) -> list[str]:
-    """Paths of the three pictures."""
+def image_paths(folder: Path) -> list[str]:
+    """Paths of the three images."""
     write(gqa_toy(), folder)
     return [str(folder / f"n{number}.jpg") for number in range(3)]
 
 
-def arguments(task: str, *options: str):
-    return parse_arguments(["--model", "m", "--output", "o", "--task", task, *options])
-
-
 def read(task: str, *options: str) -> tuple[list[Sample], str]:
-    return read_samples(TASKS[task], arguments(task, *options))
+    """What `pheye evaluate` reads with these options."""
+    given = parse(["--model", "m", "--output", "o", "--task", task, *options])
+    names = ["split", "annotations", "images", "config", "data_files"]
+    names += [f"{kind}_column" for kind in ("image", "question", "choices", "answers", "id")]
+    return read_samples(TASKS[task], given["data"], **{name: given[name] for name in names})
 
 
 def refused(task: str, *options: str) -> str:

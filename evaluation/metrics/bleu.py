@@ -1,7 +1,5 @@
 """BLEU-4 of a corpus through sacrebleu, on the words that CIDEr sees."""
 
-from sacrebleu.metrics import BLEU
-
 from .ptb import tokenize
 
 
@@ -12,6 +10,8 @@ def bleu_of_tokens(candidates: list[list[str]], references: list[list[list[str]]
             f"BLEU needs at least one candidate and one reference for each, not {len(candidates)} candidates and "
             f"references for {sum(map(bool, references))}."
         )
+    from sacrebleu.metrics import BLEU  # of the extra `eval`
+
     # sacrebleu wants as many references for each candidate, and skips None.
     most = max(map(len, references))
     columns = [[" ".join(group[i]) if i < len(group) else None for group in references] for i in range(most)]
