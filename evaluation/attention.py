@@ -1,16 +1,12 @@
-"""Where a Pheye looks while it answers: cross-attention on the views of a picture (appendix C of the paper).
+"""Where a Pheye looks while it answers: cross-attention on the views of an image (appendix C of the paper).
 
-    python -m pheye.evaluation.attention --model FOLDER_OR_ID --image FILE --prompt "..." --output OUT.png
-    python -m pheye.evaluation.attention --model FOLDER_OR_ID --data FILE.jsonl --output OUT.png
+    pheye attention --model FOLDER_OR_ID --image FILE --prompt "..." --output OUT.png
+    pheye attention --model FOLDER_OR_ID --data FILE.jsonl --output OUT.png
 
-The first draws the picture with its crops and, for each word of the answer, heat maps over the global view and over
+The first draws the image with its crops and, for each word of the answer, heat maps over the global view and over
 the crops. The second draws, for many samples, the mean share of the global view per block (the paper's Figure 4): each
 line of FILE.jsonl has `image` (a path, from the file's folder), `prompt` and, for a curve per tertile, `boxes_area`
-(the answer's box over the picture) or `tertile` (small, medium or large). Both write a JSON beside the picture.
-
-The attention of a word is that of the positions which predict its tokens, averaged over them and over the heads.
-
-Shapes: L blocks, T tokens of the answer, N image tokens, V views, k crops and G patches along each side.
+(the answer's box over the image) or `tertile` (small, medium or large). Both write a JSON beside OUT.png.
 """
 
 import argparse
@@ -19,10 +15,11 @@ import sys
 from pathlib import Path
 
 from ..answering.engine import open_model
-from ..common.command import InputError, at_least, default_device, exit_status, require
+from ..common.command import InputError, Parser, add_model_options, at_least, default_device, exit_status, require
 from ..common.files import write_atomically
 from ..common.machine import versions
 from ..image_processing_pheye import load_image, to_rgb
+from .boxes import is_share
 from .heatmaps import explain
 from .json_lines import read_lines
 from .tertiles import TERTILES, tertiles
@@ -31,7 +28,7 @@ from .word_attention import global_shares
 # --- Figure 4 ---
 
 
-def read_samples(path: Path) -> list[dict]:
+def read_prompts(path: Path) -> list[dict]:
     """Samples with `image` as a path that exists, `prompt`, and `tertile`: small, medium, large, or None in all.
 
     Raises:
@@ -64,11 +61,7 @@ def read_samples(path: Path) -> list[dict]:
     return [{"tertile": None, **row} for row in rows]
 
 
-def is_share(value) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= 1
-
-
-def plot(result: dict, path: Path):
+def plot_shares(result: dict, path: Path):
     """Figure 4: a curve per tertile over the blocks."""
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -88,61 +81,70 @@ def plot(result: dict, path: Path):
 # --- The command ---
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pheye.evaluation.attention", description="Draw where a Pheye looks while it answers."
-    )
-    parser.add_argument("--model", required=True, metavar="FOLDER_OR_ID")
-    parser.add_argument("--image", help="a picture; with --prompt")
-    parser.add_argument("--prompt", help="what to ask about it")
-    parser.add_argument("--data", type=Path, metavar="FILE.jsonl", help="many samples, for the mean share per block")
-    parser.add_argument("--output", required=True, type=Path, metavar="OUT.png", help="a .json goes beside it")
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=30, help="(default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
-    args = parser.parse_args(argv)
-    if (args.data is None) == (args.image is None) or (args.image is None) != (args.prompt is None):
-        parser.error("give --image and --prompt, or --data alone")
-    if args.prompt is not None and not args.prompt.strip():
-        parser.error("--prompt is empty")
-    if args.output.suffix != ".png":
-        parser.error(f"--output {args.output} must end in .png")
-    return args
-
-
-def run(args: argparse.Namespace):
-    if args.data:
+def attention(
+    model: str,
+    output: Path,
+    *,
+    image: str | None,
+    prompt: str | None,
+    data: Path | None,
+    max_new_tokens: int,
+    revision: str | None,
+    dtype: str,
+    device: str | None,
+):
+    """Answer, draw and write; the arguments are the command's options."""
+    if data:
         require("matplotlib")
-        samples = read_samples(args.data)
+        samples = read_prompts(data)
     else:
         try:
-            picture = to_rgb(load_image(args.image))
+            opened = to_rgb(load_image(image))
         except ValueError as error:
             raise InputError(str(error)) from error
-    revision, load = open_model(args.model, args.revision, args.dtype, args.device)
-    model, processor = load()
-    about = {"model": args.model, "revision": revision, "versions": versions()}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if args.data:
-        result = global_shares(model, processor, samples, args.max_new_tokens)
-        plot(result, args.output)
-        about["data"] = str(args.data)
+    commit, load = open_model(model, revision, dtype, device or default_device())
+    about = {"model": model, "revision": commit, "versions": versions()}
+    loaded, processor = load()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if data:
+        result = global_shares(loaded, processor, samples, max_new_tokens)
+        plot_shares(result, output)
+        about["data"] = str(data)
     else:
-        canvas, result = explain(model, processor, picture, args.prompt, args.max_new_tokens)
-        canvas.save(args.output)
-        about["image"] = args.image
+        canvas, result = explain(loaded, processor, opened, prompt, max_new_tokens)
+        canvas.save(output)
+        about["image"] = image
         print(f"Answer: {result['answer']}")
         if not result["words"]:
             print("The answer has no words, so only the crops were drawn; ask something else.", file=sys.stderr)
     text = json.dumps({**about, **result}, ensure_ascii=False, indent=1)
-    write_atomically(args.output.with_suffix(".json"), [text.encode() + b"\n"])
-    print(f"Wrote {args.output} and {args.output.with_suffix('.json')}.")
+    write_atomically(output.with_suffix(".json"), [text.encode() + b"\n"])
+    print(f"Wrote {output} and {output.with_suffix('.json')}.")
+
+
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(prog="pheye attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_options(parser)
+    parser.add_argument("--image", metavar="FILE", help="with --prompt")
+    parser.add_argument("--prompt", help="what to ask about the image")
+    parser.add_argument("--data", type=Path, metavar="FILE.jsonl", help="many samples, for the mean share per block")
+    parser.add_argument("--output", required=True, type=Path, metavar="OUT.png", help="a .json goes beside it")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=30, help="(default: %(default)s)")
+    options = vars(parser.parse_args(argv))
+    image, prompt, output = options["image"], options["prompt"], options["output"]
+    if (options["data"] is None) == (image is None) or (image is None) != (prompt is None):
+        parser.error("give --image and --prompt, or --data alone")
+    if prompt is not None and not prompt.strip():
+        parser.error("--prompt is empty")
+    if output.suffix != ".png":
+        parser.error(f"--output {output} must end in .png")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return exit_status(run, parse_arguments(argv))
+    return exit_status(attention, **parse(argv))
 
 
 if __name__ == "__main__":

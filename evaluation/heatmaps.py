@@ -1,4 +1,7 @@
-"""Attention drawn on the picture, one word after another."""
+"""Attention drawn on the image, one word after another.
+
+Shapes: L blocks, N image tokens, V views, k crops and G patches along each side.
+"""
 
 import math
 import textwrap
@@ -8,10 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..image_processing_pheye import resize, tile_boxes, to_rgb
-from .word_attention import answer, view_shares, word_attention
+from .word_attention import answer_with_attention, attention_by_word, view_shares
 
 DRAWN_WORDS = 60  # the JSON has them all
-
 
 # --- Weights of image tokens to pixels ---
 
@@ -31,14 +33,14 @@ def heat_maps(weights: np.ndarray, tiles_per_side: int, patches_per_side: int) -
 
 
 def to_pixels(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map of the whole picture, which views show stretched to a square, at the picture's `size` (width, height).
+    """A map of the whole image, which views show stretched to a square, at the image's `size` (width, height).
 
     Every pixel gets the value of the patch that its centre lies in; where patches are smaller than pixels, their mean.
     """
     return np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BOX))  # (height, width)
 
 
-# --- Pictures ---
+# --- Drawings ---
 
 
 def fit(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -47,10 +49,10 @@ def fit(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def draw_tiles(picture: Image.Image, tiles_per_side: int, side: int = 480) -> Image.Image:
-    """The picture, its crops outlined and numbered in the order in which the model reads them."""
-    width, height = fit(picture.size, side)
-    canvas = resize(picture, (width, height), Image.Resampling.BICUBIC)
+def draw_crops(image: Image.Image, tiles_per_side: int, side: int = 480) -> Image.Image:
+    """The image, its crops outlined and numbered in the order in which the model reads them."""
+    width, height = fit(image.size, side)
+    canvas = resize(image, (width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(canvas)
     for number, box in enumerate(tile_boxes(tiles_per_side, 1, 1), start=1):
         left, right = (x * width / tiles_per_side for x in box[::2])
@@ -60,25 +62,25 @@ def draw_tiles(picture: Image.Image, tiles_per_side: int, side: int = 480) -> Im
     return canvas
 
 
-def draw_heat(picture: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The picture in gray under colours from dark (no attention) to yellow (the most in `heat`)."""
-    heat = to_pixels(heat, picture.size)
+def draw_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """The image in gray under colours from dark (no attention) to yellow (the most in `heat`)."""
+    heat = to_pixels(heat, image.size)
     heat = heat / max(heat.max(), np.finfo(np.float32).tiny)
     stops = [0, 0.25, 0.5, 0.75, 1]
     channels = [[0, 90, 190, 245, 255], [0, 20, 55, 130, 255], [40, 110, 85, 10, 120]]
     colour = np.stack([np.interp(heat, stops, channel) for channel in channels], axis=-1)  # (height, width, 3)
-    gray = np.asarray(picture.convert("L"), np.float32)[..., None]
+    gray = np.asarray(image.convert("L"), np.float32)[..., None]
     return Image.fromarray(np.rint(0.4 * gray + 0.6 * colour).astype(np.uint8))
 
 
 class Page:
-    """The picture with its crops and the answer on top, then two heat maps per word, side by side."""
+    """The image with its crops and the answer on top, then two heat maps per word, side by side."""
 
     GAP, LABEL, WIDTH = 12, 22, 1200
 
-    def __init__(self, picture: Image.Image, tiles_per_side: int, prompt: str, answer_text: str, words: int):
-        self.thumbnail = resize(picture, fit(picture.size, 200), Image.Resampling.BICUBIC)
-        top = draw_tiles(picture, tiles_per_side, 400)
+    def __init__(self, image: Image.Image, tiles_per_side: int, prompt: str, answer_text: str, words: int):
+        self.thumbnail = resize(image, fit(image.size, 200), Image.Resampling.BICUBIC)
+        top = draw_crops(image, tiles_per_side, 400)
         lines = [*textwrap.wrap(prompt, 50), "", *textwrap.wrap(answer_text, 50)]
         drawn = min(words, DRAWN_WORDS)
         which = "Per word" if drawn == words else f"For the first {drawn} of {words} words"
@@ -111,30 +113,30 @@ def view_names(tiles_per_side: int) -> list[str]:
     return ["global", *(f"column {left + 1} row {top + 1}" for left, top, _, _ in boxes)]
 
 
-def explain(model, processor, picture: Image.Image, prompt: str, max_new_tokens: int = 30) -> tuple[Image.Image, dict]:
-    """The drawing for one picture and prompt, and the shares per view and block that go into the JSON.
+def explain(model, processor, image: Image.Image, prompt: str, max_new_tokens: int = 30) -> tuple[Image.Image, dict]:
+    """The drawing for one image and prompt, and the shares per view and block that go into the JSON.
 
-    An answer without words gives the picture with its crops alone, and no shares.
+    An answer without words gives the image with its crops alone, and no shares.
     """
     config = model.config
-    views, tiles = config.views_per_image, config.tiles_per_side
+    views, crops = config.views_per_image, config.tiles_per_side
     patches = config.vision_config.image_size // config.vision_config.patch_size
-    picture = to_rgb(picture)
-    found = answer(model, processor, picture, prompt, max_new_tokens)
-    page = Page(picture, tiles, prompt, found.text, len(found.words))
+    image = to_rgb(image)
+    answer = answer_with_attention(model, processor, image, prompt, max_new_tokens)
+    page = Page(image, crops, prompt, answer.text, len(answer.words))
     rows, total, tokens = [], 0, 0
-    for word, count, weights in word_attention(found):
+    for word, count, weights in attention_by_word(answer):
         shares = view_shares(weights, views)  # (L, V)
         mean = weights.mean(0)  # (N,)
-        heats = heat_maps(mean, tiles, patches)
+        heats = heat_maps(mean, crops, patches)
         page.add(word, float(shares[:, 0].mean()), heats)
         unplaced = round(max(0.0, 1 - float(heats[0].sum() + heats[1].sum())), 6)
         rows.append({"word": word, "tokens": count, **share_fields(shares), "unplaced": unplaced})
         total, tokens = total + count * shares, tokens + count
     return page.canvas, {
         "prompt": prompt,
-        "answer": found.text,
-        "views": view_names(tiles),
+        "answer": answer.text,
+        "views": view_names(crops),
         "layers": list(config.cross_attention_layers),
         "overall": {"tokens": tokens, **share_fields(total / tokens)} if tokens else None,
         "words": rows,

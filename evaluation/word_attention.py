@@ -1,6 +1,10 @@
-"""A model's answer with the attention of each word, and the mean share of the global view."""
+"""A model's answer with the attention of each word, and the mean share of the global view.
 
-import contextlib
+The attention of a word is that of the positions which predict its tokens, averaged over them and over the heads.
+
+Shapes: L blocks, T tokens of the answer, N image tokens, V views.
+"""
+
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +19,7 @@ from ..common.command import InputError
 from ..image_processing_pheye import load_image, to_rgb
 from .tertiles import TERTILES
 
-# So that memory does not grow with the answer:
-CHUNK = 16  # tokens in one forward pass
+TOKENS_PER_PASS = 16  # of the answer, so that memory does not grow with it
 
 
 def view_shares(weights: np.ndarray, views: int) -> np.ndarray:
@@ -57,36 +60,8 @@ def common_length(first: str, second: str) -> int:
     return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-@contextlib.contextmanager
-def recording(model) -> Iterator[list[torch.Tensor]]:
-    """Within, each forward pass of one row of text leaves here, block by block, weights (T, N): the mean over heads.
-
-    Only the blocks turn to eager attention, and no block's weights per head outlive its own forward pass.
-    """
-    records, handles = [], []
-
-    def ask(block, args: tuple) -> tuple:
-        return (*args[:3], True)
-
-    def take(block, args: tuple, output: tuple) -> tuple:
-        hidden_states, weights = output
-        records.append(weights[0].mean(0, dtype=torch.float32))  # (T, N)
-        return hidden_states, None
-
-    before = model.config._attn_implementation
-    model.set_attn_implementation({"": "eager"})
-    for block in model.pheye.cross_attention_blocks:
-        handles += [block.register_forward_pre_hook(ask), block.register_forward_hook(take)]
-    try:
-        yield records
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.set_attn_implementation({"": before})
-
-
 @dataclass
-class Answer:
+class AttendedAnswer:
     """An answer, its words with the places of their tokens, and the attention (L, N) of each token, one after another.
 
     The attention is computed while it is read, and can be read once.
@@ -98,26 +73,27 @@ class Answer:
 
 
 @torch.no_grad()
-def answer(model, processor, picture: Image.Image, prompt: str, max_new_tokens: int) -> Answer:
+def answer_with_attention(model, processor, image: Image.Image, prompt: str, max_new_tokens: int) -> AttendedAnswer:
     """The model's answer, greedy."""
     text = processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    inputs = processor(images=picture, text=text, return_tensors="pt").to(model.device)
-    image = model.get_image_features(inputs["pixel_values"].to(model.dtype)).last_hidden_state  # (1, N, D)
+    inputs = processor(images=image, text=text, return_tensors="pt").to(model.device, model.dtype)
+    image_inputs = {name: inputs[name] for name in processor.image_processor.model_input_names}
+    image_hidden_states = model.get_image_features(**image_inputs).last_hidden_state  # (1, N, D)
     prompt_ids = inputs["input_ids"]
     ids = model.generate(
         prompt_ids,
         attention_mask=inputs["attention_mask"],
-        image_hidden_states=image,
+        image_hidden_states=image_hidden_states,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         return_dict_in_generate=False,
     )[:, prompt_ids.shape[1] :]
     words = split_words(processor.tokenizer, ids[0].tolist())
-    return Answer(
+    return AttendedAnswer(
         processor.post_process_image_text_to_text(ids)[0].strip(),
         words,
-        token_attention(model, prompt_ids, image, ids),
+        token_attention(model, prompt_ids, image_hidden_states, ids),
     )
 
 
@@ -132,20 +108,24 @@ def token_attention(
     cache = DynamicCache(config=model.config.text_config)
     model(prompt_ids[:, :-1], image_hidden_states=image_hidden_states, cache=cache, use_cache=True, logits_to_keep=1)
     predicting = torch.cat([prompt_ids[:, -1:], answer_ids[:, :-1]], dim=1)  # (1, T)
-    for chunk in predicting.split(CHUNK, dim=1):
-        with recording(model) as records:
-            model(chunk, cache=cache, use_cache=True, logits_to_keep=1)
-        weights = torch.stack([record.cpu() for record in records], dim=1)  # (T, L, N)
-        weights /= weights.sum(-1, keepdim=True)  # rows of half precision do not quite add up
-        yield from weights.numpy()
+    for tokens in predicting.split(TOKENS_PER_PASS, dim=1):
+        yield from mean_over_heads(model, tokens, cache).numpy()
 
 
-def word_attention(found: Answer) -> Iterator[tuple[str, int, np.ndarray]]:
+def mean_over_heads(model, tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    """Attention (T, L, N) of some tokens (1, T) that go on behind the cache; no weights per head outlive this call."""
+    outputs = model(tokens, cache=cache, use_cache=True, logits_to_keep=1, output_cross_attentions=True)
+    blocks = [block[0].mean(0, dtype=torch.float32).cpu() for block in outputs.cross_attentions]  # (T, N) each
+    weights = torch.stack(blocks, dim=1)  # (T, L, N)
+    return weights / weights.sum(-1, keepdim=True)  # rows of half precision do not quite add up
+
+
+def attention_by_word(answer: AttendedAnswer) -> Iterator[tuple[str, int, np.ndarray]]:
     """Each word with the number of its tokens and their mean attention (L, N)."""
-    words = iter(found.words)
+    words = iter(answer.words)
     text, places = next(words, ("", []))
     total = 0
-    for place, weights in enumerate(found.attention):
+    for place, weights in enumerate(answer.attention):
         if place in places:
             total = total + weights
             if place == places[-1]:
@@ -160,7 +140,7 @@ def word_attention(found: Answer) -> Iterator[tuple[str, int, np.ndarray]]:
 def global_shares(model, processor, samples: Iterable[dict], max_new_tokens: int) -> dict:
     """Mean share of the global view per block and tertile; every sample counts the same, whatever its length.
 
-    `image` is a picture or a path. Samples whose image cannot be read, or whose answer has no words, are listed and
+    `image` is an image or its path. Samples whose image cannot be read, or whose answer has no words, are listed and
     left out.
     """
     views = model.config.views_per_image
@@ -168,10 +148,10 @@ def global_shares(model, processor, samples: Iterable[dict], max_new_tokens: int
     for sample in tqdm(samples, unit=" images"):
         try:
             image = sample["image"]
-            picture = to_rgb(image if isinstance(image, Image.Image) else load_image(image))
-            found = answer(model, processor, picture, sample["prompt"], max_new_tokens)
+            image = to_rgb(image if isinstance(image, Image.Image) else load_image(image))
+            answer = answer_with_attention(model, processor, image, sample["prompt"], max_new_tokens)
             total, tokens = 0, 0
-            for _, count, weights in word_attention(found):
+            for _, count, weights in attention_by_word(answer):
                 total, tokens = total + count * view_shares(weights, views)[:, 0], tokens + count
             if not tokens:
                 raise InputError("The answer has no words.")

@@ -11,9 +11,9 @@ from pheye.common.command import InputError
 from pheye.evaluation import word_attention
 from pheye.evaluation.attention import (
     main,
-    read_samples,
+    read_prompts,
 )
-from pheye.evaluation.word_attention import Answer
+from pheye.evaluation.word_attention import AttendedAnswer
 
 from tiny import tiny_image
 
@@ -43,14 +43,14 @@ def test_mean_share_of_the_global_view_per_block_and_tertile(monkeypatch, tmp_pa
     shares = np.random.default_rng(0).random((7, 3, 2))  # (samples, tokens, blocks)
     size, tokens = model.config.tokens_per_image, model.config.tokens_per_view
 
-    def fake_answer(model, processor, picture, prompt, max_new_tokens):
+    def fake_answer(model, processor, image, prompt, max_new_tokens):
         index = int(prompt.split()[1])
         if index == 6:
-            return Answer("", [], iter([]))
+            return AttendedAnswer("", [], iter([]))
         weights = shares[index][..., None] * one_hot(size, 2) + (1 - shares[index][..., None]) * one_hot(size, tokens)
-        return Answer("a b", [("a", [0]), ("b", [1, 2])], iter(weights))
+        return AttendedAnswer("a b", [("a", [0]), ("b", [1, 2])], iter(weights))
 
-    monkeypatch.setattr(word_attention, "answer", fake_answer)
+    monkeypatch.setattr(word_attention, "answer_with_attention", fake_answer)
     output = tmp_path / "figure" / "share.png"
     assert main(["--model", str(model_folder), "--data", str(path), "--output", str(output), "--device", "cpu"]) == 0
     result = json.loads(output.with_suffix(".json").read_text())
@@ -64,9 +64,9 @@ def test_mean_share_of_the_global_view_per_block_and_tertile(monkeypatch, tmp_pa
 
 
 def test_tertiles_may_be_given_or_left_out(tmp_path):
-    given = read_samples(samples_file(tmp_path, [{"tertile": "large"}, {"tertile": "small"}]))
+    given = read_prompts(samples_file(tmp_path, [{"tertile": "large"}, {"tertile": "small"}]))
     assert [sample["tertile"] for sample in given] == ["large", "small"]
-    plain = read_samples(samples_file(tmp_path, [{}]))
+    plain = read_prompts(samples_file(tmp_path, [{}]))
     assert plain[0]["tertile"] is None
     assert plain[0]["image"] == tmp_path / "0.png"
 
@@ -86,13 +86,13 @@ def test_tertiles_may_be_given_or_left_out(tmp_path):
 def test_samples_that_cannot_be_used_are_refused(tmp_path, rows, message):
     path = samples_file(tmp_path, rows)
     with pytest.raises(InputError, match=message):
-        read_samples(path)
+        read_prompts(path)
 
 
 # --- Command ---
 
 
-def test_command_draws_one_picture(tmp_path, model_folder, capsys):
+def test_command_draws_one_image(tmp_path, model_folder, capsys):
     tiny_image().save(tmp_path / "photo.jpg")
     output = tmp_path / "out" / "attention.png"
     arguments = ["--image", str(tmp_path / "photo.jpg"), "--prompt", "What is it?", "--max_new_tokens", "5"]

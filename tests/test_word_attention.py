@@ -6,18 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from pheye import modeling_pheye
+from pheye import blocks_pheye
 from pheye.evaluation import word_attention
 from pheye.evaluation.word_attention import (
-    Answer,
-    answer,
-    recording,
+    AttendedAnswer,
+    answer_with_attention,
+    attention_by_word,
     split_words,
     token_attention,
     view_shares,
-)
-from pheye.evaluation.word_attention import (
-    word_attention as by_word,
 )
 
 from tiny import END, tiny_image, tiny_model, tiny_tokenizer
@@ -71,8 +68,10 @@ def test_a_token_of_two_words_is_named_after_both():
 
 def test_attention_of_a_word_is_the_mean_over_its_tokens():
     weights = np.random.default_rng(0).random((6, 2, 5))
-    found = Answer("one two", [("one", [0, 1, 2]), ("two", [3, 4])], iter(weights))  # the last token ends the text
-    (one, count, first), (two, _, second) = by_word(found)
+    found = AttendedAnswer(
+        "one two", [("one", [0, 1, 2]), ("two", [3, 4])], iter(weights)
+    )  # the last token ends the text
+    (one, count, first), (two, _, second) = attention_by_word(found)
     assert (one, count, two) == ("one", 3, "two")
     assert first == pytest.approx(weights[:3].mean(0))
     assert second == pytest.approx(weights[3:5].mean(0))
@@ -83,7 +82,7 @@ def test_attention_of_a_word_is_the_mean_over_its_tokens():
 
 @pytest.mark.parametrize("chunk", [3, 16])
 def test_attention_is_that_of_the_positions_that_predict_the_answer(monkeypatch, model, processor, chunk):
-    monkeypatch.setattr(word_attention, "CHUNK", chunk)
+    monkeypatch.setattr(word_attention, "TOKENS_PER_PASS", chunk)
     prompt = processor.apply_chat_template([{"role": "user", "content": "What?"}], add_generation_prompt=True)
     inputs = processor(images=tiny_image(), text=prompt, return_tensors="pt")
     ids = torch.randint(1, 257, (1, 10), generator=torch.Generator().manual_seed(1))
@@ -109,27 +108,38 @@ def test_the_answer_is_that_of_generate(model, processor):
     inputs = processor(images=tiny_image(), text=prompt, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     expected = processor.post_process_image_text_to_text(ids)[0].strip()
-    found = answer(model, processor, tiny_image(), "What?", 8)
+    found = answer_with_attention(model, processor, tiny_image(), "What?", 8)
     assert found.text == expected
     assert " ".join(word for word, _ in found.words) == " ".join(expected.split())
 
 
-def test_recording_leaves_the_model_as_it_was(model, processor):
+def test_nothing_on_the_model_changes_meanwhile(monkeypatch, model):
+    def state() -> list:
+        hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+        configs = (model.config, model.config.text_config, model.config.vision_config)
+        return [hooks, *(config._attn_implementation for config in configs)]
+
+    original, seen = blocks_pheye.eager_attention, []
+
+    def spy(*args, **kwargs):
+        seen.append(state())
+        return original(*args, **kwargs)
+
     model.set_attn_implementation("sdpa")
-    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
-    with pytest.raises(RuntimeError, match="stop"), recording(model):
-        assert model.config._attn_implementation == "eager"
-        assert model.config.text_config._attn_implementation == "sdpa"
-        assert model.config.vision_config._attn_implementation == "sdpa"
-        raise RuntimeError("stop")
-    assert model.config._attn_implementation == "sdpa"
-    assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    before = state()
+    monkeypatch.setattr(blocks_pheye, "eager_attention", spy)
+    ids = torch.randint(1, 257, (1, 5), generator=torch.Generator().manual_seed(1))
+    image = torch.randn(1, model.config.tokens_per_image, 32)
+    for _ in token_attention(model, torch.tensor([[5, 6, 7]]), image, ids):
+        assert state() == before
+    assert seen == [before] * len(model.config.cross_attention_layers)
+    assert "eager" not in before
 
 
-def test_no_weights_per_head_outlive_their_block_and_no_pass_is_longer_than_a_chunk(monkeypatch):
+def test_no_weights_per_head_outlive_their_pass_and_no_pass_is_longer_than_it_may_be(monkeypatch):
     model = tiny_model(cross_attention_interval=1)  # more blocks than heads, so that sizes tell what a tensor is
-    original, seen = modeling_pheye.eager_attention, []
-    monkeypatch.setattr(word_attention, "CHUNK", 4)
+    original, seen = blocks_pheye.eager_attention, []
+    monkeypatch.setattr(word_attention, "TOKENS_PER_PASS", 4)
 
     def spy(module, query, *args, **kwargs):
         heads, length = query.shape[1:3]
@@ -139,7 +149,10 @@ def test_no_weights_per_head_outlive_their_block_and_no_pass_is_longer_than_a_ch
 
     ids = torch.randint(1, 257, (1, 11), generator=torch.Generator().manual_seed(1))
     image = torch.randn(1, model.config.tokens_per_image, 32)
-    monkeypatch.setattr(modeling_pheye, "eager_attention", spy)
+    monkeypatch.setattr(blocks_pheye, "eager_attention", spy)
     for _ in token_attention(model, torch.tensor([[5, 6, 7]]), image, ids):
         pass
-    assert seen == [(length, 0) for length in (4, 4, 3) for _ in range(4)]
+    assert [length for length, _ in seen] == [4] * 8 + [3] * 4
+    kept = [count for _, count in seen]
+    assert kept[:4] == kept[4:8] == kept[8:]
+    assert kept[0] == 0 < kept[1]
