@@ -14,7 +14,7 @@ DEFAULT_MAX_NEW_TOKENS = 256
 SINGLE = (str, bytes, Image.Image, np.ndarray, torch.Tensor)
 
 
-class Stream(IterableDataset):
+class LazyImages(IterableDataset):
     """Images that are opened one by one, because the column of a dataset may not fit into memory at once."""
 
     def __init__(self, images: Iterable):
@@ -62,9 +62,9 @@ class PheyeImageToTextPipeline(Pipeline):
         if isinstance(images, list):
             return super().__call__(images, **kwargs) if images else []
         if isinstance(images, Sequence) and not isinstance(images, SINGLE):
-            return list(super().__call__(Stream(images), **kwargs))
+            return list(super().__call__(LazyImages(images), **kwargs))
         if isinstance(images, Iterable) and not isinstance(images, (*SINGLE, Dataset)):
-            return super().__call__(Stream(images), **kwargs)
+            return super().__call__(LazyImages(images), **kwargs)
         return super().__call__(images, **kwargs)
 
     def preprocess(self, image, prompt: str = CAPTION_INSTRUCTION) -> dict[str, torch.Tensor]:

@@ -9,6 +9,8 @@ import torch
 
 from tiny import tiny_model, tiny_processor
 
+pytest_plugins = ["answering_runs"]  # fixtures that two files share
+
 
 @pytest.fixture(scope="session")
 def model():

@@ -233,7 +233,7 @@ def test_dataset_without_the_column_split_or_kind(refused, dataset, tmp_path):
     assert "has no column 'name'" in refused(saved, "--image_column", "picture", "--id_column", "name")
     assert "leave the split val out" in refused(saved, "--split", "val")
     datasets.DatasetDict({"val": dataset}).save_to_disk(tmp_path / "splits")
-    assert "has no split 'train'; choose --split from val." in refused(tmp_path / "splits")
+    assert "has no split 'train'; choose the split from val." in refused(tmp_path / "splits")
     datasets.Dataset.from_dict({"image": [1, 2], "id": ["x", "x"]}).save_to_disk(tmp_path / "numbers")
     assert "it must hold images, paths, URLs or bytes" in refused(tmp_path / "numbers")
     datasets.Dataset.from_dict({"image": ["p", "q"], "id": ["x", "x"]}).save_to_disk(tmp_path / "twice")

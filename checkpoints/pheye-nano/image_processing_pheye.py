@@ -36,7 +36,7 @@ REDUCED_JPEG_GAP = 2  # a JPEG decoded at reduced scale keeps at least this many
 def resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
     """`image` stretched to `size` (width, height), horizontally first and then vertically.
 
-    Two one-axis calls, because Pillow 13 orders the passes of a single call by the picture's shape, and the order
+    Two one-axis calls, because Pillow 13 orders the passes of a single call by the image's shape, and the order
     moves pixels; in this order every Pillow gives what the published models were trained on.
     """
     width, height = size
@@ -69,12 +69,12 @@ def tile_image(
 
 
 def load_image(source: str | os.PathLike | bytes, least_side: int | None = None) -> Image.Image:
-    """Open a picture from a path, an http(s) URL, base64 text or encoded bytes; the first frame if it is animated.
+    """Open an image from a path, an http(s) URL, base64 text or encoded bytes; the first frame if it is animated.
 
     With `least_side`, a JPEG whose sides stay at least that long is decoded at 1/2, 1/4 or 1/8 of its scale.
 
     Raises:
-        ValueError: if there is no such file, or if it does not hold a whole picture that Pillow can read.
+        ValueError: if there is no such file, or if it does not hold a whole image that Pillow can read.
     """
     name = "the given bytes" if isinstance(source, bytes) else repr(str(source)[:200])
     is_text = isinstance(source, str) and not os.path.isfile(source) and not source.startswith(("http://", "https://"))
@@ -82,7 +82,7 @@ def load_image(source: str | os.PathLike | bytes, least_side: int | None = None)
         return _decode(_from_base64(source) if is_text else _read(source), least_side)
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{name} is too large: {error}. Reduce the picture, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+            f"{name} is too large: {error}. Reduce the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from error
     except FileNotFoundError as error:
         raise ValueError(f"{name} is no image: there is no such file.") from error
@@ -90,13 +90,13 @@ def load_image(source: str | os.PathLike | bytes, least_side: int | None = None)
         if is_text:
             raise ValueError(
                 f"{name} is no image: there is no such file, and it is neither a URL that starts with http:// or "
-                "https:// nor base64 text of a picture."
+                "https:// nor base64 text of an image."
             ) from error
         raise ValueError(f"{name} could not be read as an image: {error}. Check that the file is whole.") from error
 
 
 def _read(source: str | os.PathLike | bytes) -> str | os.PathLike | BytesIO:
-    """What `Image.open` can take: a path, or a buffer with the encoded picture."""
+    """What `Image.open` can take: a path, or a buffer with the encoded image."""
     if isinstance(source, bytes):
         return BytesIO(source)
     if isinstance(source, os.PathLike) or os.path.isfile(source):

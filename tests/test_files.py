@@ -1,0 +1,41 @@
+"""Files that appear whole or not at all, and records of runs."""
+
+import errno
+
+import pytest
+
+from pheye.common import files
+from pheye.common.command import InputError
+
+from answering_runs import names
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):
+    def chunks():
+        yield b"new" * 100_000
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(OSError, match="Free some space"):
+        files.write_atomically(tmp_path / "file", chunks())
+    assert names(tmp_path) == {"file"}
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_record_lets_the_same_settings_go_on_and_refuses_others(tmp_path):
+    record, output = tmp_path / "out" / "run.json", tmp_path / "out"
+    settings = {"model": tmp_path, "steps": 3, "shape": (1, 2)}  # as JSON has them: text, number, list
+    assert files.read_record(record, settings, output) is None
+    files.write_record(record, settings, finished=False)
+    assert files.read_record(record, settings, output)["finished"] is False
+    with pytest.raises(InputError, match=r"begun with other settings: steps was 3 and is now 4\. Use the same"):
+        files.read_record(record, {**settings, "steps": 4}, output)
+    with pytest.raises(InputError, match="seed was None and is now 1"):
+        files.read_record(record, {**settings, "seed": 1}, output)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings"'])
+def test_a_file_that_is_no_record_is_refused(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(InputError, match="is not a record of settings"):
+        files.read_record(tmp_path / "run.json", {}, tmp_path)
