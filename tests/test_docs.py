@@ -1,25 +1,83 @@
-"""Everything that the documentation shows is run as it stands there, on a tiny model."""
+"""What the documents show is run as it stands there, and what they name is there."""
 
+import contextlib
+import functools
+import importlib
+import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pheye import PheyeConfig
+from pheye.common.published import PUBLISHED
+from pheye.configuration_pheye import VARIANTS
+
 from hub_server import FakeHub
 from tiny import tiny_image
 
 ROOT = Path(__file__).parent.parent
+GUIDES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "nano/README.md", "checkpoints/pheye-nano/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+PAGES = [*GUIDES, ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks" / "results").glob("*.md"))]
+SUBCOMMANDS = {
+    "caption": "answering.caption",
+    "train": "training.train",
+    "evaluate": "evaluation.evaluate",
+    "attention": "evaluation.attention",
+    "detail": "evaluation.detail",
+    "convert": "convert_checkpoint",
+}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/usage.md"])
-def test_python_blocks_run(page, model_folder, tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def section(page: Path, heading: str) -> str:
+    """What stands under a heading of the second level."""
+    return re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", page.read_text(), re.DOTALL | re.MULTILINE)[1]
+
+
+# --- Python ---
+
+
+def test_first_block_of_the_readme_prints_what_the_readme_shows(tmp_path):
+    """From the root of a clone, without the package."""
+    code, shown = blocks(ROOT / "README.md", "python")[0], blocks(ROOT / "README.md", "text")[0]
+    assert len([line for line in code.splitlines() if line]) <= 6
+    code = f"import sys\nsys.modules['pheye'] = None\n{code}"
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout == shown
+
+
+@pytest.mark.parametrize(("page", "first"), [("README.md", 1), ("docs/usage.md", 0)])
+def test_python_blocks_run(page, first, model_folder, tmp_path):
+    """In order, as one script, on a tiny model."""
+    code = "\n".join(blocks(ROOT / page, "python")[first:])
+    assert code
+    for model in ("your-name/your-pheye", "pheye-x4-448"):
+        code = code.replace(f'"{model}"', repr(str(model_folder)))
     script = tmp_path / "blocks.py"
-    script.write_text("\n".join(blocks).replace("your-name/your-pheye", str(model_folder)))
+    script.write_text(code)
     for name in ("photo.jpg", "page.png"):
         tiny_image().save(tmp_path / name)
     with FakeHub() as hub:
@@ -28,7 +86,7 @@ def test_python_blocks_run(page, model_folder, tmp_path):
             [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         assert result.returncode == 0, result.stderr[-3000:]
-        if "push_to_hub" in script.read_text():
+        if "push_to_hub" in code:
             assert "your-name/my-pheye" in hub.repos
 
 
@@ -43,14 +101,163 @@ def test_demo_answers_and_draws_where_it_looks(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == pictures
 
 
-def test_makefile_has_every_target_that_the_readme_names():
+# --- Commands ---
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The lines of a page's shell blocks that run something of ours, word by word."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if is_ours(words := shlex.split(line, comments=True))]
+
+
+def is_ours(words: list[str]) -> bool:
+    return words[:1] == ["pheye"] or any(re.match(r"pheye\.|(examples|benchmarks)/", word) for word in words)
+
+
+def module_and_options(words: list[str]) -> tuple[str, list[str]]:
+    """What a command runs, as `pheye NAME`, by `python -m`, by `accelerate launch ... -m` or as a script."""
+    if words[0] == "pheye":
+        return SUBCOMMANDS[words[1]], words[2:]
+    place = next(index for index, word in enumerate(words) if re.match(r"pheye\.|(examples|benchmarks)/", word))
+    assert words[0].startswith("python") or words[:2] == ["accelerate", "launch"], words
+    assert (words[place - 1] == "-m") == words[place].startswith("pheye."), words
+    return words[place].removeprefix("pheye.").removesuffix(".py").replace("/", "."), words[place + 1 :]
+
+
+@functools.cache
+def options_of(module: str) -> set[str]:
+    """The options that a command knows: those of its help, or else those that its source names."""
+    parse = getattr(importlib.import_module(f"pheye.{module}"), "parse", None)
+    if parse is None:
+        return set(re.findall(r'"(--\w+)"', (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()))
+    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
+        parse(["--help"])
+    return set(re.findall(r"--\w+", shown.getvalue()))
+
+
+ALL_COMMANDS = [
+    pytest.param(words, id=f"{name_of(page)}: {' '.join(words)[:60]}") for page in GUIDES for words in commands(page)
+]
+
+
+@pytest.mark.parametrize("words", ALL_COMMANDS)
+def test_commands_are_understood_by_their_own_parsers(words):
+    module, options = module_and_options(words)
+    assert not [word for word in options if re.match("--[a-z]+-", word)], "options are written with underscores"
+    imported = importlib.import_module(f"pheye.{module}")
+    if hasattr(imported, "parse"):
+        assert imported.parse(options)
+    else:
+        assert {word for word in options if word.startswith("--")} <= options_of(module)
+
+
+def test_every_subcommand_is_shown():
+    shown = {words[1] for page in GUIDES for words in commands(page) if words[0] == "pheye"}
+    assert shown == set(SUBCOMMANDS)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_in_sentences_exist(page):
+    spans = re.findall(r"`([^`]+)`", prose(page))
+    for span in spans:
+        words = span.split()
+        if words[0] == "pheye" and len(words) > 1 and words[1].islower():
+            assert words[1] in SUBCOMMANDS, span
+        if words[:2] == ["python", "-m"] and words[2].islower():
+            module, options = module_and_options(words)
+            assert {word for word in options if word.startswith("--")} <= options_of(module), span
+        assert not [word for word in words if re.match("--[a-z]+-", word)], span
+
+
+@pytest.mark.once
+def test_makefile_has_every_target_that_the_documents_name():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"`?\bmake ([a-z-]+)", (ROOT / "README.md").read_text()))
-    assert named
-    assert named <= targets
+    for page in GUIDES:
+        assert set(re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), re.MULTILINE)) <= targets, page
+    named = set(re.findall(r"^\| `make ([a-z-]+)`", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
+    assert named == targets
 
 
-def test_links_lead_to_files():
-    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+# --- Tables and the tree of the README ---
+
+
+def table_rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.+\|$", text, re.M)]
+
+
+@pytest.mark.once
+def test_published_scores_are_those_of_the_papers_table():
+    _, _, *rows = table_rows(section(ROOT / "README.md", "Use a published model"))
+    rows = rows[: next(index for index, row in enumerate(rows) if row[1].startswith("---") or row[0] == "page")]
+    columns = [PUBLISHED[name].scores for name in ("vqav2", "nocaps", "textvqa", "textcaps")]
+    models = list(dict.fromkeys(model for scores in columns for model in scores))
+    assert rows == [[model, *(str(scores.get(model, "-")) for scores in columns)] for model in models]
+    assert {f"Pheye-{variant}" for variant in VARIANTS} < set(models)
+
+
+@pytest.mark.once
+def test_published_scores_name_their_benchmark_split_and_metric():
+    [head, *_] = table_rows(section(ROOT / "README.md", "Use a published model"))
+    published = [PUBLISHED[name] for name in ("vqav2", "nocaps", "textvqa", "textcaps")]
+    assert head == ["model", *(f"{one.benchmark} ({one.split}), {one.metric}" for one in published)]
+
+
+@pytest.mark.once
+def test_sizes_of_the_published_models_are_those_of_their_configurations():
+    rows = {row[0]: row[1:] for row in table_rows(section(ROOT / "README.md", "What it costs"))}
+    assert rows[""] == list(VARIANTS)
+    configs = [PheyeConfig.from_variant(variant) for variant in VARIANTS]
+    assert rows["crops"] == [f"{config.tiles_per_side} x {config.tiles_per_side}" for config in configs]
+    assert rows["image tokens"] == [str(config.tokens_per_image) for config in configs]
+    assert rows["cross-attention blocks"] == [str(len(config.cross_attention_layers)) for config in configs]
+
+
+@pytest.mark.once
+def test_the_tree_is_that_of_the_repository():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no checkout of git")
+    [tree] = re.findall(r"^```text\n(.*?)^```", section(ROOT / "README.md", "Files"), re.DOTALL | re.MULTILINE)
+    named = {line.split()[0] for line in tree.splitlines()}
+    assert not [name for name in named if not (ROOT / name).exists()]
+    files = [Path(name) for name in listed.stdout.splitlines() if not name.startswith(".") and (ROOT / name).exists()]
+    rooms = {f"{file.parts[0]}/" for file in files if len(file.parts) > 1}
+    modules = {file.name for file in files if len(file.parts) == 1 and file.suffix == ".py"}
+    assert named == rooms | modules - {"__init__.py", "__main__.py", "setup.py"}
+
+
+# --- Links ---
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as GitHub writes them into addresses."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_and_headings(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+@pytest.mark.once
+def test_names_on_the_architecture_page_are_in_the_files_beside_them():
+    page = ROOT / "docs" / "architecture.md"
+    named, source = [], None
+    for row in table_rows(section(page, "The way of an image, from file to answer"))[2:]:
+        source = found[1] if (found := re.search(r"\((.+)\)", row[1])) else source  # or "the same"
+        named += [(name, source) for name in re.findall(r"`([\w.]+)`", row[2])]
+    named += re.findall(r"`([\w.]+)`(?:[^`\[]{0,20})\sin\s+\[[^\]]+\]\(([^)]+)\)", prose(page))
+    assert len(named) > 25
+    for name, source in named:
+        name = name.split(".")[-1]
+        assert re.search(rf"\b{name}\b", (page.parent / source).read_text()), (name, source)
