@@ -1,6 +1,6 @@
 """Published checkpoint (`config.json` and a pickled `checkpoint.pt`) to a folder that transformers loads.
 
-    python -m pheye.convert_checkpoint miguelcarv/Pheye-x4-448 pheye-x4-448
+    pheye convert miguelcarv/Pheye-x4-448 pheye-x4-448
 
 The pickle is mapped into memory and written shard by shard, without building the model, so that memory use stays far
 below the size of the weights. OUTPUT appears under its name only when it is whole.
@@ -10,10 +10,8 @@ checkpoint is being hashed and written in threads of their own. What it then fin
 """
 
 import argparse
-import contextlib
-import os
+import importlib.util
 import re
-import shutil
 import sys
 import threading
 from collections import Counter
@@ -21,20 +19,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-try:
-    import pheye  # noqa: F401
-except ModuleNotFoundError as error:
-    if error.name != "pheye":
-        raise
+if importlib.util.find_spec("pheye") is None:
     sys.exit("The package pheye is not installed; run `pip install .` in the folder of this script first.")
 
 import torch
 from huggingface_hub import HfApi
 
+from pheye.common.command import InputError, Parser, exit_status
+from pheye.common.files import appear_whole
 from pheye.conversion.card import write_card
-from pheye.conversion.reading import Conversion, find_source, make_conversion, read_checkpoint, sha256_of
+from pheye.conversion.reading import PARTS, Conversion, find_checkpoint, make_conversion, read_tensors, sha256_of
 from pheye.conversion.reference import Reference, draw_test_picture
-from pheye.conversion.rules import RULES, ConversionError, Plan
+from pheye.conversion.rules import RULES, Plan
 from pheye.conversion.writing import write_configs, write_processor, write_weights
 
 if TYPE_CHECKING:
@@ -61,39 +57,6 @@ class Background(threading.Thread):
         if self.error is not None:
             raise self.error
         return self.value
-
-
-@contextlib.contextmanager
-def appear_whole(output: Path, force: bool):
-    """A folder beside `output` that gets its name when the block is done, and is removed when the block fails.
-
-    What a killed run left behind is cleaned up first.
-    """
-    prefix, replaced = f".{output.name}.converting-", output.with_name(f".{output.name}.replaced")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if replaced.exists() and not output.exists():
-        os.rename(replaced, output)  # that run was killed between the two renames below
-    for leftover in [replaced, *output.parent.iterdir()]:
-        if leftover == replaced or leftover.name.startswith(prefix):
-            shutil.rmtree(leftover, ignore_errors=True)
-    if output.exists() and not (force and output.is_dir()):
-        remedy = (
-            "give --force to replace it" if output.is_dir() else "it is no folder, so even --force leaves it alone"
-        )
-        raise ConversionError(f"{output} exists already; choose another OUTPUT, or {remedy}.")
-    folder = output.with_name(f"{prefix}{os.getpid()}")
-    folder.mkdir()
-    try:
-        yield folder
-        if output.exists():
-            os.rename(output, replaced)
-        os.rename(folder, output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if replaced.exists() and not output.exists():
-            os.rename(replaced, output)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def report(plan: Plan):
@@ -124,23 +87,23 @@ def convert(
     """Convert `source` to the folder `output`; see the command's help. `model` is the name that the card shows.
 
     Raises:
-        ConversionError: if the source is refused, with the reason. OSError: if reading or writing fails.
+        InputError: if the source is refused, with the reason. OSError: if reading or writing fails.
     """
     output = Path(output).resolve()
-    options = {"encoder": encoder, "decoder": decoder, "tokenizer": tokenizer}
-    for used in (source, *filter(None, options.values())):
+    parts = {"encoder": encoder, "decoder": decoder, "tokenizer": tokenizer}
+    replacements = {part: name for part, name in parts.items() if name}
+    for used in (source, *replacements.values()):
         if Path(used).resolve().is_relative_to(output):
-            raise ConversionError(f"{output} holds {used}, which the conversion reads; choose another OUTPUT.")
+            raise InputError(f"{output} holds {used}, which the conversion reads; choose another OUTPUT.")
     stored = None if dtype == "keep" else getattr(torch, dtype)
     with appear_whole(output, force) as folder:
-        found = find_source(source, options)
-        checkpoint = found.folder / "checkpoint.pt"
-        sha256 = Background(sha256_of, checkpoint)
-        tensors = read_checkpoint(checkpoint)
-        plan, stop = Plan(tensors, found.settings), threading.Event()
-        writing = Background(write_weights, folder, checkpoint, plan, stored, max_shard_size, stop)
+        checkpoint = find_checkpoint(source, replacements)
+        sha256 = Background(sha256_of, checkpoint.weights)
+        tensors = read_tensors(checkpoint.weights)
+        plan, stop = Plan(tensors, checkpoint.settings), threading.Event()
+        writing = Background(write_weights, folder, checkpoint.weights, plan, stored, max_shard_size, stop)
         try:
-            conversion = make_conversion(found, tensors, plan, options, stored)
+            conversion = make_conversion(checkpoint, tensors, plan, replacements, stored)
             processor = write_processor(folder, conversion)
             write_configs(folder, conversion.config, processor.tokenizer)
             writing.result()
@@ -162,10 +125,13 @@ def verify_folder(folder: Path, conversion: Conversion, processor: "PheyeProcess
     """Compare the converted model with the formulas applied to the source's own tensors, both in float32."""
     from pheye.modeling_pheye import PheyeForConditionalGeneration
 
-    config, source = conversion.config, conversion.source
+    config, checkpoint = conversion.config, conversion.checkpoint
     model = PheyeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    tensors = read_checkpoint(source.folder / "checkpoint.pt")
-    reference = Reference(tensors, source.settings, config.vision_config, config.text_config)
+    tensors = read_tensors(checkpoint.weights)
+    try:
+        reference = Reference(tensors, checkpoint.settings, config.vision_config, config.text_config)
+    except ValueError as error:  # another kind of encoder or decoder
+        raise InputError(f"{error} Leave --verify out to convert without a comparison.") from error
     image = draw_test_picture()
     conversation = [{"role": "user", "content": "Describe the image."}]
     text = processor.apply_chat_template(conversation, add_generation_prompt=True)
@@ -183,7 +149,7 @@ def verify_folder(folder: Path, conversion: Conversion, processor: "PheyeProcess
     exact = conversion.dtype is None or config.dtype == torch.float32
     if exact and not all(differences[name] <= bound for name, bound in BOUNDS.items()):
         bounds = ", ".join(f"{name} {bound:g}" for name, bound in BOUNDS.items())
-        raise ConversionError(
+        raise InputError(
             f"The converted model differs from the source: {listing}; rounding explains {bounds}. This is a fault of "
             "the converter; please report it."
         )
@@ -213,60 +179,53 @@ def size_in_bytes(text: str) -> int:
     return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="convert_checkpoint",
-        description="Turn a published Pheye checkpoint into a folder that transformers loads.",
+def convert_and_push(
+    source: str, output: str, *, push_to_hub: str | None, private: bool, revision: str | None, **options
+):
+    """Convert, and push where that is asked; the arguments are the command's options."""
+    try:
+        convert(source, output, model=push_to_hub, **options)
+    except (InputError, OSError) as error:
+        raise InputError(f"{error}\nNothing was written to {output}.") from error
+    print(f"Wrote {output}")
+    if push_to_hub:
+        try:
+            push(output, push_to_hub, private, revision)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{output} is whole, but pushing it failed: {error}") from error
+
+
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(
+        prog="pheye convert", description="Turn a published Pheye checkpoint into a folder that transformers loads."
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of a published checkpoint")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; it appears when it is whole")
-    for part in ("encoder", "decoder", "tokenizer"):
+    for part in PARTS:
         parser.add_argument(f"--{part}", help=f"folder or Hub id, in place of the {part} that config.json names")
     dtypes = ("keep", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="keep", help="of the weights (default: as in the source)")
-    parser.add_argument("--max-shard-size", type=size_in_bytes, default="2GB", help="of a weights file (default: 2GB)")
+    parser.add_argument("--max_shard_size", type=size_in_bytes, default="2GB", help="of a weights file (default: 2GB)")
     parser.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
     parser.add_argument(
-        "--verify", action="store_true", help="compare the model with a slow reference on a test picture"
+        "--verify", action="store_true", help="compare the model with a slow reference on a test image"
     )
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUTPUT to this Hub repo")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload OUTPUT to this Hub repo")
     parser.add_argument("--private", action="store_true", help="make that repo private if it is new")
     parser.add_argument("--revision", help="branch of that repo to push to (default: main)")
-    args = parser.parse_args(argv)
-    if not args.push_to_hub and (args.private or args.revision):
-        parser.error("--private and --revision say how to push; give --push-to-hub REPO too")
-    return args
+    options = vars(parser.parse_args(argv))
+    if not options["push_to_hub"] and (options["private"] or options["revision"]):
+        parser.error("--private and --revision say how to push; give --push_to_hub REPO too")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args = parse_arguments(argv)
-    try:
-        convert(
-            args.source,
-            args.output,
-            encoder=args.encoder,
-            decoder=args.decoder,
-            tokenizer=args.tokenizer,
-            dtype=args.dtype,
-            max_shard_size=args.max_shard_size,
-            force=args.force,
-            verify=args.verify,
-            model=args.push_to_hub,
-        )
-    except (ConversionError, OSError) as error:
-        print(f"error: {error}\nNothing was written to {args.output}.", file=sys.stderr)
-        return 1
-    print(f"Wrote {args.output}")
-    if args.push_to_hub:
-        try:
-            push(args.output, args.push_to_hub, args.private, args.revision)
-        except (OSError, ValueError) as error:
-            print(f"error: {args.output} is whole, but pushing it failed: {error}", file=sys.stderr)
-            return 1
-    return 0
+    options = parse(argv)
+    sys.setswitchinterval(0.0005)  # or the writing thread waits 5 ms for every tensor while imports run
+    return exit_status(convert_and_push, **options)
 
 
 if __name__ == "__main__":
-    sys.setswitchinterval(0.0005)  # or the writing thread waits 5 ms for every tensor while imports run
     sys.exit(main())

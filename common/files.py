@@ -1,12 +1,16 @@
-"""Files that appear whole or not at all, and runs that go on with the same settings or are refused."""
+"""Files and folders that appear whole or not at all, and runs that go on with the same settings or are refused."""
 
+import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .command import InputError
+
+RUN_FILE = "run.json"  # in the folder of a run
 
 
 def explained(error: OSError, path: Path) -> OSError:
@@ -32,6 +36,42 @@ def write_atomically(path: Path, chunks: Iterable[bytes]):
         raise explained(error, path) from error
 
 
+@contextlib.contextmanager
+def appear_whole(output: Path, force: bool) -> Iterator[Path]:
+    """A folder beside `output` that gets its name when the block is done, and is removed when the block fails.
+
+    What a killed run left behind is cleaned up first.
+
+    Raises:
+        InputError: if `output` exists, unless it is a folder and `force` is set.
+    """
+    prefix, replaced = f".{output.name}.unfinished-", output.with_name(f".{output.name}.replaced")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if replaced.exists() and not output.exists():
+        os.rename(replaced, output)  # that run was killed between the two renames below
+    for leftover in [replaced, *output.parent.iterdir()]:
+        if leftover == replaced or leftover.name.startswith(prefix):
+            shutil.rmtree(leftover, ignore_errors=True)
+    if output.exists() and not (force and output.is_dir()):
+        remedy = (
+            "give --force to replace it" if output.is_dir() else "it is no folder, so even --force leaves it alone"
+        )
+        raise InputError(f"{output} exists already; choose another output, or {remedy}.")
+    folder = output.with_name(f"{prefix}{os.getpid()}")
+    folder.mkdir()
+    try:
+        yield folder
+        if output.exists():
+            os.rename(output, replaced)
+        os.rename(folder, output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if replaced.exists() and not output.exists():
+            os.rename(replaced, output)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def differences(old: dict, new: dict) -> str:
     """What differs between two sets of settings, in words; empty if nothing does."""
     new = json.loads(json.dumps(new, default=str))
@@ -47,9 +87,8 @@ def read_record(path: Path, settings: dict, output: Path) -> dict | None:
     """
     if not path.exists():
         return None
-    remedy = (
-        f"Use the same settings, choose another output, or remove {output} and what stands beside it under its name."
-    )
+    beside = "" if path.parent == output else " and what stands beside it under its name"
+    remedy = f"Use the same settings, choose another output, or remove {output}{beside}."
     try:
         record = json.loads(path.read_bytes())
         recorded = record["settings"]
@@ -57,6 +96,19 @@ def read_record(path: Path, settings: dict, output: Path) -> dict | None:
         raise InputError(f"{path} is not a record of settings. {remedy}") from error
     if changed := differences(recorded, settings):
         raise InputError(f"{output} was begun with other settings: {changed}. {remedy}")
+    return record
+
+
+def read_folder_record(output: Path, settings: dict) -> dict | None:
+    """What `write_record` wrote to `RUN_FILE` in the folder `output` when a run began there; None if the folder is
+    empty, or missing.
+
+    Raises:
+        InputError: if the folder holds something else, or a run with other settings.
+    """
+    record = read_record(output / RUN_FILE, settings, output)
+    if record is None and output.is_dir() and any(output.iterdir()):
+        raise InputError(f"{output} is not empty and holds no run of this command; choose another --output.")
     return record
 
 

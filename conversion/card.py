@@ -9,20 +9,12 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
+from ..common.published import PAPER_URL, PUBLISHED
 from .reading import Conversion
 
 if TYPE_CHECKING:
     from ..configuration_pheye import PheyeConfig
 
-# Table 1 of the paper.
-SCORES = ("VQAv2 test-dev accuracy", "NoCaps val CIDEr", "TextVQA val accuracy", "TextCaps test CIDEr")
-PUBLISHED_SCORES = {
-    "x4-448": (75.2, 110.1, 45.9, 106.4),
-    "x4-672": (75.5, 110.8, 49.2, 111.9),
-    "x2-448": (76.0, 111.8, 47.3, 108.9),
-    "x2-672": (76.4, 110.5, 50.5, 115.9),
-}
-PAPER = "https://arxiv.org/abs/2501.02584"
 PUBLISHED_SIZES = (2048, 24, 1280, 32)  # width and layers of language model and ViT
 
 CARD = """
@@ -48,7 +40,7 @@ commit: it holds for the code as for the weights.
 
 ## How it was made
 
-`pheye.convert_checkpoint` (pheye {version}) renamed and split the tensors of the published checkpoint; their values
+`pheye convert` (pheye {version}) renamed and split the tensors of the published checkpoint; their values
 {values}.
 
 | | |
@@ -83,7 +75,9 @@ def find_variant(config: "PheyeConfig") -> str | None:
 def describe_scores(config: "PheyeConfig", variant: str | None) -> str:
     if variant is None:
         return "The paper reports no model with these numbers."
-    rows = [("model", *SCORES), ("---",) * (1 + len(SCORES)), (f"Pheye-{variant}", *PUBLISHED_SCORES[variant])]
+    headings = [f"{published.benchmark} {published.split} {published.metric}" for published in PUBLISHED.values()]
+    scores = [published.of_variant(variant) for published in PUBLISHED.values()]
+    rows = [("model", *headings), ("---",) * (1 + len(headings)), (f"Pheye-{variant}", *scores)]
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
     text, vision = config.text_config, config.vision_config
     sizes = (text.hidden_size, text.num_hidden_layers, vision.hidden_size, vision.num_hidden_layers)
@@ -93,7 +87,7 @@ def describe_scores(config: "PheyeConfig", variant: str | None) -> str:
     return f"The paper reports, for the published model:\n\n{table}\n\n{note}"
 
 
-def describe_dtypes(conversion: "Conversion") -> str:
+def describe_dtypes(conversion: Conversion) -> str:
     """What is stored in which dtype, and what loading makes of it."""
     counts = Counter()
     for piece in conversion.plan.pieces.values():
@@ -116,22 +110,22 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def make_card_data(conversion: "Conversion", variant: str | None, title: str) -> ModelCardData:
+def make_card_data(conversion: Conversion, variant: str | None, title: str) -> ModelCardData:
     """The card's metadata; the scores are among them only for the published repo itself."""
     results = None
-    if variant is not None and conversion.source.name == f"miguelcarv/Pheye-{variant}":
+    if variant is not None and conversion.checkpoint.name == f"miguelcarv/Pheye-{variant}":
         results = [
             EvalResult(
                 task_type="image-text-to-text",
-                dataset_type=dataset.lower(),
-                dataset_name=dataset,
-                dataset_split=split,
-                metric_type=metric.lower(),
-                metric_value=value,
+                dataset_type=dataset,
+                dataset_name=published.benchmark,
+                dataset_split=published.split,
+                metric_type=published.metric.lower(),
+                metric_value=published.of_variant(variant),
                 source_name="Efficient Architectures for High Resolution Vision-Language Models",
-                source_url=PAPER,
+                source_url=PAPER_URL,
             )
-            for (dataset, split, metric), value in zip(map(str.split, SCORES), PUBLISHED_SCORES[variant], strict=True)
+            for dataset, published in PUBLISHED.items()
         ]
     base_models = [conversion.hub_ids[part] for part in ("encoder", "decoder") if conversion.hub_ids[part]]
     return ModelCardData(
@@ -147,22 +141,22 @@ def make_card_data(conversion: "Conversion", variant: str | None, title: str) ->
     )
 
 
-def write_card(folder: Path, model: str, conversion: "Conversion", sha256: str):
+def write_card(folder: Path, model: str, conversion: Conversion, sha256: str):
     """README.md; `model` is what the reader will load, a Hub id or a folder."""
-    source, config = conversion.source, conversion.config
+    config, name, revision = conversion.config, conversion.checkpoint.name, conversion.checkpoint.revision
     variant, title = find_variant(config), model.split("/")[-1]
-    on_hub = source.revision is not None
+    on_hub = revision is not None
     body = CARD.format(
         title=title,
-        paper=PAPER,
+        paper=PAPER_URL,
         pixels=config.tiles_per_side * config.vision_config.image_size,
         tiles=config.tiles_per_side,
-        source=f"[{source.name}](https://huggingface.co/{source.name})" if on_hub else f"the folder `{source.name}`",
+        source=f"[{name}](https://huggingface.co/{name})" if on_hub else f"the folder `{name}`",
         model=model,
         scores=describe_scores(config, variant),
         version=__version__,
         values="are untouched" if conversion.dtype is None else f"were cast to {dtype_name(config.dtype)}",
-        revision=f"`{source.revision}`" if on_hub else "unknown (a local folder)",
+        revision=f"`{revision}`" if on_hub else "unknown (a local folder)",
         sha256=sha256,
         encoder=conversion.hub_ids["encoder"] or "a local folder",
         decoder=conversion.hub_ids["decoder"] or "a local folder",

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 
-from .rules import MODEL, TILES_PER_SIDE, ConversionError, Plan
+from ..common.command import InputError
+from .rules import MODEL, TILES_PER_SIDE, Plan
 
 if TYPE_CHECKING:
     from ..configuration_pheye import PheyeConfig
 
-SETTINGS = ("encoder", "tokenizer", "decoder", "first_level", "level", "cross_interval", "from_layer", "reduce")
+PARTS = ("encoder", "decoder", "tokenizer")  # named in the published config.json
+SETTINGS = (*PARTS, "first_level", "level", "cross_interval", "from_layer", "reduce")
 CONFIG_FILES = ("config.json", "preprocessor_config.json")
 TOKENIZER_FILES = (
     "config.json",
@@ -32,57 +34,67 @@ TOKENIZER_FILES = (
 )
 
 
-class Source(NamedTuple):
+class Checkpoint(NamedTuple):
+    """A published repo, or a folder like one."""
+
     folder: Path
     settings: dict  # the published config.json
     name: str  # Hub id, or the folder's own name
     revision: str | None  # commit on the Hub
 
+    @property
+    def weights(self) -> Path:
+        return self.folder / "checkpoint.pt"
 
-def find_source(source: str, options: dict[str, str | None]) -> Source:
-    """A local folder, or what is needed of a Hub repo."""
+
+def find_checkpoint(source: str, replacements: dict[str, str]) -> Checkpoint:
+    """A local folder, or what is needed of a Hub repo.
+
+    replacements: folder or Hub id by part, in place of those that config.json names.
+    """
     folder, revision, name = Path(source), None, source
     if folder.is_dir():
         name = folder.resolve().name
     else:
         folder = download(source, ["config.json"], "SOURCE")
         revision = folder.name  # the cache names a snapshot by its commit
-    settings = read_settings(folder / "config.json", options)
+    settings = read_settings(folder / "config.json", replacements)
     if revision is not None:
         inside = [
             f"{settings[part]}/{file}"
-            for part in ("encoder", "decoder", "tokenizer")
-            if not options.get(part)
+            for part in PARTS
+            if part not in replacements
             for file in (*CONFIG_FILES, *TOKENIZER_FILES)
         ]
         folder = download(source, ["config.json", "checkpoint.pt", *inside], "SOURCE", revision)
-    if not (folder / "checkpoint.pt").is_file():
-        raise ConversionError(f"{source} has no checkpoint.pt; give a published Pheye repo, or a folder like one.")
-    return Source(folder, settings, name, revision)
+    checkpoint = Checkpoint(folder, settings, name, revision)
+    if not checkpoint.weights.is_file():
+        raise InputError(f"{source} has no checkpoint.pt; give a published Pheye repo, or a folder like one.")
+    return checkpoint
 
 
-def read_settings(path: Path, options: dict[str, str | None]) -> dict:
+def read_settings(path: Path, replacements: dict[str, str]) -> dict:
     """The published config.json, checked for what the conversion needs."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} could not be read as JSON: {error}.") from error
+        raise InputError(f"{path} could not be read as JSON: {error}.") from error
     missing = [name for name in SETTINGS if not isinstance(settings, dict) or name not in settings]
-    missing = [name for name in missing if not options.get(name)]
+    missing = [name for name in missing if name not in replacements]
     if missing:
-        raise ConversionError(f"{path} lacks {', '.join(missing)}; it is not the config.json of a published Pheye.")
-    for part in ("encoder", "decoder", "tokenizer"):
-        if not options.get(part) and not isinstance(settings[part], str):
-            raise ConversionError(f"{path} has {part} {settings[part]!r}, which is no name; give --{part}.")
+        raise InputError(f"{path} lacks {', '.join(missing)}; it is not the config.json of a published Pheye.")
+    for part in PARTS:
+        if part not in replacements and not isinstance(settings[part], str):
+            raise InputError(f"{path} has {part} {settings[part]!r}, which is no name; give --{part}.")
     for name, least in (("cross_interval", 1), ("from_layer", 0), ("reduce", 1)):
         if type(settings[name]) is not int or settings[name] < least:
-            raise ConversionError(f"{path} has {name} {settings[name]!r}, which is no integer of at least {least}.")
+            raise InputError(f"{path} has {name} {settings[name]!r}, which is no integer of at least {least}.")
     level = settings["level"]
     if isinstance(level, bool) or level not in TILES_PER_SIDE:
         reason = (
             "exists in the published code as a number only and cannot run there" if level in (1, 4) else "is unknown"
         )
-        raise ConversionError(
+        raise InputError(
             f"{path} has level {level!r}, which {reason}, so there is no model to reproduce; levels 2 (2 x 2 crops) "
             "and 3 (3 x 3 crops) can be converted."
         )
@@ -94,46 +106,46 @@ def download(repo: str, files: list[str], what: str, revision: str | None = None
     try:
         return Path(snapshot_download(repo, allow_patterns=files, revision=revision))
     except (OSError, ValueError) as error:  # requests, missing repos and malformed names
-        raise ConversionError(
-            f"{what} {repo!r} is neither a folder nor a Hub repo that can be read ({error})."
-        ) from error
+        raise InputError(f"{what} {repo!r} is neither a folder nor a Hub repo that can be read ({error}).") from error
 
 
-def find_part(source: Source, part: str, option: str | None, files: tuple[str, ...]) -> tuple[Path, str | None]:
+def find_part(
+    checkpoint: Checkpoint, part: str, replacement: str | None, files: tuple[str, ...]
+) -> tuple[Path, str | None]:
     """Folder of the `part` ("encoder", ...), fetched if need be, and its Hub id where it has one.
 
-    The name in config.json is taken as a folder beside it first, `option` as any folder.
+    The name in config.json is taken as a folder beside it first, `replacement` as any folder.
     """
-    if option:
-        folder, name = Path(option), option
+    if replacement:
+        folder, name = Path(replacement), replacement
     else:
-        name = source.settings[part]
-        folder = source.folder / name
+        name = checkpoint.settings[part]
+        folder = checkpoint.folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:  # a repo names no folder outside itself
             folder = None
     if folder is not None and folder.is_dir():
         # A folder given for a published name is that name's.
-        published = source.settings.get(part) if option else None
+        published = checkpoint.settings.get(part) if replacement else None
         return folder, published if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(published)) else None
-    return download(name, list(files), f"--{part}" if option else part), name
+    return download(name, list(files), f"--{part}" if replacement else part), name
 
 
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a pickled state dict, mapped into memory. Nothing in the file can run."""
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ConversionError(
+        raise InputError(
             f"{path} holds something other than tensors, which could run code when loaded, and is refused; nothing of "
             f"it was run. ({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError) as error:
-        raise ConversionError(
+        raise InputError(
             f"{path} is no whole checkpoint in torch's zip format: {str(error).splitlines()[0]}. Download it again; "
             "if it was saved by torch before 1.6, load it with weights_only=True and save it anew."
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise ConversionError(f"{path} holds no dict of named tensors, but a {type(tensors).__name__}.")
+        raise InputError(f"{path} holds no dict of named tensors, but a {type(tensors).__name__}.")
     return {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
 
 
@@ -171,14 +183,14 @@ def make_config(settings: dict, encoder: Path, decoder: Path, tensors: dict[str,
             architectures=["PheyeForConditionalGeneration"],
         )
     except (OSError, ValueError) as error:
-        raise ConversionError(f"The configs of encoder, decoder and checkpoint make no model: {error}") from error
+        raise InputError(f"The configs of encoder, decoder and checkpoint make no model: {error}") from error
 
 
 @dataclass
 class Conversion:
     """What is known about one run."""
 
-    source: Source
+    checkpoint: Checkpoint
     dtype: torch.dtype | None  # of all tensors; None keeps those of the source
     plan: Plan
     config: "PheyeConfig"
@@ -187,14 +199,14 @@ class Conversion:
 
 
 def make_conversion(
-    source: Source, tensors: dict, plan: Plan, options: dict[str, str | None], dtype: torch.dtype | None
+    checkpoint: Checkpoint, tensors: dict, plan: Plan, replacements: dict[str, str], dtype: torch.dtype | None
 ) -> Conversion:
     """Find the configs, and hold the plan against the model that they describe."""
     folders, hub_ids = {}, {}
     files = {"encoder": CONFIG_FILES, "decoder": CONFIG_FILES, "tokenizer": TOKENIZER_FILES}
     for part, names in files.items():
-        folders[part], hub_ids[part] = find_part(source, part, options.get(part), names)
-    config = make_config(source.settings, folders["encoder"], folders["decoder"], tensors)
+        folders[part], hub_ids[part] = find_part(checkpoint, part, replacements.get(part), names)
+    config = make_config(checkpoint.settings, folders["encoder"], folders["decoder"], tensors)
     plan.check(config)
     language_model = Counter()
     for name, piece in plan.pieces.items():
@@ -203,4 +215,4 @@ def make_conversion(
     for part in (config, config.vision_config, config.text_config):
         part.dtype = language_model.most_common(1)[0][0]
         part.name_or_path = ""  # a folder of this machine
-    return Conversion(source, dtype, plan, config, folders, hub_ids)
+    return Conversion(checkpoint, dtype, plan, config, folders, hub_ids)

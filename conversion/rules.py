@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..common.command import InputError
+
 if TYPE_CHECKING:
     from ..configuration_pheye import PheyeConfig
 
+# What a weight may be, and what safetensors files call it.
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-TILES_PER_SIDE = {2: 2, 3: 3}  # by level
-
-
-class ConversionError(ValueError):
-    """The source, or what was asked, cannot be converted; the message says what is wrong and what to do."""
+TILES_PER_SIDE = {2: 2, 3: 3}  # by the published level
 
 
 class SameAs(NamedTuple):
@@ -51,13 +50,13 @@ FIELDS = {
     "kind": r"(?P<kind>weight|bias)",
     "rest": r"(?P<rest>.+)",
 }
+
 VIT = "vision_encoder.vision_model.base_model.model."
 LEVEL = "vision_encoder.norm_lvl_"
 LM_LAYER = "lang_encoder.model.layers.{layer}.decoder_layer.{rest}"
 OLD_BLOCK = "lang_encoder.model.layers.{layer}.cross_attn_layer."
 MODEL = "pheye."
 BLOCK = MODEL + "cross_attention_blocks.{block}."
-
 
 # The first rule that fits a name decides.
 RULES = (
@@ -175,7 +174,7 @@ class Plan:
         """Hold the plan against the model.
 
         Raises:
-            ConversionError: with one line for each missing, extra or misshapen tensor, and each false copy.
+            InputError: with one line for each missing, extra or misshapen tensor, and each false copy.
         """
         shapes = target_shapes(config)
         names = Names(shapes, config)
@@ -193,7 +192,7 @@ class Plan:
             problems.setdefault(source, f"missing: {source} (for {target})")
         if problems:
             listing = "\n  ".join(sorted(problems.values()))
-            raise ConversionError(
+            raise InputError(
                 f"The checkpoint does not hold what its config.json describes; {len(problems)} of its tensors are "
                 f"wrong (check the encoder and decoder, and that the file is whole):\n  {listing}"
             )

@@ -10,22 +10,24 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from .reading import Conversion, read_checkpoint
-from .rules import SAFETENSORS_DTYPES, ConversionError, Plan
+from ..common.command import InputError
+from .reading import Conversion, read_tensors
+from .rules import SAFETENSORS_DTYPES, Plan
 
 if TYPE_CHECKING:
     from ..configuration_pheye import PheyeConfig
     from ..processing_pheye import PheyeProcessor
 
-CHUNK = 1 << 24  # elements written at a time; bounds the memory that a change of dtype takes
+ELEMENTS_AT_ONCE = 1 << 24  # in one write; bounds the memory that a change of dtype takes
 
 
 def write_weights(
-    folder: Path, checkpoint: Path, plan: Plan, dtype: torch.dtype | None, max_shard_size: int, stop: threading.Event
+    folder: Path, weights: Path, plan: Plan, dtype: torch.dtype | None, max_shard_size: int, stop: threading.Event
 ):
     """Write the model's tensors as safetensors shards, and the index that says which tensor is where.
 
-    dtype: of all tensors, None for each one's own. stop: when set, the writing ends and leaves what there is.
+    weights: the published checkpoint.pt. dtype: of all tensors, None for each one's own. stop: when set, the writing
+    ends and leaves what there is.
     """
     layout = {
         name: torch.empty(piece.shape, dtype=dtype or piece.dtype, device="meta")
@@ -34,9 +36,7 @@ def write_weights(
     shards = split_into_shards({name: tensor.nbytes for name, tensor in layout.items()}, max_shard_size)
     total = sum(tensor.nbytes for tensor in layout.values())
     if (free := shutil.disk_usage(folder).free) < total:
-        raise ConversionError(
-            f"The weights take {total:,} bytes, but the disk of OUTPUT has {free:,} left; make room."
-        )
+        raise InputError(f"The weights take {total:,} bytes, but the disk of OUTPUT has {free:,} left; make room.")
     weight_map, tensors = {}, {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights") as progress:
         for number, names in enumerate(shards, start=1):
@@ -44,7 +44,7 @@ def write_weights(
             weight_map.update(dict.fromkeys(names, file))
             # Mapped anew for each shard, so that the pages which the last one read are let go.
             tensors.clear()
-            tensors.update(read_checkpoint(checkpoint))
+            tensors.update(read_tensors(weights))
             for size in write_shard(folder / file, {name: layout[name] for name in names}, plan, tensors):
                 progress.update(size)
                 if stop.is_set():
@@ -89,8 +89,8 @@ def write_shard(
             piece = plan.pieces[name]
             values = tensors[piece.source] if piece.rows is None else tensors[piece.source][piece.rows]
             values = values.contiguous().reshape(-1)
-            for start in range(0, values.numel(), CHUNK):
-                chunk = cast(values[start : start + CHUNK], tensor.dtype, piece.source)
+            for start in range(0, values.numel(), ELEMENTS_AT_ONCE):
+                chunk = cast(values[start : start + ELEMENTS_AT_ONCE], tensor.dtype, piece.source)
                 write_all(file, chunk.view(torch.uint8).numpy())
                 yield chunk.nbytes
 
@@ -107,11 +107,11 @@ def cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         return values
     result = values.to(dtype)
     if not torch.equal(result.isfinite(), values.isfinite()):
-        raise ConversionError(f"{name} holds values beyond the range of {dtype}; choose another --dtype.")
+        raise InputError(f"{name} holds values beyond the range of {dtype}; choose another --dtype.")
     return result
 
 
-def write_processor(folder: Path, conversion: "Conversion") -> "PheyeProcessor":
+def write_processor(folder: Path, conversion: Conversion) -> "PheyeProcessor":
     """Tokenizer, chat template and image processor, with the encoder's own mean and std where it tells them."""
     from transformers import AutoTokenizer
 
@@ -128,7 +128,7 @@ def write_processor(folder: Path, conversion: "Conversion") -> "PheyeProcessor":
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConversionError(f"{tokenizer} holds no tokenizer that can be loaded: {error}") from error
+        raise InputError(f"{tokenizer} holds no tokenizer that can be loaded: {error}") from error
     processor = PheyeProcessor(PheyeImageProcessor(**options), tokenizer)
     processor.save_pretrained(folder)
     return processor
