@@ -184,13 +184,13 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def test_images_may_be_paths_bytes_or_pictures(tmp_path):
-    pictures = [tiny_image(seed) for seed in range(3)]
-    pictures[0].save(tmp_path / "a.png")
-    given = [str(tmp_path / "a.png"), png(pictures[1]), pictures[2]]
+def test_images_may_be_paths_bytes_or_opened(tmp_path):
+    opened = [tiny_image(seed) for seed in range(3)]
+    opened[0].save(tmp_path / "a.png")
+    given = [str(tmp_path / "a.png"), png(opened[1]), opened[2]]
     processor = tiny_processor()
     batch = PheyeCollator(processor)([sample(image=image) for image in given])
-    expected = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    expected = processor.image_processor(opened, return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"], expected) and batch["skipped"] == []
 
 
@@ -200,7 +200,7 @@ def broken_images(folder) -> dict:
     return {
         "missing": (str(folder / "missing.png"), "there is no such file"),
         "cut": (str(folder / "cut.png"), "could not be read as an image"),
-        "text": (b"no picture", "could not be read as an image"),
+        "text": (b"no image", "could not be read as an image"),
         "none": (None, "no image, or several"),
         "number": (3, "int"),
         "empty": (np.zeros((0, 4, 3), np.uint8), "empty"),

@@ -6,7 +6,7 @@ from PIL import Image
 
 from pheye import PheyeImageProcessor
 from pheye.image_processing_pheye import tile_image
-from pheye.training.inspection import show_samples, tiles
+from pheye.training.inspection import draw_views, show_samples
 
 from tiny import END, tiny_image, tiny_processor
 from toy_data import messages
@@ -18,22 +18,22 @@ def sample(name: str) -> dict:
 
 
 @pytest.mark.parametrize("tiles_per_side", [2, 3])
-def test_the_picture_shows_the_views_where_they_lie(tiles_per_side):
+def test_the_drawing_shows_the_views_where_they_lie(tiles_per_side):
     processor = PheyeImageProcessor(tiles_per_side=tiles_per_side, size={"height": 32, "width": 40})
     image = tiny_image(2)
-    picture = np.asarray(tiles(processor(image, return_tensors="pt")["pixel_values"][0], processor))
+    drawn = np.asarray(draw_views(processor(image, return_tensors="pt")["pixel_values"][0], processor))
     views = tile_image(image, tiles_per_side, (32, 40))
     places = [(0, 0)] + [(x + 1, y) for x in range(tiles_per_side) for y in range(tiles_per_side)]
-    shown = np.zeros(picture.shape[:2], bool)
+    shown = np.zeros(drawn.shape[:2], bool)
     for view, (column, row) in zip(views, places, strict=True):
         left, top = column * 44 + 4 * (column > 0), row * 36
-        assert np.array_equal(picture[top : top + 32, left : left + 40], view)
+        assert np.array_equal(drawn[top : top + 32, left : left + 40], view)
         shown[top : top + 32, left : left + 40] = True
-    assert (picture[~shown] == (255, 0, 255)).all()
-    assert picture.shape[:2] == (36 * tiles_per_side - 4, 44 * (tiles_per_side + 1))
+    assert (drawn[~shown] == (255, 0, 255)).all()
+    assert drawn.shape[:2] == (36 * tiles_per_side - 4, 44 * (tiles_per_side + 1))
 
 
-def test_inspection_marks_what_is_learnt_and_writes_a_picture_per_sample(tmp_path, capsys):
+def test_inspection_marks_what_is_learnt_and_writes_an_image_per_sample(tmp_path, capsys):
     samples = [sample(f"s{number}") for number in range(10)]
     samples[5]["image"] = str(tmp_path / "missing.png")
     show_samples(samples, tiny_processor(), tmp_path / "out", count=4)

@@ -28,7 +28,7 @@ def wrapped_classes() -> list[str]:
 
 
 def samples(rows: slice) -> dict[str, torch.Tensor]:
-    """Some of four pictures with questions; only answers are learnt."""
+    """Some of four images with questions; only answers are learnt."""
     processor = tiny_processor()
     processor.tokenizer.padding_side = "right"
     prompt = "What is it?"

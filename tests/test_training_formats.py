@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from pheye.training.formats import Source
-from pheye.training.mixture import Mixture, streamed
+from pheye.training.mixture import Mixture, Stream
 
 from toy_data import by_id, conversation, image_table, images, messages, mixture, png, with_images, write_json
 
@@ -108,8 +108,8 @@ FORMATS = {
         [{"role": "system", "content": "S"}, *messages(("What?", "A"))],
     ),
     "one answer": (
-        {"picture": images(0), "q": ["What?"], "a": ["A"]},
-        {"image_column": "picture", "question_column": "q", "answers_column": "a"},
+        {"photo": images(0), "q": ["What?"], "a": ["A"]},
+        {"image_column": "photo", "question_column": "q", "answers_column": "a"},
         messages(("What?", "A")),
     ),
     "list of answers": (
@@ -142,7 +142,7 @@ def test_each_format_of_tables_gives_the_same_messages(tmp_path, form, is_stream
     name = next(iter(columns))
     path = image_table(tmp_path, image_column=name, is_list=name == "images", **columns, unused=[1])
     source = Source(path, turns=None, streaming=is_stream, **fields)
-    [sample] = streamed([source], 0) if is_stream else Mixture([source], 0)
+    [sample] = Stream([source], 0) if is_stream else Mixture([source], 0)
     assert sample["messages"] == expected
     assert sample["image"] == png(0) and sample["source"] == "table"
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 
 from pheye.training.formats import Source
-from pheye.training.mixture import CAPTION_INSTRUCTIONS, Mixture, MixtureSampler, epoch_rows, read_mixture, streamed
+from pheye.training.mixture import CAPTION_INSTRUCTIONS, Mixture, MixtureSampler, Stream, epoch_rows, read_mixture
 
 from toy_data import (
     by_id,
@@ -277,22 +277,22 @@ def stream_source(folder, name: str, rows: int, **fields) -> Source:
 
 def test_a_stream_has_every_row_once_in_an_order_of_its_own_per_epoch(tmp_path):
     source = stream_source(tmp_path, "a", 12)
-    stream = streamed([source], 0)
+    stream = Stream([source], 0)
     first = list(stream)
-    assert list(stream) == list(streamed([source], 0)) == first
+    assert list(stream) == list(Stream([source], 0)) == first
     stream.set_epoch(1)
     second = list(stream)
     for epoch in (first, second):
         assert sorted(sample["id"] for sample in epoch) == sorted(f"a{row}" for row in range(12))
     assert [sample["id"] for sample in first] != [sample["id"] for sample in second]
     assert by_id(first) != by_id(second)  # other turns, too
-    assert list(streamed([source], 1)) != first
+    assert list(Stream([source], 1)) != first
     stream.set_epoch(0)
     assert list(stream) == first
 
 
 def test_workers_share_a_stream_and_change_none_of_its_samples(tmp_path):
-    stream = streamed([stream_source(tmp_path, "a", 12)], 0)
+    stream = Stream([stream_source(tmp_path, "a", 12)], 0)
     for epoch in range(2):
         stream.set_epoch(epoch)
         loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
@@ -301,7 +301,7 @@ def test_workers_share_a_stream_and_change_none_of_its_samples(tmp_path):
 
 def test_streams_are_interleaved_by_their_shares(tmp_path):
     sources = [stream_source(tmp_path, "a", 30, weight=3), stream_source(tmp_path, "b", 30, weight=1)]
-    drawn = Counter(sample["source"] for sample in streamed(sources, 0))
+    drawn = Counter(sample["source"] for sample in Stream(sources, 0))
     assert drawn["b"] >= 30 and 2 * drawn["b"] < drawn["a"] < 4.5 * drawn["b"]
 
 
@@ -309,12 +309,12 @@ def test_streams_do_not_mix_with_what_is_not_streamed(folder):
     stream = stream_source(folder, "a", 3)
     own = Source(write_json(folder, llava_rows(1)))
     with pytest.raises(ValueError, match="data is not streamed, so no data set may be"):
-        streamed([stream, own], 0)
+        Stream([stream, own], 0)
     with pytest.raises(ValueError, match="a is streamed, so every data set must be"):
         Mixture([stream, own], 0)
     with pytest.raises(ValueError, match="a JSON file cannot be"):
-        streamed([Source(own.path, streaming=True)], 0)
+        Stream([Source(own.path, streaming=True)], 0)
     with pytest.raises(ValueError, match="give all streamed sources `samples`, or none"):
-        streamed([stream, stream_source(folder, "b", 3, samples=2)], 0)
+        Stream([stream, stream_source(folder, "b", 3, samples=2)], 0)
     with pytest.raises(ValueError, match="no column 'q', but id, image, messages"):
-        streamed([stream_source(folder, "c", 3, question_column="q", answers_column="a")], 0)
+        Stream([stream_source(folder, "c", 3, question_column="q", answers_column="a")], 0)

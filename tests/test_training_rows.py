@@ -1,11 +1,12 @@
 """Rows of training data are found in files and tables wherever they lie, with their images."""
 
-import builtins
 import json
+import sys
 
 import datasets
 import pytest
 
+from pheye.common.command import InputError
 from pheye.training.rows import scan_json
 
 from toy_data import (
@@ -35,7 +36,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("chunk", [7, 8, 13, 50, 10**6])
 @pytest.mark.parametrize("form", ["compact", "indented", "lines", "lines and blanks", "byte order mark"])
 def test_rows_of_json_are_found_byte_for_byte(tmp_path, monkeypatch, chunk, form):
-    monkeypatch.setattr("pheye.training.rows.CHUNK", chunk)
+    monkeypatch.setattr("pheye.training.rows.CHUNK_BYTES", chunk)
     rows = [{"a": 'ö"]}[{\\', "b": [1, {"c": "\n,"}]}, {}, {"d": None, "é": "\u3000\U0001f441"}, {"e": -1.5e3}]
     dump = {"ensure_ascii": False}
     text = {
@@ -103,10 +104,10 @@ def test_images_in_tables_may_be_paths_or_bytes(folder):
     assert mixture(write_table(folder, "bytes", image=[png(3)], **rows))[0]["image"] == png(3)
 
 
-def test_a_broken_picture_is_not_opened_and_none_or_several_are_none(tmp_path):
-    pictures = [[{"bytes": b"broken", "path": None}], [], images(0, 1)]
+def test_a_broken_image_is_not_opened_and_none_or_several_are_none(tmp_path):
+    column = [[{"bytes": b"broken", "path": None}], [], images(0, 1)]
     path = image_table(
-        tmp_path, image_column="images", is_list=True, images=pictures, messages=[messages(("Q", "A"))] * 3
+        tmp_path, image_column="images", is_list=True, images=column, messages=[messages(("Q", "A"))] * 3
     )
     assert [sample["image"] for sample in by_id(mixture(path))] == [b"broken", None, None]
 
@@ -119,7 +120,7 @@ def test_tables_are_found_wherever_datasets_keeps_them(tmp_path, where):
     if where == "split":
         datasets.DatasetDict({"train": other, "val": table}).save_to_disk(path)
         fields = {"split": "val"}
-        with pytest.raises(ValueError, match="it has no split 'test', but train, val"):
+        with pytest.raises(ValueError, match="has no split 'test'; choose the split from train, val"):
             mixture(path, split="test")
     else:
         path.mkdir()
@@ -128,7 +129,7 @@ def test_tables_are_found_wherever_datasets_keeps_them(tmp_path, where):
     assert [sample["id"] for sample in mixture(path, **fields)] == ["x"]
 
 
-def test_tables_without_pictures_or_rows_are_refused(tmp_path):
+def test_tables_without_images_or_rows_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has neither a column `image` nor `images`, but messages"):
         mixture(write_table(tmp_path, "text", messages=[messages(("Q", "A"))]))
     none = datasets.load_from_disk(write_table(tmp_path, "x", image=["a"], messages=[messages(("Q", "A"))])).select([])
@@ -146,13 +147,6 @@ def test_what_does_not_exist_is_refused_by_its_name(tmp_path, name):
 
 
 def test_a_missing_package_is_named_with_the_way_to_install_it(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without_datasets(name, *args, **kwargs):
-        if name == "datasets":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_datasets)
-    with pytest.raises(ValueError, match=r'pip install "pheye\[train\]"'):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r'pip install "pheye\[train\]"'):
         mixture(tmp_path / "table")

@@ -34,7 +34,7 @@ def conversation(*turns: str, system: str = "") -> list[dict]:
     return [{"role": role, "content": content} for role, content in zip(roles, (system, *turns), strict=True)]
 
 
-# Each about the picture whose seed is its number, and what is to be learnt of it.
+# Each about the image whose seed is its number, and what is to be learnt of it.
 CONVERSATIONS = [
     conversation("What is it?", "A cat."),
     conversation("Who?", "Me, with a hat."),
@@ -45,7 +45,7 @@ LEARNT = [f" A cat.{END}", f" Me, with a hat.{END}", f" Two.{END} Yes, two.{END}
 
 
 def make_trainer(folder, model, rows: list[dict], max_steps: int = 1, peft_config=None, **options):
-    """One batch holds all rows, so that every step sees all of them; row n has picture n."""
+    """One batch holds all rows, so that every step sees all of them; row n has image n."""
     defaults = {
         "output_dir": str(folder / "run"),
         "per_device_train_batch_size": len(rows),
@@ -102,13 +102,13 @@ def train_and_watch(trainer) -> list[dict]:
 
 
 def check_batch(batch: dict, numbers: list[int]):
-    """Each row is the template's text of a conversation beside its own picture, labelled by the template's mask."""
+    """Each row is the template's text of a conversation beside its own image, labelled by the template's mask."""
     processor = tiny_processor()
-    pictures = processor(images=[tiny_image(n) for n in range(len(CONVERSATIONS))], return_tensors="pt").pixel_values
+    images = processor(images=[tiny_image(n) for n in range(len(CONVERSATIONS))], return_tensors="pt").pixel_values
     left = list(numbers)
     columns = [batch[name] for name in ("input_ids", "labels", "attention_mask", "pixel_values")]
     for ids, labels, attention, pixels in zip(*columns, strict=True):
-        number = next(n for n in left if torch.equal(pixels, pictures[n]))
+        number = next(n for n in left if torch.equal(pixels, images[n]))
         left.remove(number)
         template = processor.apply_chat_template(
             [CONVERSATIONS[number]],
@@ -126,7 +126,7 @@ def check_batch(batch: dict, numbers: list[int]):
     assert not left
 
 
-def text_and_picture(batch: dict) -> dict:
+def text_and_image(batch: dict) -> dict:
     return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
 
 
@@ -134,16 +134,16 @@ def text_and_picture(batch: dict) -> dict:
 
 
 @learns_assistant_only
-def test_the_model_gets_each_picture_and_labels_on_the_assistants_tokens_only(assistant_trainer):
+def test_the_model_gets_each_image_and_labels_on_the_assistants_tokens_only(assistant_trainer):
     (batch,) = train_and_watch(assistant_trainer(trainable_model()))
     check_batch(batch, [0, 1, 2, 3])
 
 
 @learns_assistant_only
-def test_trls_loss_is_the_models_own_and_depends_on_the_pictures(assistant_trainer):
+def test_trls_loss_is_the_models_own_and_depends_on_the_images(assistant_trainer):
     trainer = assistant_trainer(trainable_model())
     (batch,) = train_and_watch(trainer)
-    inputs = {**text_and_picture(batch), "labels": batch["labels"]}
+    inputs = {**text_and_image(batch), "labels": batch["labels"]}
     with torch.no_grad():
         own = trainable_model()(**inputs).loss.item()
         others = trainable_model()(**{**inputs, "pixel_values": inputs["pixel_values"].flip(0)}).loss.item()
@@ -165,7 +165,7 @@ def test_training_lowers_the_loss_and_changes_what_trains_only(assistant_trainer
 @learns_assistant_only
 def test_what_was_trained_is_saved_and_loads_to_the_same_logits(assistant_trainer, tmp_path):
     trainer = assistant_trainer(trainable_model(), max_steps=2)
-    inputs = text_and_picture(train_and_watch(trainer)[0])
+    inputs = text_and_image(train_and_watch(trainer)[0])
     trainer.save_model(tmp_path / "saved")
     model = PheyeForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_peft_config_trains_lora_on_the_language_model_only(assistant_trainer, t
     assert all("language_model" in name for name in changed)
     trainer.save_model(tmp_path / "adapter")
     reloaded = PeftModel.from_pretrained(tiny_model(lora_dropout=0.0), tmp_path / "adapter").eval()
-    inputs = text_and_picture(batch)
+    inputs = text_and_image(batch)
     with torch.no_grad():
         assert torch.equal(reloaded(**inputs).logits, trainer.model.eval()(**inputs).logits)
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..common.command import InputError
+
 IGNORED = -100  # the label of a token that is not learnt
 NO_IMAGE = "It has no image, or several; Pheye sees exactly one."
 
@@ -33,7 +35,7 @@ def continued(tokenizer, ids: list[int], text: str, longer_text: str) -> list[in
     `generate` is given ends in the middle of such a token.
     """
     if not longer_text.startswith(text):
-        raise ValueError("The processor's chat template changes what it made of earlier messages; use another.")
+        raise InputError("The processor's chat template changes what it made of earlier messages; use another.")
     longer = tokenizer(longer_text)["input_ids"]
     if longer[: len(ids)] == ids:
         return longer
@@ -41,9 +43,9 @@ def continued(tokenizer, ids: list[int], text: str, longer_text: str) -> list[in
 
 
 class PheyeCollator:
-    """Makes a batch of the samples of `training.data`: input_ids, attention_mask and labels (B, T), pixel_values
-    (B, V, 3, height, width), padded on the right; beside them `seen`, the number of samples, and `skipped`, a
-    list of {"id", "source", "error"}.
+    """Makes a batch of the samples of a `Mixture`: input_ids, attention_mask and labels (B, T), padded on the right,
+    and what the image processor gives for the images, by its names (pixel_values); beside them `seen`, the number of
+    samples, and `skipped`, a list of {"id", "source", "error"}.
 
     A sample whose image is missing or broken is skipped: it keeps its row, with a black image and without labels, so
     that batches have the same size in all processes and no other sample counts twice. If all are skipped, no label of
@@ -53,7 +55,7 @@ class PheyeCollator:
         max_length: tokens of a row; what exceeds it is cut off at the end.
 
     Raises:
-        ValueError: when called, if a sample has no answer or its answers are cut off whole; the message names it.
+        InputError: when called, if a sample has no answer or its answers are cut off whole; the message names it.
     """
 
     def __init__(self, processor, max_length: int | None = None):
@@ -62,7 +64,7 @@ class PheyeCollator:
 
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
         rows = [self.encode_sample(sample) for sample in samples]
-        pixel_values, errors = self.open_images([sample["image"] for sample in samples])
+        image_inputs, errors = self.open_images([sample["image"] for sample in samples])
         # On the right: positions count from the row's beginning in language models that learn them, too.
         padded = {"padding_side": "right", "return_tensors": "pt"}
         batch = self.processor.tokenizer.pad({"input_ids": [ids for ids, _ in rows]}, **padded)
@@ -74,7 +76,7 @@ class PheyeCollator:
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
             "labels": labels,
-            "pixel_values": pixel_values,
+            **image_inputs,
             "seen": len(samples),
             "skipped": [
                 {"id": sample["id"], "source": sample.get("source"), "error": error}
@@ -87,37 +89,40 @@ class PheyeCollator:
         """Ids and labels of a sample, cut to the length."""
         answers = [message["content"] for message in sample["messages"] if message["role"] == "assistant"]
         if not answers or not all(answer.strip() for answer in answers):
-            raise ValueError(f"{name_of(sample)} has no answer, or an empty one, so there is nothing to learn.")
+            raise InputError(f"{name_of(sample)} has no answer, or an empty one, so there is nothing to learn.")
         ids, labels = encode(self.processor, sample["messages"])
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         if all(label == IGNORED for label in labels):
-            raise ValueError(
+            raise InputError(
                 f"The answer of {name_of(sample)} is cut off whole: its prompt fills all of the {self.max_length} "
                 "tokens. Raise --max_length, or leave the sample out."
             )
         return ids, labels
 
-    def open_images(self, images: list) -> tuple[torch.Tensor, list[str | None]]:
-        """Pixels (B, V, 3, height, width), black for images that cannot be read, and what is wrong with each."""
+    def open_images(self, images: list) -> tuple[dict[str, torch.Tensor], list[str | None]]:
+        """The model's image inputs by name, those of a black image where one cannot be read, and what is wrong with
+        each image."""
         image_processor = self.processor.image_processor
+        names = image_processor.model_input_names
         if all(image is not None for image in images):
             try:
-                return image_processor(images, return_tensors="pt")["pixel_values"], [None] * len(images)
-            except (ValueError, OSError, TypeError):
+                opened = image_processor(images, return_tensors="pt")
+                return {name: opened[name] for name in names}, [None] * len(images)
+            except (ValueError, OSError, TypeError, RuntimeError):
                 pass  # one by one, then
-        pixels, errors = [], []
+        rows, errors = [], []
         for image in images:
             error = NO_IMAGE if image is None else None
             if error is None:
                 try:
                     opened = image_processor([image], return_tensors="pt")
-                except (ValueError, OSError, TypeError) as problem:
+                except (ValueError, OSError, TypeError, RuntimeError) as problem:
                     error = str(problem)
             if error is not None:
                 opened = image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")
-            pixels.append(opened["pixel_values"])
+            rows.append(opened)
             errors.append(error)
-        return torch.cat(pixels), errors
+        return {name: torch.cat([row[name] for row in rows]) for name in names}, errors
 
 
 def name_of(sample: dict) -> str:

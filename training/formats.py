@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ..common.command import InputError
+from ..common.tables import FILES, encoded
+
 JSON_SUFFIXES = (".json", ".jsonl")
-TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 TURNS_COLUMNS = ("conversations", "messages", "texts")
 IMAGE_COLUMNS = ("image", "images")
 REMOTE = ("http://", "https://", "data:")
@@ -20,19 +22,26 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 class Source:
     """One data set of a mixture.
 
-    path: a JSON or JSONL file; a folder that `save_to_disk` wrote; or what `load_dataset` takes: a folder, a table
-    file, a Hub id. `image_folder` is where relative image paths begin; for JSON, by default, the file's own folder.
-    `prompt` is appended to every question; with `caption`, one of ten instructions at random takes the question's
-    place. `turns` is the number of turns of a sample shown at a time, drawn at random; None for all. An epoch draws
-    `samples`, or `weight` times the size, or every row once, but of these no more than `most`; of streams, the first
-    that is given is a share of the mixture.
+    Args:
+        path: a JSON or JSONL file; a folder that `save_to_disk` wrote; or what `load_dataset` takes: a folder, a table
+            file, a Hub id.
+        image_folder: where relative image paths begin; for JSON, by default, the file's own folder.
+        split: by default "train", where there are splits.
+        prompt: appended to every question.
+        caption: whether one of ten instructions, drawn at random, takes the question's place.
+        turns: how many turns of a row are shown at a time, drawn at random; None for all.
+        samples: how many samples an epoch draws. By default, it draws every row once.
+        weight: how often an epoch draws every row, in the place of `samples`.
+        most: how many samples an epoch draws at most, unless `samples` is given.
+
+    A stream has no size: the first that is given of `samples`, `most` and `weight` is its share of the mixture.
     """
 
     path: str
     name: str = ""
     image_folder: str | None = None
     subset: str | None = None
-    split: str = "train"
+    split: str | None = None
     streaming: bool = False
     image_column: str | None = None
     question_column: str | None = None
@@ -47,18 +56,18 @@ class Source:
     def __post_init__(self):
         if not self.name:
             path = Path(self.path)
-            parts = [path.stem if is_json(self.path) or path.suffix in TABLES else path.name, self.subset]
+            parts = [path.stem if is_json(self.path) or path.suffix in FILES else path.name, self.subset]
             object.__setattr__(self, "name", "-".join(part for part in parts if part))
         if self.samples is not None and self.weight is not None:
-            raise ValueError(f"{self.name} has samples={self.samples} and weight={self.weight}; give one of them.")
+            raise InputError(f"{self.name} has samples={self.samples} and weight={self.weight}; give one of them.")
         for field, least in (("turns", 1), ("samples", 1), ("most", 1)):
             value = getattr(self, field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{self.name} has {field}={value!r}; it must be an integer of at least {least}.")
+                raise InputError(f"{self.name} has {field}={value!r}; it must be an integer of at least {least}.")
         if self.weight is not None and not self.weight > 0:
-            raise ValueError(f"{self.name} has weight={self.weight!r}; it must be greater than 0.")
+            raise InputError(f"{self.name} has weight={self.weight!r}; it must be greater than 0.")
         if self.question_column and not self.answers_column:
-            raise ValueError(f"{self.name} has a question_column but no answers_column; name both.")
+            raise InputError(f"{self.name} has a question_column but no answers_column; name both.")
 
 
 class Row(NamedTuple):
@@ -74,7 +83,7 @@ def is_json(path: str) -> bool:
     return Path(path).suffix.lower() in JSON_SUFFIXES
 
 
-# --- Formats: what a row holds ---
+# --- What a row holds ---
 
 
 class TurnsOf:
@@ -104,12 +113,12 @@ def find_turns(columns: list[str], source: Source) -> TurnsOf:
         wanted = [(option, column) for option, column in wanted if column]
         for option, column in wanted:
             if column not in columns:
-                raise ValueError(unknown_column(option, column, columns, source))
+                raise InputError(unknown_column(option, column, columns, source))
         return TurnsOf([column for _, column in wanted], source)
     for column in TURNS_COLUMNS:
         if column in columns:
             return TurnsOf([column], source)
-    raise ValueError(
+    raise InputError(
         f"{source.path} ({source.name}) has rows of {', '.join(columns) or 'nothing'}, but none of "
         f"{', '.join(TURNS_COLUMNS)}. Give the names of its columns with --image_column, --question_column and "
         "--answers_column, or bring it into LLaVA's format (docs/training.md)."
@@ -118,13 +127,13 @@ def find_turns(columns: list[str], source: Source) -> TurnsOf:
 
 def find_image_column(columns: list[str], source: Source) -> str:
     if source.image_column and source.image_column not in columns:
-        raise ValueError(unknown_column("image_column", source.image_column, columns, source))
+        raise InputError(unknown_column("image_column", source.image_column, columns, source))
     for column in (source.image_column,) if source.image_column else IMAGE_COLUMNS:
         if column in columns:
             return column
-    raise ValueError(
+    raise InputError(
         f"{source.path} ({source.name}) has neither a column `image` nor `images`, but {', '.join(columns)}; name the "
-        "one with the pictures with --image_column."
+        "one that holds the images with --image_column."
     )
 
 
@@ -184,7 +193,7 @@ def read_row(row: dict, number: int | str, turns_of: TurnsOf, source: Source) ->
     """A row of any format.
 
     Raises:
-        ValueError: if it has no answer, or is not as its format says; the message names it.
+        InputError: if it has no answer, or is not as its format says; the message names it.
     """
     row_id = str(number if row.get("id") is None else row["id"])
     try:
@@ -201,7 +210,7 @@ def read_row(row: dict, number: int | str, turns_of: TurnsOf, source: Source) ->
         if not source.caption and not source.prompt and not all(question for question, _ in turns):
             raise ValueError("it has an empty question; `prompt` or `caption` can stand in its place")
     except ValueError as error:
-        raise ValueError(f"Sample {row_id!r} of {source.name} cannot be used: {error}.") from error
+        raise InputError(f"Sample {row_id!r} of {source.name} cannot be used: {error}.") from error
     return Row(row_id, image_of(row, source), system, turns)
 
 
@@ -226,8 +235,7 @@ def image_of(row: dict, source: Source) -> str | bytes | None:
     image = next((row[column] for column in columns if row.get(column)), None)
     if isinstance(image, list):
         image = image[0] if len(image) == 1 else None
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
+    image = encoded(image)
     if not isinstance(image, str) or image.startswith(REMOTE):
         return image or None
     folder = source.image_folder

@@ -10,13 +10,13 @@ from PIL import Image
 
 from .collator import IGNORED, PheyeCollator
 
-GAP = 4  # pixels between the tiles of a picture
-PAPER = (255, 0, 255)
+GAP = 4  # pixels between views
+BACKGROUND = (255, 0, 255)
 LEARNT, END = ">>>", "<<<"
 
 
 def show_samples(samples: Iterable[dict], processor, out: str | Path, count: int = 5, max_length: int | None = None):
-    """Print `count` samples, what is learnt in marks, and write the views of each into `out` as one picture.
+    """Print `count` samples, what is learnt in marks, and write the views of each into `out` as one image.
 
     Of a data set with a length, samples at even distances are shown, so that each part of a mixture has its share.
     """
@@ -34,7 +34,7 @@ def show_samples(samples: Iterable[dict], processor, out: str | Path, count: int
             print(f"SKIPPED: {batch['skipped'][0]['error']}")
             continue
         views = batch["pixel_values"][0]
-        tiles(views, processor.image_processor).save(file)
+        draw_views(views, processor.image_processor).save(file)
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         learnt = int((labels != IGNORED).sum())
         print(marked_text(processor.tokenizer, ids, labels))
@@ -54,8 +54,8 @@ def learns(token: tuple[int, int]) -> bool:
     return token[1] != IGNORED
 
 
-def tiles(views: torch.Tensor, image_processor) -> Image.Image:
-    """One picture of the views (V, 3, height, width): the global one, and beside it the crops where they lie."""
+def draw_views(views: torch.Tensor, image_processor) -> Image.Image:
+    """One image of the views (V, 3, height, width): the global one, and beside it the crops where they lie."""
     mean, std = (
         torch.tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
     )
@@ -63,9 +63,9 @@ def tiles(views: torch.Tensor, image_processor) -> Image.Image:
     global_view, *crops = (Image.fromarray(view.numpy()) for view in pixels)
     width, height = global_view.size
     side = math.isqrt(len(crops))
-    picture = Image.new("RGB", ((side + 1) * (width + GAP), side * (height + GAP) - GAP), PAPER)
-    picture.paste(global_view, (0, 0))
+    drawn = Image.new("RGB", ((side + 1) * (width + GAP), side * (height + GAP) - GAP), BACKGROUND)
+    drawn.paste(global_view, (0, 0))
     for number, crop in enumerate(crops):
         column, row = divmod(number, side)
-        picture.paste(crop, ((column + 1) * (width + GAP) + GAP, row * (height + GAP)))
-    return picture
+        drawn.paste(crop, ((column + 1) * (width + GAP) + GAP, row * (height + GAP)))
+    return drawn

@@ -1,4 +1,4 @@
-"""Data sets for training: several formats read as one, and mixtures of them that can be drawn again from a seed.
+"""Mixtures of data sets that can be drawn again from a seed, and streams of them.
 
 A sample is a dict: `id` (text), `source` (name of its data set), `image` (path, URL or encoded bytes; None where the
 row has no image or several) and `messages` (an optional system message, then user and assistant in turns).
@@ -21,12 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .formats import TABLES, Row, Source, TurnsOf, image_of, is_json, read_row
-from .rows import open_rows, open_table, require_datasets
+from ..common.command import InputError, require
+from ..common.tables import FILES
+from ..processing_pheye import DESCRIPTION_INSTRUCTION
+from .formats import Row, Source, TurnsOf, image_of, is_json, read_row
+from .rows import columns_of, open_rows, open_table
 
-# For data whose questions are beside the point; the first is the one that detailed descriptions are evaluated with.
+# For data whose questions are beside the point; the first is the paper's.
 CAPTION_INSTRUCTIONS = (
-    "Generate a highly detailed description for the provided image using multiple sentences",
+    DESCRIPTION_INSTRUCTION,
     "Describe the image in detail.",
     "Write a thorough description of everything that can be seen in this image.",
     "What does this image show? Explain it in depth.",
@@ -37,9 +40,7 @@ CAPTION_INSTRUCTIONS = (
     "Put the contents of this image into words as completely as possible.",
     "Explain the scene in the image, with its details and how they relate to each other.",
 )
-
-
-STREAM_BUFFER = 1000  # rows that a stream is shuffled among; their pictures are held in memory
+STREAM_BUFFER = 1000  # rows that a stream is shuffled among; their images are held in memory
 MIXTURE_BYTES = 2**20  # a longer file is no mixture and is not parsed to find out
 
 
@@ -76,21 +77,21 @@ def load_mixture(path: str) -> list[dict] | None:
     if isinstance(entries, dict):
         entries = [{"name": name, **entry} for name, entry in entries.items()]
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f'"sources" of {path} must list at least one data set, each with a "path".')
+        raise InputError(f'"sources" of {path} must list at least one data set, each with a "path".')
     known = [field.name for field in fields(Source)]
     for entry in entries:
         unknown = sorted(entry.keys() - set(known)) if isinstance(entry, dict) else []
         if unknown:
-            raise ValueError(f"{path} has the unknown field {unknown[0]!r}; a source has {', '.join(known)}.")
+            raise InputError(f"{path} has the unknown field {unknown[0]!r}; a source has {', '.join(known)}.")
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-            raise ValueError(f'A source of {path} has no "path": {json.dumps(entry)[:200]}.')
+            raise InputError(f'A source of {path} has no "path": {json.dumps(entry)[:200]}.')
     return entries
 
 
 def resolved(entry: dict, mixture: Path) -> dict:
     """`entry` with its relative paths taken from the folder of `mixture`, unless they are Hub ids."""
     beside = mixture.parent / entry["path"]
-    looks_local = is_json(entry["path"]) or entry["path"].startswith(".") or Path(entry["path"]).suffix in TABLES
+    looks_local = is_json(entry["path"]) or entry["path"].startswith(".") or Path(entry["path"]).suffix in FILES
     if beside.exists() or looks_local:
         entry = {**entry, "path": str(beside)}
     if entry.get("image_folder") is not None:
@@ -100,10 +101,10 @@ def resolved(entry: dict, mixture: Path) -> dict:
 
 def check_names(sources: list[Source]):
     if not sources:
-        raise ValueError("There are no data; give at least one data set.")
+        raise InputError("There are no data; give at least one data set.")
     name, times = Counter(source.name for source in sources).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{times} data sets are called {name!r}; give each a `name` of its own in a mixture file.")
+        raise InputError(f"{times} data sets are called {name!r}; give each a `name` of its own in a mixture file.")
 
 
 # --- Choosing at random ---
@@ -219,11 +220,11 @@ class Stream(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, sources: list[Source], seed: int):
-        datasets = require_datasets()
+        datasets = require("datasets", "train")
         check_names(sources)
         for source in sources:
             if not source.streaming or is_json(source.path):
-                raise ValueError(f"{source.name} is not streamed, so no data set may be; a JSON file cannot be.")
+                raise InputError(f"{source.name} is not streamed, so no data set may be; a JSON file cannot be.")
         self.sources, self.seed = sources, seed
         shares = stream_shares(sources)
         streams = [open_stream(source, number) for number, source in enumerate(sources)]
@@ -250,20 +251,19 @@ def stream_shares(sources: list[Source]) -> list[float]:
     counts = [source.samples or source.most for source in sources]
     by_samples = [count is not None for count in counts]
     if any(by_samples) and not all(by_samples):
-        raise ValueError("The size of a stream is unknown: give all streamed sources `samples`, or none of them.")
+        raise InputError("The size of a stream is unknown: give all streamed sources `samples`, or none of them.")
     parts = [count or source.weight or 1 for count, source in zip(counts, sources, strict=True)]
     return [part / sum(parts) for part in parts]
 
 
 def open_stream(source: Source, number: int):
     """The rows of a source in a form that is the same for all formats, so that streams can be interleaved."""
-    datasets = require_datasets()
+    datasets = require("datasets", "train")
     table, turns_of = open_table(source)
     features = {name: datasets.Value(kind) for name, kind in
                 {"source": "int32", "text": "string", "path": "string", "bytes": "binary"}.items()}  # fmt: skip
     read = functools.partial(pack_row, source=source, turns_of=turns_of, number=number)
-    columns = table.column_names or list(next(iter(table), {}))
-    return table.map(read, remove_columns=columns, features=datasets.Features(features))
+    return table.map(read, remove_columns=columns_of(table), features=datasets.Features(features))
 
 
 def pack_row(row: dict, source: Source, turns_of: TurnsOf, number: int) -> dict:
@@ -275,8 +275,3 @@ def pack_row(row: dict, source: Source, turns_of: TurnsOf, number: int) -> dict:
         "path": row.image if isinstance(row.image, str) else None,
         "bytes": row.image if isinstance(row.image, bytes) else None,
     }
-
-
-def streamed(sources: list[Source], seed: int) -> Stream:
-    """A data set to iterate over, of sources that are all streamed."""
-    return Stream(sources, seed)

@@ -4,10 +4,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import transformers
-
-import pheye
+from ..common.machine import versions
+from .formats import Source
 
 
 def plot_log(history: list[dict], path: str | os.PathLike):
@@ -28,14 +26,20 @@ def plot_log(history: list[dict], path: str | os.PathLike):
     figure.savefig(path, dpi=120)
 
 
-def write_model_card(path: Path, trainer, args, sources, trained_file: str | None):
-    """README.md of a trained model: what it began with, data, arguments, versions and the last loss."""
+def write_model_card(
+    path: Path, trainer, base: str, stage: str | None, sources: list[Source], trained_file: str | None
+):
+    """README.md of a trained model: what it began with, data, arguments, versions and the last loss.
+
+    Args:
+        base: the model that the run began with.
+        trained_file: the one file of weights, if only what was trained is written.
+    """
     training = trainer.args
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    base = "" if Path(args.model).exists() else f"base_model: {args.model}\n"
     size = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else "streamed"
     options = {
-        "stage": args.stage or "none",
+        "stage": stage or "none",
         "samples in an epoch": size,
         "steps": trainer.state.global_step,
         "effective batch": training.effective_batch_size,
@@ -46,8 +50,9 @@ def write_model_card(path: Path, trainer, args, sources, trained_file: str | Non
         "last logged loss": f"{losses[-1]:.4f}" if losses else "none",
     }
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
-    lines += [*base.splitlines(), "tags:", "- pheye", "---", "", f"# {Path(training.output_dir).resolve().name}", ""]
-    lines += [f"A Pheye, trained from `{args.model}` by `python -m pheye.training.train`.", ""]
+    lines += [] if Path(base).exists() else [f"base_model: {base}"]
+    lines += ["tags:", "- pheye", "---", "", f"# {Path(training.output_dir).resolve().name}", ""]
+    lines += [f"A Pheye, trained from `{base}` by `pheye train`.", ""]
     if trained_file:
         lines += [
             f"`{trained_file}` holds only what was trained; `load_trained(model, folder)` of pheye.training.trained "
@@ -61,6 +66,6 @@ def write_model_card(path: Path, trainer, args, sources, trained_file: str | Non
         turns = "all" if source["turns"] is None else source["turns"]
         prompt = "one of ten caption instructions" if source["caption"] else source["prompt"] or "-"
         lines.append(f"| {source['name']} | {source['path']} | {prompt} | {turns} |")
-    versions = f"pheye {pheye.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    lines += ["", "## Versions", "", versions, ""]
+    made_with = ", ".join(f"{package} {version}" for package, version in versions().items())
+    lines += ["", "## Versions", "", made_with, ""]
     path.write_text("\n".join(lines))

@@ -5,13 +5,9 @@ A stage may be run on the paper's data, each set under its name here, or on own 
 
 from dataclasses import dataclass, replace
 
+from ..common.command import InputError
+from ..processing_pheye import CAPTION_WITH_TEXT_INSTRUCTION, LETTER_INSTRUCTION, ONE_WORD_INSTRUCTION
 from .formats import Source
-
-ONE_WORD = "Answer the question using a single word or phrase"
-LETTER = "Answer with the option's letter from the given choices directly."
-CAPTION_WITH_TEXT = (
-    "Generate a one-sentence caption for the provided image, incorporating textual elements visible in the image."
-)
 
 
 @dataclass(frozen=True)
@@ -52,14 +48,14 @@ STAGES = {
             {
                 "llava": StageSource(158_000),
                 "llavar": StageSource(20_000),
-                "vqav2": StageSource(166_000, ONE_WORD),
-                "gqa": StageSource(144_000, ONE_WORD),
-                "ok-vqa": StageSource(9_000, ONE_WORD),
-                "ocr-vqa": StageSource(80_000, ONE_WORD),
-                "textvqa": StageSource(35_000, ONE_WORD),
-                "st-vqa": StageSource(26_000, ONE_WORD),
-                "a-okvqa": StageSource(17_000, LETTER),
-                "textcaps": StageSource(22_000, CAPTION_WITH_TEXT),
+                "vqav2": StageSource(166_000, ONE_WORD_INSTRUCTION),
+                "gqa": StageSource(144_000, ONE_WORD_INSTRUCTION),
+                "ok-vqa": StageSource(9_000, ONE_WORD_INSTRUCTION),
+                "ocr-vqa": StageSource(80_000, ONE_WORD_INSTRUCTION),
+                "textvqa": StageSource(35_000, ONE_WORD_INSTRUCTION),
+                "st-vqa": StageSource(26_000, ONE_WORD_INSTRUCTION),
+                "a-okvqa": StageSource(17_000, LETTER_INSTRUCTION),
+                "textcaps": StageSource(22_000, CAPTION_WITH_TEXT_INSTRUCTION),
             },
         ),
     )
@@ -72,13 +68,13 @@ def stage_sources(stage: Stage, sources: list[Source]) -> list[Source]:
     A field counts as left out where it has its default value.
 
     Raises:
-        ValueError: if some of the stage's data sets are among the sources, but not all.
+        InputError: if some of the stage's data sets are among the sources, but not all.
     """
     given = {source.name for source in sources}
     missing = {name: record for name, record in stage.sources.items() if name not in given}
     if missing and len(missing) < len(stage.sources):
         listed = ", ".join(f"{name} ({size_of(record, stage)})" for name, record in missing.items())
-        raise ValueError(
+        raise InputError(
             f"Of the data of stage {stage.name!r}, these are missing: {listed}. Add them to the mixture file under "
             "these names, or give the sets that you have names of your own, to train on them as they are."
         )

@@ -11,13 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pheye import PheyeForConditionalGeneration
+from ..common.command import InputError
+from ..modeling_pheye import PheyeForConditionalGeneration
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
 
 # The paper's choice (spec section 8): all that stands between the two pretrained models.
-PAPER = r"pheye\.(cross_attention_blocks|global_lora|local_lora|view_encoding)\."
+PAPER_PATTERN = r"pheye\.(cross_attention_blocks|global_lora|local_lora|view_encoding)\."
 
 # The published code's choice for further fine-tuning: all linears of the language model's layers, and only there.
 LANGUAGE_MODEL_LORA = r"pheye\.language_model\..*\.(q_proj|k_proj|v_proj|dense|fc1|fc2)"
@@ -38,12 +39,15 @@ def add_language_model_lora(
     `merge_and_unload()` of what is returned adds the updates to the weights and takes LoRA away again.
 
     Raises:
-        ValueError: if no linear matches.
+        InputError: if no linear matches.
     """  # fmt: skip
     from peft import LoraConfig, LoraModel
 
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target)
-    return LoraModel(model, {LORA_NAME: config}, LORA_NAME)
+    try:
+        return LoraModel(model, {LORA_NAME: config}, LORA_NAME)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def choose_trained(
@@ -56,17 +60,17 @@ def choose_trained(
         the names of what trains.
 
     Raises:
-        ValueError: for a pattern that is no regular expression or matches nothing, or if nothing is left to train.
+        InputError: for a pattern that is no regular expression or matches nothing, or if nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in (*(train or ()), *(freeze or ())):
         try:
             matches = any(re.search(pattern, name) for name in names)
         except re.error as error:
-            raise ValueError(f"The pattern {pattern!r} is no regular expression: {error}.") from error
+            raise InputError(f"The pattern {pattern!r} is no regular expression: {error}.") from error
         if not matches:
-            raise ValueError(f"The pattern {pattern!r} matches no parameter; a name looks like {names[-1]!r}.")
-    wanted = [PAPER, rf"\.lora_[AB]\.{LORA_NAME}\.", *(train or ())]
+            raise InputError(f"The pattern {pattern!r} matches no parameter; a name looks like {names[-1]!r}.")
+    wanted = [PAPER_PATTERN, rf"\.lora_[AB]\.{LORA_NAME}\.", *(train or ())]
     trained = []
     for name, parameter in model.named_parameters():
         is_trained = _any_matches(wanted, name) and not _any_matches(freeze or (), name)
@@ -75,7 +79,7 @@ def choose_trained(
             parameter.data = parameter.data.float()
             trained.append(name)
     if not trained:
-        raise ValueError(f"Nothing is left to train: freeze={freeze} matches all that would; name less.")
+        raise InputError(f"Nothing is left to train: freeze={freeze} matches all that would; name less.")
     return trained
 
 
@@ -122,7 +126,7 @@ def read_trained(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], di
     """The tensors in `folder`, and the settings of the language model's LoRA if it had one."""
     path = Path(folder) / TRAINED_FILE
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"{folder} holds no {TRAINED_FILE}; give a folder written with --trained_only, or a checkpoint."
         )
     with safe_open(path, "pt") as file:
@@ -139,7 +143,7 @@ def load_trained(model: PheyeForConditionalGeneration, folder: str | os.PathLike
         folder: an output folder of `--trained_only`, or a checkpoint.
 
     Raises:
-        ValueError: if a tensor is not part of `model` or has another shape.
+        InputError: if a tensor is not part of `model` or has another shape.
     """
     state, settings = read_trained(folder)
     tuner = add_language_model_lora(model, **settings) if settings else None
@@ -157,7 +161,7 @@ def copy_state(model: PheyeForConditionalGeneration, state: dict[str, torch.Tens
         shape = tuple(parameters[name].shape) if name in parameters else None
         if shape != tuple(tensor.shape):
             found = f"of shape {shape}" if shape else "missing"
-            raise ValueError(
+            raise InputError(
                 f"{name} was trained with shape {tuple(tensor.shape)}, but is {found} in this model; give the model "
                 "that the training began with."
             )

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..common.command import InputError
 from .mixture import Mixture, MixtureSampler
 from .trained import TRAINED_FILE, copy_state, nonfinite, read_trained, save_trained, trained_state
 
@@ -29,7 +30,7 @@ class PheyeTrainer(Trainer):
 
     Args:
         language_model_lora: settings of `add_language_model_lora`, to be saved with the weights.
-        max_skipped_share: of samples whose picture cannot be read; more raise an error.
+        max_skipped_share: of samples whose image cannot be read; more raise an error.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class PheyeTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         if "labels" not in inputs:
-            # No picture of this batch could be read. It must count for nothing, but all processes run a backward pass.
+            # No image of this batch could be read. It must count for nothing, but all processes run a backward pass.
             outputs = model(**inputs)
             loss = outputs.logits.float().sum() * 0
             return (loss, outputs) if return_outputs else loss
@@ -81,8 +82,8 @@ class PheyeTrainer(Trainer):
 
     def _check_skipped(self):
         if self.skipped > self.max_skipped_share * self.seen:
-            raise ValueError(
-                f"{self.skipped} of {self.seen} samples have no readable picture, more than the share of "
+            raise InputError(
+                f"{self.skipped} of {self.seen} samples have no readable image, more than the share of "
                 f"{self.max_skipped_share} that is allowed; see {Path(self.args.output_dir) / SKIPPED_FILE}, and mend "
                 "the data or raise --max_skipped_share."
             )
@@ -141,7 +142,7 @@ class PheyeTrainer(Trainer):
         return f"{last.name} is whole; run the same command again to go on from it once the cause is mended."
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        """Only what trains; the whole model is written once, at the end (`train.py`)."""
+        """Only what trains; the whole model is written once, at the end (`save_result`)."""
         if not self.args.should_save:
             return
         os.makedirs(output_dir, exist_ok=True)
