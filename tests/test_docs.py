@@ -16,6 +16,7 @@ import pytest
 from pheye import PheyeConfig
 from pheye.common.published import PUBLISHED
 from pheye.configuration_pheye import VARIANTS
+from pheye.training.trained import save_trained, trained_state
 
 from hub_server import FakeHub
 from tiny import tiny_image
@@ -58,15 +59,40 @@ def section(page: Path, heading: str) -> str:
 # --- Python ---
 
 
+def run(code: str, folder: Path, environment: dict[str, str]) -> str:
+    """What a script prints, if it succeeds."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
 def test_first_block_of_the_readme_prints_what_the_readme_shows(tmp_path):
     """From the root of a clone, without the package."""
     code, shown = blocks(ROOT / "README.md", "python")[0], blocks(ROOT / "README.md", "text")[0]
     assert len([line for line in code.splitlines() if line]) <= 6
-    code = f"import sys\nsys.modules['pheye'] = None\n{code}"
-    environment = {**os.environ, "HF_HOME": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout == shown
+    assert run(f"import sys\nsys.modules['pheye'] = None\n{code}", ROOT, {"HF_HOME": str(tmp_path)}) == shown
+
+
+@pytest.mark.once
+def test_block_of_nanos_card_reads_the_sign(tmp_path):
+    [code] = blocks(ROOT / "checkpoints" / "pheye-nano" / "README.md", "python")
+    assert "HOTEL" in run(code, ROOT, {"HF_HOME": str(tmp_path)})
+
+
+@pytest.mark.once
+def test_block_of_the_training_page_loads_what_was_trained(model, model_folder, tmp_path):
+    [code] = blocks(ROOT / "docs" / "training.md", "python")
+    (tmp_path / "out").mkdir()
+    save_trained(trained_state(model), tmp_path / "out")
+    run(code.replace("your-name/your-pheye", str(model_folder)), tmp_path, {})
+    assert (tmp_path / "whole" / "model.safetensors").exists()
+
+
+def test_every_python_block_is_in_a_test():
+    tested = {"README.md", "checkpoints/pheye-nano/README.md", "docs/training.md", "docs/usage.md"}
+    assert {name_of(page) for page in PAGES if blocks(page, "python")} == tested
 
 
 @pytest.mark.parametrize(("page", "first"), [("README.md", 1), ("docs/usage.md", 0)])
@@ -76,16 +102,10 @@ def test_python_blocks_run(page, first, model_folder, tmp_path):
     assert code
     for model in ("your-name/your-pheye", "pheye-x4-448"):
         code = code.replace(f'"{model}"', repr(str(model_folder)))
-    script = tmp_path / "blocks.py"
-    script.write_text(code)
     for name in ("photo.jpg", "page.png"):
         tiny_image().save(tmp_path / name)
     with FakeHub() as hub:
-        environment = {**os.environ, **hub.environment(tmp_path / "cache")}
-        result = subprocess.run(
-            [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+        run(code, tmp_path, hub.environment(tmp_path / "cache"))
         if "push_to_hub" in code:
             assert "your-name/my-pheye" in hub.repos
 
@@ -186,10 +206,15 @@ def table_rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.+\|$", text, re.M)]
 
 
+def scores_table() -> list[list[str]]:
+    """The README's rows of the table that begins with the column `model`."""
+    text = section(ROOT / "README.md", "Use a published model")
+    return table_rows(re.search(r"^\| model \|.*?\n\n", text, re.DOTALL | re.MULTILINE)[0])
+
+
 @pytest.mark.once
 def test_published_scores_are_those_of_the_papers_table():
-    _, _, *rows = table_rows(section(ROOT / "README.md", "Use a published model"))
-    rows = rows[: next(index for index, row in enumerate(rows) if row[1].startswith("---") or row[0] == "page")]
+    _, _, *rows = scores_table()
     columns = [PUBLISHED[name].scores for name in ("vqav2", "nocaps", "textvqa", "textcaps")]
     models = list(dict.fromkeys(model for scores in columns for model in scores))
     assert rows == [[model, *(str(scores.get(model, "-")) for scores in columns)] for model in models]
@@ -198,7 +223,7 @@ def test_published_scores_are_those_of_the_papers_table():
 
 @pytest.mark.once
 def test_published_scores_name_their_benchmark_split_and_metric():
-    [head, *_] = table_rows(section(ROOT / "README.md", "Use a published model"))
+    head, *_ = scores_table()
     published = [PUBLISHED[name] for name in ("vqav2", "nocaps", "textvqa", "textcaps")]
     assert head == ["model", *(f"{one.benchmark} ({one.split}), {one.metric}" for one in published)]
 
@@ -210,7 +235,8 @@ def test_sizes_of_the_published_models_are_those_of_their_configurations():
     configs = [PheyeConfig.from_variant(variant) for variant in VARIANTS]
     assert rows["crops"] == [f"{config.tiles_per_side} x {config.tiles_per_side}" for config in configs]
     assert rows["image tokens"] == [str(config.tokens_per_image) for config in configs]
-    assert rows["cross-attention blocks"] == [str(len(config.cross_attention_layers)) for config in configs]
+    [blocks] = [cells for name, cells in rows.items() if name.startswith("cross-attention blocks")]
+    assert blocks == [str(len(config.cross_attention_layers)) for config in configs]
 
 
 @pytest.mark.once
