@@ -98,7 +98,7 @@ def plot(result: dict, path: Path):
 
 REPORT = """# Pheye-nano on held-out pictures
 
-`python -m pheye.nano.evaluation --model {model} --output FOLDER --count {count}`; {machine}.
+`python -m pheye.nano.evaluate --model {model} --output FOLDER --count {count}`; {machine}.
 
 Signs with one word, real or made-up, of {letters[0]} to {letters[1]} letters; capitals of {lowest} to {highest} % of
 the picture's height. Words, fonts and photographs that training never showed. Intervals are over the pictures

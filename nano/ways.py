@@ -90,7 +90,7 @@ def build(
     """
     torch.manual_seed(seed)
     tiles_per_side = way.tiles_per_side or tiles_per_side
-    tokenizer = AutoTokenizer.from_pretrained(start or language)
+    tokenizer = PheyeProcessor.from_pretrained(start).tokenizer if start else AutoTokenizer.from_pretrained(language)
     processor = PheyeProcessor(PheyeImageProcessor(tiles_per_side=tiles_per_side), tokenizer)
     if start:
         learnt = PheyeForConditionalGeneration.from_pretrained(start, dtype=torch.float32, **NO_LORA)
