@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pheye import PheyeConfig
+from pheye.__main__ import COMMANDS
 from pheye.common.published import PUBLISHED
 from pheye.configuration_pheye import VARIANTS
 from pheye.training.trained import save_trained, trained_state
@@ -27,14 +28,6 @@ GUIDES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 PAGES = [*GUIDES, ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks" / "results").glob("*.md"))]
-SUBCOMMANDS = {
-    "caption": "answering.caption",
-    "train": "training.train",
-    "evaluate": "evaluation.evaluate",
-    "attention": "evaluation.attention",
-    "detail": "evaluation.detail",
-    "convert": "convert_checkpoint",
-}
 
 
 def name_of(page: Path) -> str:
@@ -137,7 +130,7 @@ def is_ours(words: list[str]) -> bool:
 def module_and_options(words: list[str]) -> tuple[str, list[str]]:
     """What a command runs, as `pheye NAME`, by `python -m`, by `accelerate launch ... -m` or as a script."""
     if words[0] == "pheye":
-        return SUBCOMMANDS[words[1]], words[2:]
+        return COMMANDS[words[1]][0], words[2:]
     place = next(index for index, word in enumerate(words) if re.match(r"pheye\.|(examples|benchmarks)/", word))
     assert words[0].startswith("python") or words[:2] == ["accelerate", "launch"], words
     assert (words[place - 1] == "-m") == words[place].startswith("pheye."), words
@@ -173,7 +166,7 @@ def test_commands_are_understood_by_their_own_parsers(words):
 
 def test_every_subcommand_is_shown():
     shown = {words[1] for page in GUIDES for words in commands(page) if words[0] == "pheye"}
-    assert shown == set(SUBCOMMANDS)
+    assert shown == set(COMMANDS)
 
 
 @pytest.mark.once
@@ -183,7 +176,7 @@ def test_commands_in_sentences_exist(page):
     for span in spans:
         words = span.split()
         if words[0] == "pheye" and len(words) > 1 and words[1].islower():
-            assert words[1] in SUBCOMMANDS, span
+            assert words[1] in COMMANDS, span
         if words[:2] == ["python", "-m"] and words[2].islower():
             module, options = module_and_options(words)
             assert {word for word in options if word.startswith("--")} <= options_of(module), span
