@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers import decoders as token_decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pheye import PheyeProcessor
+from pheye import PheyeImageProcessor, PheyeProcessor
 from pheye.training.collator import IGNORED, PheyeCollator, encode
 
 from tiny import END, tiny_image, tiny_model, tiny_processor
@@ -192,6 +192,24 @@ def test_images_may_be_paths_bytes_or_opened(tmp_path):
     batch = PheyeCollator(processor)([sample(image=image) for image in given])
     expected = processor.image_processor(opened, return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"], expected) and batch["skipped"] == []
+
+
+def test_every_image_input_is_in_the_batch_by_the_name_that_the_image_processor_gives_it(tmp_path):
+    class WithSizes(PheyeImageProcessor):
+        model_input_names = ["pixel_values", "sizes"]
+
+        def __call__(self, images, **kwargs):
+            inputs = super().__call__(images, **kwargs)
+            inputs["sizes"] = torch.tensor([[0, 0] if isinstance(image, str) else image.size for image in images])
+            return inputs
+
+    processor = tiny_processor()
+    processor.image_processor = WithSizes(**processor.image_processor.to_dict())
+    wide, tall = tiny_image(0, 90, 70), tiny_image(1, 30, 60)
+    batch = PheyeCollator(processor)([sample(image=wide), sample(image=tall)])
+    assert batch["sizes"].tolist() == [[90, 70], [30, 60]] and len(batch["pixel_values"]) == 2
+    one_by_one = PheyeCollator(processor)([sample(image=wide), sample(image=str(tmp_path / "no.png"))])
+    assert one_by_one["sizes"].tolist() == [[90, 70], [8, 8]]  # of the black image in its place
 
 
 def broken_images(folder) -> dict:

@@ -120,6 +120,7 @@ def test_tables_are_found_wherever_datasets_keeps_them(tmp_path, where):
     if where == "split":
         datasets.DatasetDict({"train": other, "val": table}).save_to_disk(path)
         fields = {"split": "val"}
+        assert [sample["id"] for sample in mixture(path)] == ["y"]  # of "train"
         with pytest.raises(ValueError, match="has no split 'test'; choose the split from train, val"):
             mixture(path, split="test")
     else:

@@ -149,7 +149,8 @@ def parse(
     argv: list[str] | None = None,
 ) -> tuple[ModelArguments, RunArguments, DataArguments, PheyeTrainingArguments]:
     kinds = [ModelArguments, RunArguments, DataArguments, PheyeTrainingArguments]
-    parser = HfArgumentParser(kinds, prog="pheye train", description=__doc__, formatter_class=Help)
+    usage = "%(prog)s --model FOLDER_OR_ID --data DATA --output OUT [OPTIONS]"  # the options are some 150
+    parser = HfArgumentParser(kinds, prog="pheye train", usage=usage, description=__doc__, formatter_class=Help)
     with refused_options():
         of_model, of_run, of_data, training = parser.parse_args_into_dataclasses(argv)
     if training.learning_rate is None:
