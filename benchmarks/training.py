@@ -26,10 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-from pheye import PheyeConfig, PheyeForConditionalGeneration
-from pheye.training.trained import choose_trained, describe_trained
-
+from ..common.command import Parser, at_least
 from ..common.machine import machine
+from ..configuration_pheye import PheyeConfig
+from ..modeling_pheye import PheyeForConditionalGeneration
+from ..training.collator import IGNORED
+from ..training.trained import choose_trained, describe_trained
 from .full_size import chosen_config, random_model
 from .measuring import Stamps, memory, now, reset_peak_memory, summary
 
@@ -162,16 +164,16 @@ SETTINGS = {
 class Trainee:
     """A model of full size with its optimizer and a batch."""
 
-    def __init__(self, config: PheyeConfig, args: argparse.Namespace):
-        self.device, self.dtype = torch.device(args.device), getattr(torch, args.dtype)
-        self.model = random_model(config, self.dtype, args.device)
-        if args.attention:
-            self.model.set_attn_implementation(args.attention)
+    def __init__(self, config: PheyeConfig, *, dtype: str, device: str, batch: int, attention: str | None = None):
+        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
+        self.model = random_model(config, self.dtype, device)
+        if attention:
+            self.model.set_attn_implementation(attention)
         choose_trained(self.model)
         self.model.train()
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)  # as transformers' Trainer does
-        self.batch = random_batch(config, args.batch, self.device)
+        self.batch = random_batch(config, batch, self.device)
         self._make_optimizer_state()
 
     def _make_optimizer_state(self):
@@ -214,7 +216,7 @@ def random_batch(config: PheyeConfig, rows: int, device: torch.device) -> dict[s
     size = config.vision_config.image_size
     ids = torch.randint(1, config.vocab_size, (rows, PROMPT_TOKENS + ANSWER_TOKENS), generator=generator)
     labels = ids.clone()
-    labels[:, :PROMPT_TOKENS] = -100
+    labels[:, :PROMPT_TOKENS] = IGNORED
     pixels = torch.randn(rows, config.views_per_image, 3, size, size, generator=generator)
     batch = {"input_ids": ids, "labels": labels, "pixel_values": pixels}
     return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -270,16 +272,16 @@ class PeakMemory:
 # --- Measuring ---
 
 
-def measure(trainee: Trainee, args: argparse.Namespace, start_memory: int | None) -> dict:
+def measure(trainee: Trainee, settings: list[str], repeats: int, start_memory: int | None) -> dict:
     """All figures. Memory and products are those of a first step in each setting; then settings and products take
     turns, without anything that would take freed memory away from the next step."""
     seconds, peaks, recorded = defaultdict(lambda: defaultdict(list)), {}, {}
-    for name in dict.fromkeys(["plain", *args.settings]):
+    for name in dict.fromkeys(["plain", *settings]):
         with SETTINGS[name](trainee.model), PeakMemory(start_memory, trainee.device) as peak:
             recorded[name] = trainee.record()
         peaks[name] = peak.bytes
-    for _ in range(args.repeats):
-        for name in args.settings:
+    for _ in range(repeats):
+        for name in settings:
             with SETTINGS[name](trainee.model):
                 for part, value in trainee.step().items():
                     seconds[name][part].append(value)
@@ -294,7 +296,7 @@ def measure(trainee: Trainee, args: argparse.Namespace, start_memory: int | None
             row |= {"products": len(calls), "forward FLOP": sum(call.flops for call in calls[:forward])}
             row |= {"backward FLOP": sum(call.flops for call in calls[forward:])}
         result["settings"][name] = row
-    if "plain" in args.settings:
+    if "plain" in settings:
         plain, alone = (statistics.median(seconds[name]["step"]) for name in ("plain", PRODUCTS))
         result["step / matrix products"] = plain / alone
     return result
@@ -352,23 +354,23 @@ def print_tables(result: dict):
 
 
 def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="x4-672", help="or toy, to try the command")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the frozen parts")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=at_least(1), default=1)
     parser.add_argument("--attention", help="attention implementation, such as sdpa or flash_attention_2")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=at_least(1), default=5)
     parser.add_argument("--profile", action="store_true", help="print the operators that a plain step runs, too")
     args = parser.parse_args(argv)
     start_memory = memory("VmRSS")
     config = config or chosen_config(args.variant)
 
     print(f"{args.variant}, {args.dtype}, batch {args.batch}; {machine(args.device)}")
-    trainee = Trainee(config, args)
+    trainee = Trainee(config, dtype=args.dtype, device=args.device, batch=args.batch, attention=args.attention)
     print(describe_trained(trainee.model), "\n", flush=True)
-    result = measure(trainee, args, start_memory)
+    result = measure(trainee, args.settings, args.repeats, start_memory)
     print_tables(result)
     if args.profile:
         print(profile(trainee))

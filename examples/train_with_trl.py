@@ -1,7 +1,7 @@
 """Fine-tune a Pheye with TRL's SFTTrainer on conversations about one image each; only the answers are learnt.
 
-    python examples/train_with_trl.py --model FOLDER_OR_ID --data FILE.jsonl --output FOLDER [--image-folder FOLDER]
-                                      [--epochs 1] [--batch-size 4] [--learning-rate 5e-5]
+    python examples/train_with_trl.py --model FOLDER_OR_ID --data FILE.jsonl --output FOLDER [--image_folder FOLDER]
+                                      [--epochs 1] [--batch_size 4] [--learning_rate 5e-5]
 
 Each line of the data has one image and any number of turns:
 
@@ -21,11 +21,12 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
+from pheye.common.command import Parser
 from pheye.training.trained import choose_trained, describe_trained
 
 
 def read_data(path: str, image_folder: str) -> Dataset:
-    """The columns that TRL takes: `images`, which may be pictures or, as here, paths, and `messages`."""
+    """The columns that TRL takes: `images`, which may be opened images or, as here, paths, and `messages`."""
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     for row in rows:
         row["images"] = [str(Path(image_folder) / name) for name in row["images"]]
@@ -33,14 +34,14 @@ def read_data(path: str, image_folder: str) -> Dataset:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--image-folder", default=".")
+    parser.add_argument("--image_folder", default=".")
     parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--learning_rate", type=float, default=5e-5)
     arguments = parser.parse_args()
 
     model = PheyeForConditionalGeneration.from_pretrained(arguments.model)

@@ -1,6 +1,5 @@
 """`python -m pheye.benchmarks.training`: its products and clock; and what a training step keeps and multiplies."""
 
-import argparse
 import json
 import math
 from collections import Counter
@@ -41,7 +40,7 @@ LEFT_OUT = {
 
 def trainee(config=None, **options) -> Trainee:
     defaults = {"device": "cpu", "dtype": "float32", "batch": 1, "attention": None}
-    return Trainee(config or tiny_config(), argparse.Namespace(**{**defaults, **options}))
+    return Trainee(config or tiny_config(), **{**defaults, **options})
 
 
 # --- The products ---

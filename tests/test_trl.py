@@ -247,7 +247,7 @@ def test_the_example_trains_saves_reloads_and_answers(model_folder, tmp_path):
         lines.append(json.dumps({"images": [f"{seed}.png"], "messages": messages}) + "\n")
     (tmp_path / "data.jsonl").write_text("".join(lines))
     command = [sys.executable, EXAMPLE, "--model", model_folder, "--data", tmp_path / "data.jsonl"]
-    command += ["--image-folder", tmp_path, "--output", tmp_path / "out", "--epochs", "30", "--learning-rate", "1e-2"]
+    command += ["--image_folder", tmp_path, "--output", tmp_path / "out", "--epochs", "30", "--learning_rate", "1e-2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "What is it?\n  answer: 'A cat.'" in result.stdout
