@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..common.command import InputError
-from ..common.files import read_record, write_record
+from ..common.files import RUN_FILE, read_folder_record, write_record
 from ..common.machine import versions
 
-RECORD, CHECKPOINT, LOG = "run.json", "checkpoint.pt", "log.jsonl"  # in the folder of a run
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"  # in the folder of a run
 
 
 def autocast(device: str) -> torch.autocast:
@@ -29,11 +28,8 @@ def claim(output: Path, **settings):
     Raises:
         InputError: if the folder holds something else, or a run with other settings.
     """
-    if read_record(output / RECORD, settings, output) is not None:
-        return
-    if output.is_dir() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty and holds no run of this command; choose another --output.")
-    write_record(output / RECORD, settings, versions=versions())
+    if read_folder_record(output, settings) is None:
+        write_record(output / RUN_FILE, settings, versions=versions())
 
 
 def save_checkpoint(output: Path, model: nn.Module, optimizers: Sequence[Optimizer], step: int):
