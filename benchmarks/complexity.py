@@ -1,6 +1,6 @@
 """What an image costs in multiplications: the paper's formulas (section 2.2), and what the real modules compute.
 
-    python -m pheye.benchmarks.complexity [--variant x4-672 | --model FOLDER_OR_ID] [--text-tokens 65]
+    python -m pheye.benchmarks.complexity [--variant x4-672 | --model FOLDER_OR_ID] [--text_tokens 65]
 
 Prints a table for the formulas, a table of counted floating-point operations (two to a multiplication) part by part,
 beside those of a LLaVA-style model, which has the same language model read as many visual tokens in its text; at the
@@ -17,7 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration
 
-PAPER = {"text_tokens": 65, "image_tokens": 2305, "text_size": 2048, "vision_size": 1280, "views": 10, "per_view": 257}
+from ..common.command import Parser
+
+PAPER_SIZES = {
+    "text_tokens": 65,
+    "image_tokens": 2305,
+    "text_size": 2048,
+    "vision_size": 1280,
+    "views": 10,
+    "per_view": 257,
+}
 
 
 def layer_cost(tokens: int, size: int) -> int:
@@ -39,13 +48,15 @@ def pheye_cost(text_tokens: int, image_tokens: int, text_size: int, vision_size:
 
 def paper_ratios() -> dict[str, float]:
     """The figures of section 2.2."""
-    text, image, size, vision = (PAPER[name] for name in ("text_tokens", "image_tokens", "text_size", "vision_size"))
+    text, image, size, vision = (
+        PAPER_SIZES[name] for name in ("text_tokens", "image_tokens", "text_size", "vision_size")
+    )
     llava = llava_cost(text, image, size)
     return {
         "LLaVA-style over Pheye, interval 2": llava / pheye_cost(text, image, size, vision, 2),
         "LLaVA-style over Pheye, interval 4": llava / pheye_cost(text, image, size, vision, 4),
         "ViT, one pass over the whole image, over 10 views": layer_cost(image, vision)
-        / (PAPER["views"] * layer_cost(PAPER["per_view"], vision)),
+        / (PAPER_SIZES["views"] * layer_cost(PAPER_SIZES["per_view"], vision)),
     }
 
 
@@ -95,10 +106,10 @@ def count_lora(model: PheyeForConditionalGeneration, views: torch.Tensor) -> int
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="x4-672")
     parser.add_argument("--model", help="folder or Hub id of any Pheye, in place of a published variant")
-    parser.add_argument("--text-tokens", type=int, default=PAPER["text_tokens"])
+    parser.add_argument("--text_tokens", type=int, default=PAPER_SIZES["text_tokens"])
     arguments = parser.parse_args(argv)
     if arguments.model:
         config = PheyeConfig.from_pretrained(arguments.model)

@@ -5,7 +5,6 @@ memory while it is made), converts it and copies it in turn on the same disk, pr
 Peak memory is that beyond the page cache, read from Linux's /proc; elsewhere it is left out.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..common.command import Parser
 from ..configuration_pheye import PheyeConfig
 from ..conversion.reading import sha256_of
 from ..conversion.rules import LM_LAYER, OLD_BLOCK, Names, target_shapes, template_regex
@@ -207,7 +207,7 @@ def print_table(result: dict):
 
 
 def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", help="folder on the disk to measure; needs 17 GB (default: the temporary folder)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: 3)")
     args = parser.parse_args(argv)

@@ -28,6 +28,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor
 
+from ..common.command import Parser
 from ..common.machine import machine
 from .designs import LlavaStyle, Ours, Published
 from .full_size import chosen_config, random_model
@@ -325,7 +326,7 @@ def print_tables(result: dict):
 
 
 def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="x4-672", help="or toy, to try the command")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cpu")
@@ -338,7 +339,7 @@ def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
     parser.add_argument("--attention", default="sdpa", help="such as eager, flex_attention or flash_attention_2")
     parser.add_argument("--compile", action="store_true", help="measure a compiled vision tower too")
     parser.add_argument("--static", action="store_true", help="measure a static cache too, compiled on a GPU")
-    parser.add_argument("--only-steps", action="store_true", help="leave out preprocessing and encoding")
+    parser.add_argument("--only_steps", action="store_true", help="leave out preprocessing and encoding")
     parser.add_argument("--compare", action="store_true", help="measure the published way and a LLaVA-style model too")
     parser.add_argument("--questions", action="store_true", help="measure 8 questions on one image too")
     parser.add_argument("--plot", metavar="FILE", help="draw the cost of an answer for 1 to 5 crops a side instead")

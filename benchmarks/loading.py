@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from .. import PheyeConfig
+from ..common.command import Parser
 from ..common.machine import machine
 from ..convert_checkpoint import main as convert
 from .conversion import POLL_SECONDS, evict, make_full_size, memory_beyond_page_cache
@@ -107,7 +108,7 @@ def measure_import(repeats: int) -> dict:
 
 
 def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="x4-672")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--repeats", type=int, default=5)

@@ -18,6 +18,7 @@ from PIL import Image
 from pheye import PheyeImageProcessor
 from pheye.image_processing_pheye import load_image, resize
 
+from ..common.command import Parser
 from ..common.machine import machine
 from .measuring import now, summary
 
@@ -110,7 +111,7 @@ def pixel_change(exact: PheyeImageProcessor, reduced: PheyeImageProcessor, files
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration
 
+from ..common.command import Parser
 from ..common.machine import machine
 from .full_size import random_model
 from .measuring import memory, now, reset_peak_memory, summary
@@ -172,7 +173,7 @@ def print_table(results: list[dict]):
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="x4-672")
     parser.add_argument("--model", help="folder of any Pheye, in place of a published variant with random weights")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="by default all whose package is installed")

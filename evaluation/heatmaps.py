@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..image_processing_pheye import resize, tile_boxes, to_rgb
+from ..image_processing_pheye import crop_boxes, resize, to_rgb
 from .word_attention import answer_with_attention, attention_by_word, view_shares
 
 DRAWN_WORDS = 60  # the JSON has them all
@@ -26,7 +26,7 @@ def heat_maps(weights: np.ndarray, tiles_per_side: int, patches_per_side: int) -
     size = patches_per_side
     views = weights.reshape(1 + tiles_per_side**2, -1)[:, -(size**2) :].reshape(-1, size, size)  # (V, G, G)
     crops = np.empty((tiles_per_side * size, tiles_per_side * size), weights.dtype)
-    boxes = tile_boxes(tiles_per_side, size, size)
+    boxes = crop_boxes(tiles_per_side, size, size)
     for (left, top, right, bottom), crop in zip(boxes, views[1:], strict=True):
         crops[top:bottom, left:right] = crop
     return views[0], crops
@@ -54,7 +54,7 @@ def draw_crops(image: Image.Image, tiles_per_side: int, side: int = 480) -> Imag
     width, height = fit(image.size, side)
     canvas = resize(image, (width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(canvas)
-    for number, box in enumerate(tile_boxes(tiles_per_side, 1, 1), start=1):
+    for number, box in enumerate(crop_boxes(tiles_per_side, 1, 1), start=1):
         left, right = (x * width / tiles_per_side for x in box[::2])
         top, bottom = (y * height / tiles_per_side for y in box[1::2])
         draw.rectangle((left, top, right - 1, bottom - 1), outline="red", width=2)
@@ -109,7 +109,7 @@ class Page:
 
 
 def view_names(tiles_per_side: int) -> list[str]:
-    boxes = tile_boxes(tiles_per_side, 1, 1)
+    boxes = crop_boxes(tiles_per_side, 1, 1)
     return ["global", *(f"column {left + 1} row {top + 1}" for left, top, _, _ in boxes)]
 
 

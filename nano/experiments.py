@@ -1,9 +1,9 @@
 """The paper's claims at a size anyone can run: the same frozen parts, joined and trained in several ways.
 
-    python -m pheye.nano.experiments --start nano/stage2 --ways full k1 one_lora no_lora \
-        --data nano/tasks/data.jsonl --output nano/views [--steps 500] [--seeds 2] [--count 500]
-    python -m pheye.nano.experiments --vision nano/vision/vision --language nano/language/language \
-        --tiles_per_side 1 --ways no_lora every4th prefix --data nano/one/data.jsonl --output nano/blocks
+    python -m pheye.nano.experiments --start nano-runs/stage2 --ways full k1 one_lora no_lora \
+        --data nano-runs/tasks/data.jsonl --output nano-runs/views [--steps 500] [--seeds 2] [--count 500]
+    python -m pheye.nano.experiments --vision nano-runs/vision/vision --language nano-runs/language/language \
+        --tiles_per_side 1 --ways no_lora every4th prefix --data nano-runs/one/data.jsonl --output nano-runs/blocks
 
 Ways that differ in what the views go through begin with the blocks of `--start`, without its LoRA, and are the last
 stage; ways that differ in the blocks begin with new ones, here on pictures for one crop (`draw_data --stage tasks

@@ -1,6 +1,6 @@
 """Let a Pheye that was trained on few crops see more of them, or give it LoRA.
 
-    python -m pheye.nano.more_tiles --model nano/stage1 --output nano/base2 [--tiles_per_side 3] [--lora]
+    python -m pheye.nano.more_tiles --model nano-runs/stage1 --output nano-runs/base2 [--tiles_per_side 3] [--lora]
 
 Learning to read from one crop costs a quarter of learning it from nine, and most of what is learnt is the same. With
 one crop both views show the same, and blocks may come to read the global one, where nothing small can be read once

@@ -1,6 +1,6 @@
 """A stage for a processor: blocks and view encoding learn from features of pictures that are kept and used again.
 
-    python -m pheye.nano.replay --model nano/base2 --data nano/instruct/data.jsonl --output nano/stage2
+    python -m pheye.nano.replay --model nano-runs/base2 --data nano-runs/instruct/data.jsonl --output nano-runs/stage2
         [--rounds 500]
 
 With nine crops, four fifths of a step of the training command go into the vision tower, which always gives the same

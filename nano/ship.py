@@ -1,7 +1,7 @@
 """Put a trained Pheye-nano into the repository.
 
-    python -m pheye.nano.ship --runs nano/vision nano/language nano/stage1 nano/stage2 nano/stage3 \
-        --output checkpoints/pheye-nano
+    python -m pheye.nano.ship --output checkpoints/pheye-nano \
+        --runs nano-runs/vision nano-runs/language nano-runs/stage1 nano-runs/stage2 nano-runs/stage3
 
 The model is that of the last run, stored in bfloat16 and loaded in float32, in which every processor computes. Beside
 it go the code files, `log.jsonl` with every logged step of all runs, and their losses as a picture, training.png.

@@ -35,6 +35,6 @@ def test_counts_are_those_of_the_matrix_products():
 
 def test_command_prints_one_line_of_json_last(capsys, tmp_path):
     tiny_config().save_pretrained(tmp_path)
-    complexity.main(["--model", str(tmp_path), "--text-tokens", "7"])
+    complexity.main(["--model", str(tmp_path), "--text_tokens", "7"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["counted_flops"] == complexity.counted_parts(tiny_config(), 7)

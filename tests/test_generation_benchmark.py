@@ -117,7 +117,7 @@ def test_command_prints_all_ratios_and_one_line_of_json_last(capsys):
 
 
 def test_steps_can_be_measured_alone(capsys):
-    generation.main(["--repeats", "1", "--dtype", "float32", "--only-steps"], tiny_config())
+    generation.main(["--repeats", "1", "--dtype", "float32", "--only_steps"], tiny_config())
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"step / weight streaming", "step, 4 beams / greedy"} < set(last["ratios"])
     assert not any("encode" in part for part in last["seconds"])
@@ -132,7 +132,7 @@ def test_attention_and_cache_can_be_chosen(capsys, monkeypatch):
         return prepare(self, generation_config, *args, **kwargs)
 
     monkeypatch.setattr(PheyeForConditionalGeneration, "_prepare_cache_for_generation", note)
-    options = ["--repeats", "1", "--dtype", "float32", "--only-steps", "--static", "--attention", "eager"]
+    options = ["--repeats", "1", "--dtype", "float32", "--only_steps", "--static", "--attention", "eager"]
     generation.main(options, tiny_config())
     assert ("static", "eager") in caches
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["attention"] == "eager"

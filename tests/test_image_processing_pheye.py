@@ -19,7 +19,7 @@ from transformers import pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pheye import PheyeImageProcessor
-from pheye.image_processing_pheye import load_image, resize, tile_boxes, tile_image
+from pheye.image_processing_pheye import crop_boxes, cut_views, load_image, resize
 
 from tiny import tiny_image
 
@@ -155,8 +155,8 @@ def test_crops_come_column_by_column_after_the_global_view():
             np.testing.assert_allclose(middle, colours[row, column], atol=2)
 
 
-def test_tile_boxes_cover_the_enlarged_image_once():
-    boxes = tile_boxes(2, height=3, width=5)
+def test_crop_boxes_cover_the_enlarged_image_once():
+    boxes = crop_boxes(2, height=3, width=5)
     assert boxes == [(0, 0, 5, 3), (0, 3, 5, 6), (5, 0, 10, 3), (5, 3, 10, 6)]
 
 
@@ -174,7 +174,7 @@ def test_resize_goes_horizontally_first_and_then_vertically(width_height):
 
 def test_crops_are_resized_from_the_original_and_not_from_the_global_view():
     image = Image.fromarray(noise(200, 150))
-    views = tile_image(image, 2, (32, 32))
+    views = cut_views(image, 2, (32, 32))
     whole = np.block([[[views[1]], [views[3]]], [[views[2]], [views[4]]]])
     np.testing.assert_array_equal(whole, np.asarray(resize(image, (64, 64), Image.Resampling.BICUBIC)))
     blown_up = np.asarray(resize(Image.fromarray(views[0]), (64, 64), Image.Resampling.BICUBIC))
@@ -815,9 +815,9 @@ def test_images_worked_on_side_by_side_come_out_as_one_by_one(monkeypatch, tmp_p
 
     def record(*args):
         threads.add(threading.get_ident())
-        return tile_image(*args)
+        return cut_views(*args)
 
-    monkeypatch.setattr("pheye.image_processing_pheye.tile_image", record)
+    monkeypatch.setattr("pheye.image_processing_pheye.cut_views", record)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(pixels(paths), one_by_one)
     assert torch.equal(pixels([[path] for path in paths]), one_by_one)

@@ -43,7 +43,7 @@ def resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Im
     return image.resize((width, image.height), resample).resize((width, height), resample)
 
 
-def tile_boxes(tiles_per_side: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
+def crop_boxes(tiles_per_side: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
     """Boxes (left, upper, right, lower) of the crops in the enlarged image, column by column."""
     return [
         (column * width, row * height, (column + 1) * width, (row + 1) * height)
@@ -52,7 +52,7 @@ def tile_boxes(tiles_per_side: int, height: int, width: int) -> list[tuple[int, 
     ]
 
 
-def tile_image(
+def cut_views(
     image: Image.Image, tiles_per_side: int, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC
 ) -> np.ndarray:
     """The views of an RGB image: the whole at `size` (height, width), then the k x k crops of the whole at k * `size`.
@@ -63,7 +63,7 @@ def tile_image(
     global_view = np.asarray(resize(image, (width, height), resample))
     enlarged = np.asarray(resize(image, (width * tiles_per_side, height * tiles_per_side), resample))
     crops = [
-        enlarged[top:bottom, left:right] for left, top, right, bottom in tile_boxes(tiles_per_side, height, width)
+        enlarged[top:bottom, left:right] for left, top, right, bottom in crop_boxes(tiles_per_side, height, width)
     ]
     return np.stack([global_view, *crops])
 
@@ -310,7 +310,7 @@ class PheyeImageProcessor(PilBackend):
         **kwargs,
     ) -> BatchFeature:
         def views_of(image: Image.Image) -> np.ndarray:
-            views = tile_image(image, tiles_per_side, (size.height, size.width), resample)  # (V, H, W, 3)
+            views = cut_views(image, tiles_per_side, (size.height, size.width), resample)  # (V, H, W, 3)
             views = np.ascontiguousarray(views.transpose(0, 3, 1, 2)).astype(np.float32)  # (V, 3, H, W)
             if do_rescale:
                 views /= np.float32(1 / rescale_factor)  # value / 255, which rounds better than value * (1 / 255)
