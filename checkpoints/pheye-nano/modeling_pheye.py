@@ -265,6 +265,7 @@ class PheyeModel(PheyePreTrainedModel):
         self.cross_attention_blocks = nn.ModuleList(
             PheyeCrossAttentionBlock(config) for _ in config.cross_attention_layers
         )
+        self._block_before = {layer: block for block, layer in enumerate(config.cross_attention_layers)}
         self._adapt_vision_tower()
         put_before(self.decoder_layers(), self.run_block)
         self.post_init()
@@ -371,9 +372,9 @@ class PheyeModel(PheyePreTrainedModel):
 
     def run_block(self, layer: int, hidden_states: torch.Tensor, call: Call) -> torch.Tensor:
         """The step before each layer of the language model: the block that stands there, if one does."""
-        if layer not in self.config.cross_attention_layers:
+        block = self._block_before.get(layer)
+        if block is None:
             return hidden_states
-        block = self.config.cross_attention_layers.index(layer)
         image_cache = None if call.image_caches is None else call.image_caches[block]
         call.steps_run += 1
         # Positional arguments: reentrant checkpointing sees no gradient through keywords.
