@@ -139,7 +139,7 @@ def caption(
     state = process_state(device)
     requests = find_requests(images, prompt, **dataset_options)
     device = device or state.device
-    commit, open_whole = open_model(model, revision, dtype, device)
+    identity, open_whole = open_model(model, revision, dtype, device)
 
     def load() -> tuple:
         loaded, processor = open_whole()
@@ -149,7 +149,7 @@ def caption(
 
     settings = {
         "model": model,
-        "revision": commit or revision,
+        "revision": identity,
         "dtype": dtype,
         "prompt": prompt,
         "images": images,

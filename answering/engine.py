@@ -5,7 +5,6 @@ output; when all have finished, the parts become the output, in the order of the
 line is whole, so the same call after a kill goes on where the rows end, with any number of processes.
 """
 
-import json
 import os
 import re
 import sys
@@ -20,26 +19,21 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 from ..common.command import InputError, process_state
 from ..common.machine import versions
+from ..common.models import find_model
 from .rows import Part, Request, Run, check_requests, row
 
 
 def open_model(
     model: str, revision: str | None, dtype: str, device: torch.device | str
-) -> tuple[str | None, Callable[[], tuple]]:
-    """The commit of a model's repository, None for a folder; and a function that loads the model onto `device`, and
+) -> tuple[str, Callable[[], tuple]]:
+    """What tells this model from others of its name (`find_model`); and a function that loads it onto `device`, and
     its processor. The classes are this package's: no code of the repository is run.
 
     Raises:
-        InputError: if it is another kind of model.
+        InputError: if it is no Pheye.
     """
-    from transformers.utils import cached_file
-
-    file = Path(cached_file(model, "config.json", revision=revision))
-    commit = file.parent.name if file.parent.parent.name == "snapshots" else None
-    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    if kind != "pheye":
-        raise InputError(f"{model} is a {kind} model; give the folder or Hub id of a Pheye.")
-    where = {"revision": commit or revision}
+    identity = find_model(model, revision)
+    where = {} if os.path.isdir(model) else {"revision": identity}
 
     def load() -> tuple:
         from .. import PheyeForConditionalGeneration, PheyeProcessor
@@ -47,7 +41,7 @@ def open_model(
         loaded = PheyeForConditionalGeneration.from_pretrained(model, dtype=dtype, **where)
         return loaded.to(device), PheyeProcessor.from_pretrained(model, **where)
 
-    return commit, load
+    return identity, load
 
 
 def answer(

@@ -12,14 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 if TYPE_CHECKING:
     from accelerate import PartialState
 from ..common.command import InputError
-from ..common.files import differences, explained, read_record, write_atomically, write_record
+from ..common.files import differences, explained, lock, read_record, write_atomically, write_record
 
 NETWORK_DELAY = 90  # seconds until a file written on one machine must be seen by the others
 
@@ -93,27 +89,13 @@ class Part:
     def __enter__(self) -> "Part":
         # Unbuffered, so that nothing is left to be written after an error.
         self.file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-        self._lock()
+        lock(self.file, self.path)
         self.file.truncate(self.end)
         self.file.seek(self.end)
         return self
 
     def __exit__(self, *exception):
         self.file.close()
-
-    def _lock(self):
-        """Until the process ends, however it does; its children do not hold it."""
-        if fcntl is None:
-            return
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            self.file.close()
-            raise InputError(
-                f"Another process is still writing {self.path}; wait until it has ended, or end it."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
 
     def append(self, rows: list[dict]):
         """All of `rows`, on disk when this returns; none of them if writing fails."""

@@ -22,6 +22,10 @@ class InputError(ValueError):
     """Something that the user can mend; the message says how."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user has stopped the command; the message says what is kept and how to go on."""
+
+
 class Parser(argparse.ArgumentParser):
     """Options are written with underscores, as transformers' are; with hyphens they are understood too."""
 
@@ -61,6 +65,9 @@ def exit_status(run: Callable[..., object], **options) -> int:
     except (InputError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        print(f"\ninterrupted. {error}".rstrip(), file=sys.stderr)
+        return 130
     except torch.OutOfMemoryError as error:
         print(f"error: {error}\nGive the same command with a smaller --batch_size to go on.", file=sys.stderr)
         return 1

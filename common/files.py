@@ -2,15 +2,24 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .command import InputError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 RUN_FILE = "run.json"  # in the folder of a run
+READ = 2**16  # bytes at each place of a file that its fingerprint looks at,
+PLACES = 256  # of which a large file has so many: 16 MB, a moment
 
 
 def explained(error: OSError, path: Path) -> OSError:
@@ -70,6 +79,36 @@ def appear_whole(output: Path, force: bool) -> Iterator[Path]:
             os.rename(replaced, output)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def lock(file: BinaryIO, path: Path):
+    """Hold `file`, which is open at `path`, until the process ends, however it does; its children do not hold it.
+
+    Raises:
+        InputError: if another process holds it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise InputError(f"Another process is still writing {path}; wait until it has ended, or end it.") from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def fingerprint(*paths: Path) -> str:
+    """Changes if one of the files does, in name, size or content; of a large file, content is looked at in places."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, max(READ, size // PLACES)):
+                file.seek(place)
+                digest.update(file.read(READ))
+    return digest.hexdigest()
 
 
 def differences(old: dict, new: dict) -> str:

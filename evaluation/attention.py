@@ -102,8 +102,8 @@ def attention(
             opened = to_rgb(load_image(image))
         except ValueError as error:
             raise InputError(str(error)) from error
-    commit, load = open_model(model, revision, dtype, device or default_device())
-    about = {"model": model, "revision": commit, "versions": versions()}
+    identity, load = open_model(model, revision, dtype, device or default_device())
+    about = {"model": model, "revision": identity, "versions": versions()}
     loaded, processor = load()
     output.parent.mkdir(parents=True, exist_ok=True)
     if data:

@@ -237,7 +237,7 @@ def evaluate(
     chosen = with_images(samples[:limit], Path(images or Path(data).parent))
     boxes = find_boxes(by_detail, chosen, data, task)
     device = device or state.device
-    commit, load = open_model(model, revision, dtype, device)
+    identity, load = open_model(model, revision, dtype, device)
     decoding = {
         "max_new_tokens": max_new_tokens or task.max_new_tokens,
         "num_beams": num_beams or task.num_beams,
@@ -245,7 +245,7 @@ def evaluate(
     }
     settings = {
         "model": model,
-        "revision": commit,
+        "revision": identity,
         "dtype": dtype,
         "task": task.name,
         "split": split,

@@ -161,8 +161,8 @@ def evaluate(
     """Write answers, scores, tables and plot; the arguments are the command's options."""
     device = device or default_device()
     pictures = held_out_pictures(count)
-    commit, load = open_model(model, revision, dtype, device)
-    settings = {"model": model, "revision": commit or revision, "dtype": dtype, "seed": SEED, "count": count}
+    identity, load = open_model(model, revision, dtype, device)
+    settings = {"model": model, "revision": identity or revision, "dtype": dtype, "seed": SEED, "count": count}
     inputs = {}
     for side in (None, *reduced):
         rows = answer(
@@ -179,7 +179,7 @@ def evaluate(
     attention = global_shares(*load(), looked_at(pictures[:LOOKED_AT]), TOKENS)
     result = {
         "model": model,
-        "revision": commit or revision,
+        "revision": identity or revision,
         "pictures": count,
         "machine": machine(device),
         "versions": versions(),

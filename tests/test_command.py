@@ -70,3 +70,11 @@ def test_one_device_for_several_processes_is_refused(monkeypatch, fresh_state):
     PartialState._shared_state.update(_cpu=True, backend=None, device="cpu", distributed_type="NO", num_processes=2)
     with pytest.raises(InputError, match="--device cuda:1 would put all processes on one device"):
         command.process_state("cuda:1")
+
+
+def test_an_interrupted_command_says_what_is_kept(capsys):
+    def run():
+        raise command.Interrupted("Rows are kept; give the same command again.")
+
+    assert command.exit_status(run) == 130
+    assert capsys.readouterr().err == "\ninterrupted. Rows are kept; give the same command again.\n"

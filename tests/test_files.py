@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and records of runs."""
 
 import errno
+import os
 
 import pytest
 
@@ -39,3 +40,34 @@ def test_a_file_that_is_no_record_is_refused(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(InputError, match="is not a record of settings"):
         files.read_record(tmp_path / "run.json", {}, tmp_path)
+
+
+def test_a_fingerprint_changes_with_name_size_and_content(tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"abc")
+    large.write_bytes(bytes(files.READ * files.PLACES * 2))
+    before = files.fingerprint(small), files.fingerprint(large), files.fingerprint(small, large)
+    assert before == (files.fingerprint(small), files.fingerprint(large), files.fingerprint(small, large))
+    assert len(set(before)) == 3
+    small.write_bytes(b"abd")
+    assert files.fingerprint(small) != before[0]
+    changed = bytearray(large.read_bytes())
+    changed[5::1000] = b"x" * len(changed[5::1000])  # as training changes weights: all over the file
+    large.write_bytes(changed)
+    assert files.fingerprint(large) != before[1]
+    assert files.fingerprint(small.rename(tmp_path / "other")) != files.fingerprint(large)
+
+
+def test_a_file_belongs_to_one_process(tmp_path):
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        files.lock(file, path)
+        child = os.fork()
+        if not child:
+            try:
+                with path.open("r+b") as other:
+                    files.lock(other, path)
+            except InputError as error:
+                os._exit(5 if "still writing" in str(error) else 6)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
