@@ -162,7 +162,7 @@ def evaluate(
     device = device or default_device()
     pictures = held_out_pictures(count)
     identity, load = open_model(model, revision, dtype, device)
-    settings = {"model": model, "revision": identity or revision, "dtype": dtype, "seed": SEED, "count": count}
+    settings = {"model": model, "revision": identity, "dtype": dtype, "seed": SEED, "count": count}
     inputs = {}
     for side in (None, *reduced):
         rows = answer(
@@ -179,7 +179,7 @@ def evaluate(
     attention = global_shares(*load(), looked_at(pictures[:LOOKED_AT]), TOKENS)
     result = {
         "model": model,
-        "revision": identity or revision,
+        "revision": identity,
         "pictures": count,
         "machine": machine(device),
         "versions": versions(),
