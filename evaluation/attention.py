@@ -17,11 +17,11 @@ from pathlib import Path
 from ..answering.engine import open_model
 from ..common.command import InputError, Parser, add_model_options, at_least, default_device, exit_status, require
 from ..common.files import write_atomically
+from ..common.json_lines import read_lines
 from ..common.machine import versions
 from ..image_processing_pheye import load_image, to_rgb
 from .boxes import is_share
 from .heatmaps import explain
-from .json_lines import read_lines
 from .tertiles import TERTILES, tertiles
 from .word_attention import global_shares
 

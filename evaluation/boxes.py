@@ -16,7 +16,6 @@ row's `references` or `answers`, or else the file's). A question whose boxes hav
 left out, and so is one without boxes.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from ..common.command import InputError
-from .json_lines import read_lines, read_text
+from ..common.json_lines import parse_json, read_lines, read_text
 from .tertiles import accuracy_by_tertile, scores_by_id
 
 BOX_FILES = __doc__  # for the help of commands
@@ -152,7 +151,7 @@ def read_boxes(path: str | Path) -> Boxes:
     path = Path(path)
     text = read_text(path)
     try:
-        whole = json.loads(text)
+        whole = parse_json(text)
     except ValueError:
         whole = None
     boxes = Boxes(str(path))

@@ -8,15 +8,15 @@ image. Printed and written are the accuracy in each and its relative change from
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..common.command import InputError, Parser, exit_status, require
 from ..common.files import write_atomically
+from ..common.json_lines import parse_json, read_lines, read_text
 from .boxes import BOX_FILES, Boxes, answer_areas, answer_texts, read_boxes
-from .json_lines import ROWS, read_lines, read_text
+from .samples import ROWS
 from .tertiles import accuracy_by_tertile, scores_by_id
 
 SUFFIXES = (".md", ".png", ".pdf", ".svg")
@@ -64,7 +64,7 @@ def read_results(path: Path) -> list[dict]:
 def read_questions(path: Path) -> dict[str, dict]:
     """`image_id` and `answers` by question id, of TextVQA's question file."""
     try:
-        data = json.loads(read_text(path))["data"]
+        data = parse_json(read_text(path))["data"]
         return {
             str(entry["question_id"]): {"image_id": entry["image_id"], "answers": answer_texts(entry)}
             for entry in data

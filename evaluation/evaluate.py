@@ -19,12 +19,12 @@ from ..answering.engine import answer, default_workers, open_model
 from ..answering.rows import Request, encode
 from ..common.command import InputError, Parser, add_model_options, at_least, exit_status, process_state, require
 from ..common.files import write_atomically
+from ..common.json_lines import read_rows
 from ..common.machine import versions
 from .boxes import Boxes, accuracy_by_box, answer_areas, read_boxes
 from .formats import found_images
-from .json_lines import ROWS
 from .metrics.bootstrap import confidence_interval
-from .samples import Sample
+from .samples import ROWS, Sample
 from .sources import read_samples
 from .tasks import TASKS, Task
 from .tertiles import tertiles
@@ -66,10 +66,6 @@ def digest_of(samples: list[Sample], task: Task) -> str:
 
 
 # --- Scores ---
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def score_rows(rows: list[dict], task: Task) -> tuple[list[float], dict[str, float]]:

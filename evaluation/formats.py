@@ -3,7 +3,6 @@
 Every reader checks what it needs before a model is loaded, and says what to do where something is missing.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..common.command import InputError
+from ..common.json_lines import parse_json, split_lines
 from .samples import Sample, right_option, texts
 from .tasks import Task
 
@@ -64,6 +64,13 @@ def matching(asked: set, answered: set, asked_name: str, answered_name: str):
             )
 
 
+def coco_number(image_id: object) -> str:
+    """As it stands in the names of COCO's images."""
+    if isinstance(image_id, bool) or not isinstance(image_id, int) or image_id < 0:
+        raise ValueError(f"the image_id {image_id!r} is no number")
+    return f"{image_id:012d}"
+
+
 # --- Official files ---
 
 
@@ -79,7 +86,7 @@ def read_vqa(data: dict, annotations: dict | None) -> list[Sample]:
     return [
         Sample(
             entry["question_id"],
-            folders(f"COCO_{folder}_{entry['image_id']:012d}.jpg", folder),
+            folders(f"COCO_{folder}_{coco_number(entry['image_id'])}.jpg", folder),
             question=entry["question"],
             references=references.get(entry["question_id"]),
             split=split,
@@ -153,7 +160,7 @@ def read_aokvqa(data: list) -> list[Sample]:
     return [
         Sample(
             entry["question_id"],
-            folders(f"{entry['image_id']:012d}.jpg", f"{entry['split']}2017"),
+            folders(f"{coco_number(entry['image_id'])}.jpg", f"{entry['split']}2017"),
             question=entry["question"],
             options=tuple(entry["choices"]),
             references=right_option(entry["choices"], entry.get("correct_choice_idx")),
@@ -165,6 +172,9 @@ def read_aokvqa(data: list) -> list[Sample]:
 
 def read_gqa(data: dict) -> list[Sample]:
     """The balanced questions, which are what GQA's own evaluation counts."""
+    for entry in data.values():
+        if not isinstance(entry.get("isBalanced", True), bool):
+            raise ValueError(f"isBalanced is {entry['isBalanced']!r}, neither true nor false")
     return [
         Sample(
             question_id,
@@ -260,11 +270,11 @@ def load_json(path: Path) -> object:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix in LINES:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        return json.loads(text)
+            return [parse_json(line) for line in split_lines(text) if line.strip()]
+        return parse_json(text)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no text; unpack it if it is an archive.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise InputError(
             f"{path} is not whole JSON ({error}); download it again, or rename it to .jsonl if each line is an entry."
         ) from error

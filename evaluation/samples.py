@@ -7,6 +7,9 @@ from pathlib import Path
 from ..common.command import InputError
 from .tasks import Task, letters
 
+ROWS = "rows.jsonl"  # in the folder of an evaluation, a line per sample
+MOST_OPTIONS = 26  # each has a letter
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -38,7 +41,13 @@ def texts(answers: object) -> tuple[str, ...] | None:
 
 def right_option(options: list[str], index: int | None) -> tuple[str, str] | None:
     """Letter and text of the right option; None if it is not public."""
-    return None if index is None else (letters(len(options))[index], options[index])
+    if isinstance(options, str) or not 0 < len(options) <= MOST_OPTIONS:
+        raise ValueError(f"the options {options!r:.200} are no list of 1 to {MOST_OPTIONS} texts")
+    if index is None:
+        return None
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(options):
+        raise ValueError(f"the right option is {index!r}, which is none of the numbers 0 to {len(options) - 1}")
+    return letters(len(options))[index], options[index]
 
 
 def check_samples(samples: list[Sample], split: str, source: str, task: Task):

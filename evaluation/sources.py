@@ -98,10 +98,11 @@ def row_sample(entry: dict, task: Task) -> Sample:
             references = right_option(entry["choices"], entry.get("answers"))
         else:
             references = texts(entry.get("answers"))
-    except (IndexError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"The answers of a row are {entry.get('answers')!r}; they must be a text, a list of texts or objects with "
-            "an `answer`, or for options the number of the right one. Name another column by --answers_column."
+            f"The answers of a row are {entry.get('answers')!r} ({error}); they must be a text, a list of texts or "
+            "objects with an `answer`, or for options the number of the right one. Name another column by "
+            "--answers_column."
         ) from error
     options = tuple(entry.get("choices") or ())
     return Sample(0, question=entry.get("question", ""), options=options, references=references)
@@ -150,6 +151,8 @@ def refuse_unused(reason: str, options: dict[str, str | None]):
 
 def of_split(samples: list[Sample], split: str | None, source: str, task: Task) -> tuple[list[Sample], str]:
     """The samples of the split that is asked for, or else of the only one, or else of the task's."""
+    if wrong := [sample for sample in samples if not isinstance(sample.split, str | None)]:
+        raise InputError(f"The split of sample {wrong[0].id!r} in {source} is {wrong[0].split!r}, which is no text.")
     names = sorted({sample.split for sample in samples if sample.split is not None})
     if not names:
         return samples, split or task.split

@@ -27,7 +27,8 @@ from pheye.training.trained import choose_trained, describe_trained
 
 def read_data(path: str, image_folder: str) -> Dataset:
     """The columns that TRL takes: `images`, which may be opened images or, as here, paths, and `messages`."""
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     for row in rows:
         row["images"] = [str(Path(image_folder) / name) for name in row["images"]]
     return Dataset.from_list(rows)

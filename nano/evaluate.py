@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from ..answering.engine import answer, open_model
 from ..common.command import Parser, add_model_options, at_least, default_device, exit_status
 from ..common.files import write_atomically
+from ..common.json_lines import read_rows
 from ..common.machine import machine, versions
 from ..evaluation.tertiles import TERTILES
 from ..evaluation.word_attention import global_shares
@@ -175,7 +176,7 @@ def evaluate(
             workers=workers,
         )
         name = f"reduced to {side}" if side else "full"
-        inputs[name] = scores([json.loads(line) for line in rows.read_text().splitlines()])
+        inputs[name] = scores(read_rows(rows))
     attention = global_shares(*load(), looked_at(pictures[:LOOKED_AT]), TOKENS)
     result = {
         "model": model,

@@ -13,7 +13,6 @@ not done again.
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -31,6 +30,7 @@ from .. import PheyeProcessor
 from ..answering.engine import answer
 from ..common.command import InputError, Parser, at_least, default_device, exit_status
 from ..common.files import read_record, write_atomically, write_record
+from ..common.json_lines import read_rows
 from ..common.machine import machine
 from ..training.collator import PheyeCollator
 from ..training.formats import Source
@@ -126,7 +126,7 @@ def run(
         generate_kwargs={"max_new_tokens": TOKENS, "do_sample": False},
         settings={"way": name, "seed": seed, "steps": training["steps"], "time": time.time()},
     )
-    found = scores([json.loads(line) for line in rows.read_text().splitlines()])
+    found = scores(read_rows(rows))
     write_record(
         path,
         settings,

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..common.command import InputError, Parser, exit_status
 from ..common.files import write_atomically
+from ..common.json_lines import read_rows
 from ..training.trainer import last_checkpoint
 from .checkpoints import LOG
 
@@ -29,7 +30,7 @@ def read_log(run: Path) -> list[dict]:
         InputError: if `run` is no folder of a run.
     """
     if (run / LOG).is_file():
-        rows = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
+        rows = read_rows(run / LOG)
     elif (checkpoint := last_checkpoint(run)) is not None:
         rows = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     else:

@@ -1,5 +1,7 @@
 """Official files to samples: what each field becomes, and what is said about files of another kind."""
 
+import json
+
 import pytest
 from accelerate import PartialState
 
@@ -7,7 +9,7 @@ from pheye.common.command import InputError
 from pheye.evaluation.formats import found_images
 from pheye.evaluation.tasks import TASKS
 
-from toys import TOYS, aokvqa_toy, nocaps_toy, ocrvqa_toy, read, refused, textvqa_toy, vqa_toy, write
+from toys import TOYS, aokvqa_toy, docci_toy, nocaps_toy, ocrvqa_toy, read, refused, textvqa_toy, vqa_toy, write
 
 pytestmark = pytest.mark.once
 
@@ -75,13 +77,48 @@ def test_file_that_is_not_whole_or_no_text(tmp_path):
     assert "is no text; unpack it" in refused("textvqa", "--data", str(path))
 
 
+def test_lines_of_json_end_at_line_feeds_only(tmp_path):
+    toy = docci_toy()
+    text = "A wall.\u2028Beside it a door.\u2029And\u0085a lamp."
+    toy.content[0]["description"] = text
+    options = write(toy, tmp_path)
+    path = tmp_path / toy.name
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in toy.content), "utf-8")
+    assert read("docci", *options)[0][0].references == (text,)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"data": [' + "9" * 5000 + "]}"])
+def test_json_that_python_does_not_take(text, tmp_path):
+    (tmp_path / "data.json").write_text(text)
+    assert "is not whole JSON" in refused("textvqa", "--data", str(tmp_path / "data.json"))
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "value", "message"),
+    [
+        *(("aokvqa", "correct_choice_idx", value, "the right option is") for value in (-1, 2, True, "0", 1.0)),
+        ("aokvqa", "choices", "cat", "the options 'cat' are no list of 1 to 26 texts"),
+        ("aokvqa", "choices", ["x"] * 27, "are no list of 1 to 26 texts"),
+        ("aokvqa", "choices", [], "are no list of 1 to 26 texts"),
+        ("aokvqa", "image_id", True, "the image_id True is no number"),
+        ("textvqa", "set_name", ["val"], "is ['val'], which is no text"),
+        ("gqa", "isBalanced", "no", "isBalanced is 'no', neither true nor false"),
+    ],
+)
+def test_no_value_is_read_otherwise_than_written(task, field, value, message, tmp_path):
+    toy = TOYS[task]()
+    entries = toy.content.get("data", toy.content) if isinstance(toy.content, dict) else toy.content
+    entries[0 if isinstance(entries, list) else "00"][field] = value
+    assert message in refused(task, *write(toy, tmp_path))
+
+
 def test_entry_that_lacks_something(tmp_path):
     toy = textvqa_toy()
     del toy.content["data"][1]["image_id"]
     assert "because an entry has no 'image_id'; it should be TextVQA's" in refused("textvqa", *write(toy, tmp_path))
     toy = aokvqa_toy()
-    toy.content[2]["correct_choice_idx"] = 2
-    assert "cannot be read, because list index out of range" in refused("aokvqa", *write(toy, tmp_path))
+    del toy.content[2]["choices"]
+    assert "because an entry has no 'choices'" in refused("aokvqa", *write(toy, tmp_path))
     toy = vqa_toy()
     toy.content["questions"][1]["image_id"] = "seven"
     assert "cannot be read, because" in refused("vqav2", *write(toy, tmp_path))

@@ -84,6 +84,13 @@ def test_data_set_without_answers(tmp_path):
     assert split == "test"
 
 
+@pytest.mark.parametrize("changed", [{"correct_choice_idx": [0, 1, -1]}, {"choices": ["cat", "dog", "cow"]}])
+def test_options_of_a_data_set_are_not_read_otherwise_than_written(tmp_path, changed):
+    rows = {"image": image_paths(tmp_path), "question": ["a", "b", "c"], "choices": [["cat", "dog"]] * 3}
+    datasets.Dataset.from_dict({**rows, "correct_choice_idx": [0, 1, 0], **changed}).save_to_disk(tmp_path / "saved")
+    assert "The answers of a row are" in refused("aokvqa", "--data", str(tmp_path / "saved"))
+
+
 def test_data_set_with_the_wrong_columns(tmp_path):
     rows = {"image": image_paths(tmp_path), "question": ["a", "b", "c"], "answers": [1, 2, 3]}
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
