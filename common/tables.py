@@ -1,11 +1,13 @@
-"""Tables with images: a folder, a file or a Hub id as rows whose images stay encoded."""
+"""Tables with images: a folder, files or a Hub id as rows whose images stay encoded, whoever wrote them."""
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .command import InputError, require
 
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}  # suffix, and what `load_dataset` calls it
+TEXTS_AND_BYTES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
 def is_saved(folder: str | os.PathLike) -> bool:
@@ -13,18 +15,35 @@ def is_saved(folder: str | os.PathLike) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_dict.json", "state.json"))
 
 
+def holds_tables(source: str | os.PathLike) -> bool:
+    """Whether `source` is a table on the disk: a folder that `save_to_disk` wrote, a table file, or a folder with
+    such files."""
+    path = Path(source)
+    if path.is_dir():
+        return is_saved(path) or any(True for _ in table_files(path))
+    return path.is_file() and path.suffix.lower() in FILES
+
+
+def table_files(folder: Path) -> Iterator[Path]:
+    """Those in and below `folder`, but for the metadata of a folder of images."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in FILES and path.stem != "metadata")
+    return (path for path in found if path.is_file())
+
+
 def load_table(
-    source: str,
+    source: str | Sequence[str],
     *,
     config: str | None = None,
     split: str | None = None,
+    usual_split: str = "train",
     data_files: str | None = None,
     streaming: bool = False,
 ):
-    """A folder that `save_to_disk` wrote, a table file, or what `load_dataset` takes: one split of it.
+    """A folder that `save_to_disk` wrote, a table file, a folder of such files, or what `load_dataset` takes: one
+    split of it. Of several table files, the rows of one after another.
 
     Args:
-        split: by default "train" where there are several.
+        usual_split: which split is taken where there are several and none is named.
 
     Returns:
         a `datasets.Dataset`, or an `IterableDataset` if `streaming`.
@@ -32,42 +51,93 @@ def load_table(
     Raises:
         InputError: if nothing is there, or not this split.
     """
+    names = [source] if isinstance(source, str) else list(source)
+    source = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    table = _load(names, source, config, data_files=data_files, split=split, streaming=streaming)
+    if isinstance(table, dict):
+        table = one_split(table, split, usual_split, source)
+    elif is_saved(names[0]) and split not in (None, str(table.split)):
+        raise InputError(f"{source} holds no splits; leave the split {split} out.")
+    if not is_saved(names[0]):
+        check_kind(table, Path(names[0]))
+    if streaming:
+        return table.to_iterable_dataset() if hasattr(table, "to_iterable_dataset") else table
+    return table.with_format(None)
+
+
+def _load(names: list[str], source: str, config: str | None, *, data_files: str | list[str] | None, **how):
+    """What `datasets` makes of the source: a table, or one for each split."""
     datasets = require("datasets")
-    suffix = Path(source).suffix.lower()
+    suffix = Path(names[0]).suffix.lower()
     try:
-        if is_saved(source):
-            table = datasets.load_from_disk(source)
-        else:
-            name = source
-            if suffix in FILES and data_files is None:
-                if not os.path.isfile(source):
-                    raise ValueError("there is no such file")
-                name, data_files = FILES[suffix], source
-            table = datasets.load_dataset(
-                name, config, data_files=data_files, split=split or "train", streaming=streaming
-            )
+        if is_saved(names[0]):
+            return datasets.load_from_disk(names[0])
+        name = names[0]
+        if suffix in FILES and data_files is None:
+            if missing := [file for file in names if not os.path.isfile(file)]:
+                raise ValueError(f"there is no such file: {missing[0]}")
+            name, data_files = FILES[suffix], names
+        return datasets.load_dataset(name, config, data_files=data_files, **how)
     except IndexError as error:  # raised for saved data without rows
         raise InputError(f"{source} is empty; give a data set with at least one row.") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
             f"{source!r} cannot be read as a data set: {error}. Give a folder that `save_to_disk` wrote, a file that "
-            f"ends in {', '.join(FILES)}, or what `load_dataset` takes."
+            f"ends in {', '.join(FILES)}, a folder of such files, or what `load_dataset` takes."
         ) from error
-    if isinstance(table, datasets.DatasetDict):
-        if (split or "train") not in table:
-            raise InputError(f"{source} has no split {split or 'train'!r}; choose the split from {', '.join(table)}.")
-        table = table[split or "train"]
-    elif is_saved(source) and split not in (None, str(table.split)):
-        raise InputError(f"{source} holds no splits; leave the split {split} out.")
-    if streaming:
-        return table.to_iterable_dataset() if isinstance(table, datasets.Dataset) else table
-    return table.with_format(None)
 
 
-def undecoded(table, column: str):
-    """`table` with the images in `column` left encoded, so that a broken one is found when its turn comes."""
-    feature = table.features and _undecoded(table.features[column])
+def check_kind(table, folder: Path):
+    """Raise InputError if a folder holds tables, but `datasets` has taken files of another kind for the data."""
+    kind = table.info.builder_name
+    if kind in (None, *FILES.values()) or not folder.is_dir():
+        return
+    if (file := next(table_files(folder), None)) is not None:
+        raise InputError(
+            f"{folder} holds tables beside files of another kind, which `datasets` takes for the data ({kind}). Give "
+            f"the table files themselves, such as {file}."
+        )
+
+
+def one_split(table: dict, split: str | None, usual: str, source: str):
+    """The split that is named, or else the usual one, or else the only one."""
+    if split is None:
+        split = next(iter(table)) if len(table) == 1 else usual
+    if split not in table:
+        raise InputError(f"{source} has no split {split!r}; choose the split from {', '.join(table)}.")
+    return table[split]
+
+
+def undecoded(table, column: str, source: str):
+    """`table` with the images in `column` left encoded, so that a broken one is found when its turn comes.
+
+    Raises:
+        InputError: if the column does not hold images, paths, URLs or bytes, one in each row or a list of them.
+    """
+    if table.features is None:  # of a stream whose first row nobody has read
+        return table
+    feature = table.features[column]
+    if not _is_image(feature):
+        raise InputError(
+            f"Column {column!r} of {source} holds {feature}; it must hold images, paths, URLs or bytes. Name another "
+            "by --image_column."
+        )
+    feature = _undecoded(feature)
     return table.cast_column(column, feature) if feature else table
+
+
+def _inside(feature):
+    """The feature of what a list holds; None if `feature` is no list."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+
+
+def _is_image(feature) -> bool:
+    if isinstance(feature, dict):  # as other tools than `datasets` write what that calls an image
+        return bool({"bytes", "path"} & feature.keys())
+    if (inner := _inside(feature)) is not None:
+        return _is_image(inner)
+    kind = getattr(feature, "dtype", None)
+    return isinstance(feature, require("datasets").Image) or kind in TEXTS_AND_BYTES
 
 
 def _undecoded(feature):
@@ -75,12 +145,9 @@ def _undecoded(feature):
     datasets = require("datasets")
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
-    if isinstance(feature, list):
-        inner = _undecoded(feature[0])
-        return inner and [inner]
-    inner = getattr(feature, "feature", None)
+    inner = _inside(feature)
     inner = None if inner is None else _undecoded(inner)
-    return inner and type(feature)(inner)
+    return inner and ([inner] if isinstance(feature, list) else type(feature)(inner))
 
 
 def images_of(table, column: str, source: str):
@@ -89,23 +156,35 @@ def images_of(table, column: str, source: str):
     Raises:
         InputError: if it does not hold images, paths, URLs or bytes.
     """
-    datasets = require("datasets")
-    feature = table.features[column]
-    is_image = isinstance(feature, datasets.Image)
-    if not is_image and getattr(feature, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
-        raise InputError(
-            f"Column {column!r} of {source} holds {feature}; it must hold images, paths, URLs or bytes. Name another "
-            "by --image_column."
-        )
-    return undecoded(table.select_columns([column]), column)
+    return undecoded(table.select_columns([column]), column, source)
 
 
 def encoded_image(images, row: int) -> str | bytes | None:
-    """The image in a row of what `images_of` gave: encoded, or its path or URL."""
+    """The image in a row of what `images_of` gave: encoded, or its path or URL.
+
+    Raises:
+        ValueError: if the row has several.
+    """
     [cell] = images[row].values()
     return encoded(cell)
 
 
-def encoded(cell: dict | str | bytes | None) -> str | bytes | None:
-    """What an undecoded cell holds: the bytes of an image, or its path or URL."""
+def as_list(cell):
+    """A list of dicts where `datasets` made it a dict of lists; everything else as it is."""
+    if isinstance(cell, dict) and cell and all(isinstance(value, list) for value in cell.values()):
+        return [dict(zip(cell, values, strict=True)) for values in zip(*cell.values(), strict=True)]
+    return cell
+
+
+def encoded(cell: list | dict | str | bytes | None) -> str | bytes | None:
+    """What an undecoded cell, or a list of one, holds: the bytes of an image, or its path or URL.
+
+    Raises:
+        ValueError: if it is a list of several.
+    """
+    cell = as_list(cell)
+    if isinstance(cell, list):
+        if len(cell) > 1:
+            raise ValueError(f"There are {len(cell)} images, but Pheye sees exactly one; ask about them one by one.")
+        cell = cell[0] if cell else None
     return (cell.get("bytes") or cell.get("path")) if isinstance(cell, dict) else cell

@@ -1,11 +1,13 @@
 """Tables with images: every source, its splits, and images that stay encoded."""
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from pheye.common.command import InputError
-from pheye.common.tables import encoded, encoded_image, images_of, is_saved, load_table, undecoded
+from pheye.common.tables import encoded, encoded_image, holds_tables, images_of, is_saved, load_table, undecoded
 
 from tiny import tiny_image
 
@@ -40,6 +42,42 @@ def test_saved_data_with_and_without_splits(table, tmp_path):
         load_table(str(tmp_path / "one"), split="val")
 
 
+def test_the_only_split_is_taken_and_of_several_the_usual_one(table, tmp_path):
+    datasets.DatasetDict(odd=table).save_to_disk(tmp_path / "odd")
+    assert len(load_table(str(tmp_path / "odd"))) == 3
+    for name in ("train", "val"):
+        table.select(range(2 if name == "val" else 1)).to_parquet(tmp_path / "shards" / f"{name}-00000.parquet")
+    assert len(load_table(str(tmp_path / "shards"))) == 1
+    assert len(load_table(str(tmp_path / "shards"), usual_split="validation")) == 2
+    with pytest.raises(InputError, match=r"has no split 'val'; choose the split from train, validation"):
+        load_table(str(tmp_path / "shards"), usual_split="val")
+    assert [row["name"] for row in load_table(str(tmp_path / "shards"), streaming=True)] == ["a"]
+
+
+def test_folders_of_table_files_and_several_of_them(table, tmp_path):
+    folder = tmp_path / "tables"
+    assert not holds_tables(folder)
+    paths = [str(folder / "deep" / f"{number}.parquet") for number in range(3)]
+    for number, path in enumerate(paths):
+        table.select([number]).to_parquet(path)
+    (folder / "notes.txt").write_text("no table")
+    assert holds_tables(folder) and holds_tables(paths[0]) and not holds_tables(folder / "notes.txt")
+    assert load_table(str(folder))["name"] == ["a", "b", "c"]
+    assert load_table([paths[2], paths[0]])["name"] == ["c", "a"]
+    with pytest.raises(InputError, match=r"deep/2.parquet and 1 more' cannot be .*no such file: x.parquet"):
+        load_table([paths[2], "x.parquet"])
+
+
+def test_a_folder_is_not_taken_for_data_of_another_kind_without_a_word(table, tmp_path):
+    table.to_parquet(tmp_path / "x.parquet")
+    for number in range(3):
+        tiny_image(number).save(tmp_path / f"{number}.png")
+    with pytest.raises(InputError, match=r"holds tables beside files of another kind.*\(imagefolder\).*x.parquet"):
+        load_table(str(tmp_path))
+    (tmp_path / "x.parquet").rename(tmp_path / "metadata.parquet")
+    assert not holds_tables(tmp_path)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_table_files_are_read_by_their_suffix(table, tmp_path, suffix):
     path = tmp_path / f"rows.{suffix}"
@@ -63,17 +101,52 @@ def test_what_is_no_data_set_is_refused_with_what_would_be(tmp_path):
 
 def test_images_stay_encoded_in_columns_and_in_lists(table):
     assert isinstance(table[0]["image"], Image.Image)
-    row = undecoded(undecoded(table, "image"), "images")[0]
+    row = undecoded(undecoded(table, "image", "it"), "images", "it")[0]
     assert row["image"]["path"].endswith("0.png") and row["images"][0]["path"].endswith("0.png")
-    assert undecoded(table, "name").features == table.features
+    assert undecoded(table, "name", "it").features == table.features
 
 
 def test_the_images_of_a_column_are_bytes_paths_or_nothing(table):
     images = images_of(table, "image", "the data")
     assert images.column_names == ["image"]
     assert encoded_image(images, 1).endswith("1.png")
+    assert encoded_image(images_of(table, "images", "the data"), 1).endswith("1.png")
     assert encoded_image(images_of(table, "name", "the data"), 2) == "c"  # paths or URLs
     with pytest.raises(InputError, match=r"Column 'number' of the data holds .*it must hold images, paths"):
         images_of(table, "number", "the data")
     assert encoded({"bytes": b"x", "path": "y"}) == b"x" and encoded({"bytes": None, "path": "y"}) == "y"
     assert encoded(None) is None and encoded(b"x") == b"x"
+
+
+def column(kind: str, data: bytes):
+    """An Arrow column with one image in its first row, none in the second, and two in the third if it can."""
+    struct = pyarrow.struct([("bytes", pyarrow.large_binary()), ("path", pyarrow.string())])
+    one = {"bytes": data, "path": None}
+    return {
+        "struct": pyarrow.array([one, None], struct),
+        "path alone": pyarrow.array([{"path": "x.png"}, {"path": None}]),
+        "large binary": pyarrow.array([data, None], pyarrow.large_binary()),
+        "list of structs": pyarrow.array([[one], [], [one, one]], pyarrow.list_(struct)),
+        "list of bytes": pyarrow.array([[data], None, [data, data]]),
+        "list of paths": pyarrow.array([["x.png"], [], ["x.png", "y.png"]]),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["struct", "path alone", "large binary", "list of structs", "list of bytes", "list of paths"]
+)
+def test_images_that_other_tools_wrote(tmp_path, kind):
+    data = b"\x89PNG"
+    pyarrow.parquet.write_table(pyarrow.table({"image": column(kind, data)}), tmp_path / "rows.parquet")
+    images = images_of(load_table(str(tmp_path / "rows.parquet")), "image", "it")
+    assert encoded_image(images, 0) == ("x.png" if "path" in kind else data)
+    assert encoded_image(images, 1) is None
+    if kind.startswith("list"):
+        with pytest.raises(ValueError, match="There are 2 images"):
+            encoded_image(images, 2)
+
+
+@pytest.mark.parametrize("values", [[1], [[1.5]], [{"a": "x"}], [True], [None]])
+def test_columns_without_images_are_refused(values):
+    with pytest.raises(InputError, match="it must hold images, paths, URLs or bytes"):
+        images_of(datasets.Dataset.from_dict({"image": values}), "image", "it")

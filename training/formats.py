@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..common.command import InputError
-from ..common.tables import FILES, encoded
+from ..common.tables import FILES, as_list, encoded
 
 JSON_SUFFIXES = (".json", ".jsonl")
 TURNS_COLUMNS = ("conversations", "messages", "texts")
@@ -144,13 +144,6 @@ def unknown_column(option: str, column: str, columns: list[str], source: Source)
     )
 
 
-def as_list(cell):
-    """A list of dicts where `datasets` made it a dict of lists; everything else as it is."""
-    if isinstance(cell, dict) and all(isinstance(value, list) for value in cell.values()):
-        return [dict(zip(cell, values, strict=True)) for values in zip(*cell.values(), strict=True)]
-    return cell
-
-
 def text_of(content: str | list[dict]) -> str:
     """The text of a message: a string, or the text parts of a list."""
     if isinstance(content, list):
@@ -233,9 +226,10 @@ def image_of(row: dict, source: Source) -> str | bytes | None:
     """The path, URL or encoded bytes of the one image of a row; None where it has none, or several."""
     columns = (source.image_column,) if source.image_column else IMAGE_COLUMNS
     image = next((row[column] for column in columns if row.get(column)), None)
-    if isinstance(image, list):
-        image = image[0] if len(image) == 1 else None
-    image = encoded(image)
+    try:
+        image = encoded(image)
+    except ValueError:  # there are several
+        return None
     if not isinstance(image, str) or image.startswith(REMOTE):
         return image or None
     folder = source.image_folder

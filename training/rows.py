@@ -138,7 +138,7 @@ def open_table(source: Source):
     turns_of = find_turns(names, source)
     image_column = find_image_column(names, source)
     needed = [image_column, *turns_of.columns, *({"id"} & set(names))]
-    return undecoded(table.select_columns(list(dict.fromkeys(needed))), image_column), turns_of
+    return undecoded(table.select_columns(list(dict.fromkeys(needed))), image_column, source.path), turns_of
 
 
 def columns_of(table) -> list[str]:
