@@ -10,7 +10,7 @@ PYTEST := python -m pytest -n 2
 FIRST_USE := tests/test_docs.py tests/test_remote_code.py tests/test_modeling_pheye.py tests/test_generation.py \
 	tests/test_pipeline_pheye.py
 
-.PHONY: demo test slow conformance oldest newest gpu lint format always
+.PHONY: demo test slow kills conformance oldest newest gpu lint format always
 
 demo: $(PINNED)/.installed
 	$(PINNED)/bin/python examples/demo.py
@@ -20,6 +20,10 @@ test: $(PINNED)/.installed
 
 slow: $(PINNED)/.installed
 	$(PINNED)/bin/$(PYTEST) -m slow
+
+# Runs that are killed at twenty random moments each; `make slow` tries three.
+kills: $(PINNED)/.installed
+	KILLS=20 $(PINNED)/bin/$(PYTEST) tests/kills
 
 conformance: $(PINNED)/.installed
 	$(PINNED)/bin/python conformance/run.py -n 2
