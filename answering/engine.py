@@ -6,9 +6,9 @@ line is whole, so the same call after a kill goes on where the rows end, with an
 """
 
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-from ..common.command import InputError, process_state
+from ..common.command import InputError, Interrupted, process_state
+from ..common.images import tried
 from ..common.machine import versions
 from ..common.models import find_model
 from .rows import Part, Request, Run, check_requests, row
@@ -69,6 +70,7 @@ def answer(
     Raises:
         InputError: if ids are not unique, or the files beside `output` belong to another run.
         OSError: if a row cannot be written; the rows before it are whole.
+        Interrupted: if the user stops it; the rows before are kept.
     """
     check_requests(requests)
     if batch_size < 1 or workers < 0:
@@ -76,9 +78,26 @@ def answer(
     if generate_kwargs.get("num_return_sequences", 1) != 1:
         raise InputError("num_return_sequences must be 1: a row holds one answer.")
     state = process_state()
-    run = Run(Path(output))
+    run = Run(Path(output), answer_name)
     settings = {**settings, "generate_kwargs": generate_kwargs}
     run.start(state, settings, {"versions": versions(), "batch_size": batch_size, "processes": state.num_processes})
+    try:
+        answer_rest(load, requests, run, state, batch_size, workers, generate_kwargs)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(run.kept(requests)) from stop
+    return run.output
+
+
+def answer_rest(
+    load: Callable[[], tuple],
+    requests: Sequence[Request],
+    run: Run,
+    state: "PartialState",
+    batch_size: int,
+    workers: int,
+    generate_kwargs: dict,
+):
+    """Answer the requests that have no row yet, and join all rows."""
     rows, ends = run.read()
     pending = [index for index, request in enumerate(requests) if request.id not in rows]
     # Prompts of like length need little padding; the longest come first, so that memory runs out early if at all.
@@ -90,24 +109,38 @@ def answer(
         with Part(path, ends.get(path, 0)) as part:
             model, processor = load()
             asked = [requests[index] for index in share]
-            with progress(len(share), run.output, state) as bar:
+            with progress(len(requests), len(share), run.output, state) as bar:
                 for answered in answer_batches(model, processor, asked, batch_size, workers, generate_kwargs):
-                    part.append([row(request, answer_name, *result) for request, *result in answered])
+                    part.append([row(request, run.answer_name, *result) for request, *result in answered])
+                    if state.is_main_process:
+                        run.record_again()
                     bar.update(len(answered))
+            part.restore()
     state.wait_for_everyone()
     if state.is_main_process:
-        if pending or run.parts():
+        if pending or run.parts() or not run.is_clean:
+            run.record_again()
             run.merge(requests, state.num_processes)
         else:
-            print(f"{run.output} is finished: {len(requests)} rows; nothing to do.", file=sys.stderr)
+            print(run.finished(requests, rows), file=sys.stderr)
     state.wait_for_everyone()
-    return run.output
 
 
-def progress(images: int, output: Path, state: "PartialState") -> tqdm:
-    """A bar over the main process's own share: what the others have done is known only at the end."""
+def progress(images: int, left: int, output: Path, state: "PartialState") -> tqdm:
+    """A bar over the main process's own share, which goes on where the last run ended: what the others have done is
+    known only at the end.
+
+    images: of all processes; left: what is left of the share.
+    """
+    share = len(range(state.process_index, images, state.num_processes))
     others = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
-    return tqdm(total=images, desc=output.name + others, unit=" images", disable=not state.is_main_process)
+    return tqdm(
+        total=share,
+        initial=share - left,
+        desc=output.name + others,
+        unit=" images",
+        disable=not state.is_main_process,
+    )
 
 
 # --- Images to answers ---
@@ -128,16 +161,15 @@ class ImageInputs(torch.utils.data.Dataset):
         return len(self.requests)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor] | str:
-        try:
-            image = self.requests[index].image
-            image = image() if callable(image) else image
-            if image is None:
-                raise ValueError("There is no image.")
-            inputs = self.processor(images=image, return_tensors="pt")
-            return {name: inputs[name][0] for name in self.processor.image_processor.model_input_names}
-        except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: Pillow, for a broken AVIF
-            # Without addresses, which would make the row of a broken image another one in each run.
-            return re.sub(r"<_io.BytesIO object at \w+>", "the data", str(error)) or type(error).__name__
+        inputs, error = tried(partial(self.read, self.requests[index].image))
+        return inputs if error is None else error
+
+    def read(self, image) -> dict[str, torch.Tensor]:
+        image = image() if callable(image) else image
+        if image is None:
+            raise ValueError("There is no image.")
+        inputs = self.processor(images=image, return_tensors="pt")
+        return {name: inputs[name][0] for name in self.processor.image_processor.model_input_names}
 
 
 def collate(images: list[dict[str, torch.Tensor] | str]) -> tuple[list[str | None], dict[str, torch.Tensor]]:
@@ -162,8 +194,8 @@ def answer_batches(
     for errors, image_inputs in loader:
         batch = requests[start : start + len(errors)]
         start += len(errors)
-        prompts = [request.prompt for request, error in zip(batch, errors, strict=True) if error is None]
-        answers = iter(generate(model, processor, prompts, image_inputs, generate_kwargs) if prompts else [])
+        asked = [request.messages() for request, error in zip(batch, errors, strict=True) if error is None]
+        answers = iter(generate(model, processor, asked, image_inputs, generate_kwargs) if asked else [])
         yield [
             (request, next(answers) if error is None else None, error)
             for request, error in zip(batch, errors, strict=True)
@@ -171,11 +203,10 @@ def answer_batches(
 
 
 def generate(
-    model, processor, prompts: list[str], image_inputs: dict[str, torch.Tensor], generate_kwargs: dict
+    model, processor, conversations: list[list[dict]], image_inputs: dict[str, torch.Tensor], generate_kwargs: dict
 ) -> list[str]:
-    """One answer per prompt and image."""
-    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    texts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+    """One answer per conversation and image."""
+    texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
     inputs = processor(text=texts, return_tensors="pt").to(model.device)
     image_inputs = {name: values.to(model.device, non_blocking=True) for name, values in image_inputs.items()}
     ids = model.generate(**inputs, **image_inputs, **generate_kwargs, return_dict_in_generate=False)

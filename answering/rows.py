@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 from ..common.command import InputError
 from ..common.files import differences, explained, lock, read_record, write_atomically, write_record
+from ..common.json_lines import parse_json
 
 NETWORK_DELAY = 90  # seconds until a file written on one machine must be seen by the others
 
@@ -25,13 +26,20 @@ class Request:
     """One prompt about one image.
 
     id: text or integer, unique within a run; image: whatever the processor opens, or a function without arguments that
-    gives it; prompt: the user's turn, without the template; fields: copied into the row.
+    gives it; prompt: the user's turn, without the template; fields: copied into the row; system: the system message,
+    or None for the template's own.
     """
 
     id: str | int
     image: object
     prompt: str
     fields: dict = field(default_factory=dict)
+    system: str | None = None
+
+    def messages(self) -> list[dict]:
+        """The conversation so far."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": self.prompt}]
 
 
 def check_requests(requests: Sequence[Request]):
@@ -64,20 +72,31 @@ def encode(row: dict) -> bytes:
         return json.dumps(row).encode() + b"\n"
 
 
-def scan(path: Path) -> tuple[dict[str | int, int], int]:
-    """Where the row of each id begins, and where the whole rows end: a kill may have torn the last line."""
-    offsets, end = {}, 0
+def id_of(line: bytes, answer_name: str) -> str | int | None:
+    """The id of the row in a line; None if it is no whole row."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get(answer_name, row.get("error")), str):
+        return None
+    row_id = row.get("id")
+    return row_id if isinstance(row_id, (str, int)) and not isinstance(row_id, bool) else None
+
+
+def scan(path: Path, answer_name: str) -> tuple[dict[str | int, int], int, bool]:
+    """Where the row of each id begins; where the whole lines end, as a kill may have torn the last one; and whether
+    there is nothing else. Lines that are no rows are passed over."""
+    offsets, end, lines, torn = {}, 0, 0, False
     with path.open("rb") as file:
         for line in file:
-            try:
-                row_id = json.loads(line)["id"] if line.endswith(b"\n") else None
-            except (KeyError, TypeError, ValueError):
+            if torn := not line.endswith(b"\n"):
                 break
-            if row_id is None:
-                break
-            offsets[row_id] = end
+            if (row_id := id_of(line, answer_name)) is not None:
+                offsets[row_id] = end
             end += len(line)
-    return offsets, end
+            lines += 1
+    return offsets, end, not torn and lines == len(offsets)
 
 
 class Part:
@@ -87,20 +106,26 @@ class Part:
         self.path, self.end = path, end
 
     def __enter__(self) -> "Part":
-        # Unbuffered, so that nothing is left to be written after an error.
-        self.file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-        lock(self.file, self.path)
+        self.open()
         self.file.truncate(self.end)
         self.file.seek(self.end)
         return self
+
+    def open(self):
+        # Unbuffered, so that nothing is left to be written after an error.
+        self.file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        lock(self.file, self.path)
 
     def __exit__(self, *exception):
         self.file.close()
 
     def append(self, rows: list[dict]):
         """All of `rows`, on disk when this returns; none of them if writing fails."""
-        left = memoryview(b"".join(map(encode, rows)))
-        size = len(left)
+        self.restore()
+        self.write(b"".join(map(encode, rows)))
+
+    def write(self, data: bytes):
+        left = memoryview(data)
         try:
             while left:
                 left = left[self.file.write(left) :]
@@ -108,15 +133,30 @@ class Part:
         except OSError as error:
             self.file.truncate(self.end)
             raise explained(error, self.path) from error
-        self.end += size
+        self.end += len(data)
+
+    def restore(self):
+        """Write all rows anew if somebody has removed the file meanwhile."""
+        if self.path.exists() and os.fstat(self.file.fileno()).st_nlink:
+            return
+        with self.file as removed:
+            removed.seek(0)
+            written = removed.read(self.end)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.open()
+        self.file.truncate(0)
+        self.end = 0
+        self.write(written)
+        warnings.warn(f"{self.path} was removed; its rows have been written to it once more.", stacklevel=3)
 
 
 class Run:
     """The files of one run: the output, its parts, and the record of its settings."""
 
-    def __init__(self, output: Path):
-        self.output = output
+    def __init__(self, output: Path, answer_name: str):
+        self.output, self.answer_name = output, answer_name
         self.record = output.with_name(f"{output.name}.run.json")
+        self.is_clean = True  # the output, of all but rows; known once it was read
 
     def part(self, process: int) -> Path:
         return self.output.with_name(f"{self.output.name}.part-{process}")
@@ -148,12 +188,19 @@ class Run:
 
     def begin(self, settings: dict, details: dict):
         """Record what this run depends on; if that is done, warn where details differ, which should not matter."""
+        self.content = settings, details
         if self.record.exists():
-            recorded = json.loads(self.record.read_bytes()).get("details", {})
-            if changed := differences(recorded, details):
+            recorded = json.loads(self.record.read_bytes()).get("details")
+            if changed := differences(recorded if isinstance(recorded, dict) else {}, details):
                 message = f"{self.output} was begun differently: {changed}; answers may differ a little."
                 warnings.warn(message, stacklevel=3)
         else:
+            write_record(self.record, settings, details=details)
+
+    def record_again(self):
+        """Restore the record if somebody has removed it meanwhile."""
+        if not self.record.exists():
+            settings, details = self.content
             write_record(self.record, settings, details=details)
 
     def wait_until_begun(self):
@@ -174,7 +221,8 @@ class Run:
         rows, ends = {}, {}
         for path in sorted({self.output, *self.parts(), *named}):
             if path.exists():
-                offsets, ends[path] = scan(path)
+                offsets, ends[path], clean = scan(path, self.answer_name)
+                self.is_clean &= clean or path != self.output
                 rows.update((row_id, (path, offset)) for row_id, offset in offsets.items())
         return rows, ends
 
@@ -193,8 +241,24 @@ class Run:
         for path in ends.keys() - {self.output}:
             path.unlink()
         with self.output.open("rb") as file:
-            errors = sum("error" in json.loads(line) for line in file)
-        print(f"Wrote {self.output}: {len(requests)} rows, {errors} of them errors.", file=sys.stderr)
+            errors = [row["id"] for row in map(json.loads, file) if "error" in row]
+        first = f" (the first: {errors[0]!r})" if errors else ""
+        print(f"Wrote {self.output}: {len(requests)} rows, {len(errors)} of them errors{first}.", file=sys.stderr)
+
+    def finished(self, requests: Sequence[Request], rows: dict) -> str:
+        """That nothing is left to do, in words."""
+        others = len(rows) - len(requests)
+        more = f" It holds {others} more, which are not asked for." if others else ""
+        return f"{self.output} is finished: {len(requests)} rows; nothing to do.{more}"
+
+    def kept(self, requests: Sequence[Request]) -> str:
+        """What an interrupted run leaves, and how to go on, in words."""
+        rows, _ = self.read()
+        done = sum(request.id in rows for request in requests)
+        if not done:
+            return "No row was written yet; give the same command again."
+        places = ", ".join(sorted({str(path) for path, _ in rows.values()}))
+        return f"{done} of {len(requests)} rows are kept in {places}; give the same command again to go on from there."
 
 
 def lines(places: list[tuple[Path, int]]) -> Iterator[bytes]:

@@ -1,9 +1,12 @@
 """Tables with images: a folder, files or a Hub id as rows whose images stay encoded, whoever wrote them."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from PIL import Image
+
+from ..image_opening_pheye import load_image
 from .command import InputError, require
 
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}  # suffix, and what `load_dataset` calls it
@@ -30,7 +33,12 @@ def table_files(folder: Path) -> Iterator[Path]:
     return (path for path in found if path.is_file())
 
 
-def load_table(
+def load_table(source: str | Sequence[str], **which):
+    """The table of `load_split`, without the name of the split."""
+    return load_split(source, **which)[0]
+
+
+def load_split(
     source: str | Sequence[str],
     *,
     config: str | None = None,
@@ -46,7 +54,7 @@ def load_table(
         usual_split: which split is taken where there are several and none is named.
 
     Returns:
-        a `datasets.Dataset`, or an `IterableDataset` if `streaming`.
+        a `datasets.Dataset`, or an `IterableDataset` if `streaming`; and the name of the split, if it has one.
 
     Raises:
         InputError: if nothing is there, or not this split.
@@ -55,14 +63,18 @@ def load_table(
     source = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     table = _load(names, source, config, data_files=data_files, split=split, streaming=streaming)
     if isinstance(table, dict):
-        table = one_split(table, split, usual_split, source)
+        split = split or (next(iter(table)) if len(table) == 1 else usual_split)
+        if split not in table:
+            raise InputError(f"{source} has no split {split!r}; choose the split from {', '.join(table)}.")
+        table = table[split]
     elif is_saved(names[0]) and split not in (None, str(table.split)):
         raise InputError(f"{source} holds no splits; leave the split {split} out.")
     if not is_saved(names[0]):
         check_kind(table, Path(names[0]))
+    split = split or (None if table.split is None else str(table.split))
     if streaming:
-        return table.to_iterable_dataset() if hasattr(table, "to_iterable_dataset") else table
-    return table.with_format(None)
+        return (table.to_iterable_dataset() if hasattr(table, "to_iterable_dataset") else table), split
+    return table.with_format(None), split
 
 
 def _load(names: list[str], source: str, config: str | None, *, data_files: str | list[str] | None, **how):
@@ -76,7 +88,11 @@ def _load(names: list[str], source: str, config: str | None, *, data_files: str 
         if suffix in FILES and data_files is None:
             if missing := [file for file in names if not os.path.isfile(file)]:
                 raise ValueError(f"there is no such file: {missing[0]}")
+            if len({Path(file).suffix.lower() for file in names}) > 1:
+                raise ValueError("the files must be of one kind")
             name, data_files = FILES[suffix], names
+        elif data_files is None and not os.path.exists(name) and "/" not in name:
+            raise ValueError("there is no such folder, and a data set of the Hub is called owner/name")
         return datasets.load_dataset(name, config, data_files=data_files, **how)
     except IndexError as error:  # raised for saved data without rows
         raise InputError(f"{source} is empty; give a data set with at least one row.") from error
@@ -97,15 +113,6 @@ def check_kind(table, folder: Path):
             f"{folder} holds tables beside files of another kind, which `datasets` takes for the data ({kind}). Give "
             f"the table files themselves, such as {file}."
         )
-
-
-def one_split(table: dict, split: str | None, usual: str, source: str):
-    """The split that is named, or else the usual one, or else the only one."""
-    if split is None:
-        split = next(iter(table)) if len(table) == 1 else usual
-    if split not in table:
-        raise InputError(f"{source} has no split {split!r}; choose the split from {', '.join(table)}.")
-    return table[split]
 
 
 def undecoded(table, column: str, source: str):
@@ -167,6 +174,23 @@ def encoded_image(images, row: int) -> str | bytes | None:
     """
     [cell] = images[row].values()
     return encoded(cell)
+
+
+def opened_image(images, row: int) -> Image.Image | bytes | None:
+    """The image in a row of what `images_of` gave, if others wrote the table: no file of this machine, and no address
+    inside the house.
+
+    Raises:
+        ValueError: if the row has several, or the image cannot be opened.
+    """
+    cell = encoded_image(images, row)
+    return load_image(cell, sources="remote") if isinstance(cell, str) else cell
+
+
+def reader_of(source: str | Sequence[str], data_files: str | None) -> Callable:
+    """How the images of a table are read: `encoded_image`, or `opened_image` where it is on the Hub."""
+    on_this_disk = data_files is not None or not isinstance(source, str) or os.path.exists(source)
+    return encoded_image if on_this_disk else opened_image
 
 
 def as_list(cell):

@@ -4,14 +4,13 @@ Everything is checked here, before a model is loaded, and what is missing is sai
 """
 
 import functools
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from ..common.command import InputError, process_state
 from ..common.tables import FILES as TABLE_FILES
-from ..common.tables import encoded_image, images_of, is_saved, load_table
+from ..common.tables import holds_tables, images_of, load_split, reader_of
 from .formats import FORMATS, SUFFIXES, file_samples
 from .samples import Sample, check_samples, right_option, texts
 from .tasks import Task
@@ -55,11 +54,9 @@ def dataset_samples(
 
     named: columns that the user has named, by option: `image_column` and so on.
     """
-    if split is None and not is_one_table(source):
-        split = task.split
     with process_state().main_process_first():  # the others find it downloaded
-        table = load_table(source, config=config, split=split, data_files=data_files)
-    split = split or (str(table.split) if table.split is not None else None)
+        where = {"config": config, "data_files": data_files}
+        table, split = load_split(source, split=split, usual_split=task.split, **where)
     columns = chosen_columns(task, named)
     if named.get("answers_column") is None and columns["answers"] not in table.column_names:
         columns["answers"] = None  # as in a test set without public answers
@@ -70,16 +67,11 @@ def dataset_samples(
                 f"the {kind} by --{kind}_column."
             )
     images = images_of(table, columns["image"], source)
-    samples = []
+    samples, read = [], reader_of(source, data_files)
     for row, entry in enumerate(text_rows(table, columns)):
-        image = functools.partial(encoded_image, images, row)
+        image = functools.partial(read, images, row)
         samples.append(replace(row_sample(entry, task), id=entry.get("id", row), image=image, split=split))
     return samples
-
-
-def is_one_table(source: str) -> bool:
-    """Whether there is no split to choose: in a single saved data set, and in a table file."""
-    return os.path.isfile(source) or os.path.isfile(os.path.join(source, "state.json"))
 
 
 def text_rows(table, columns: dict[str, str | None]) -> Iterator[dict]:
@@ -132,7 +124,7 @@ def read_samples(
         refuse_unused(f"{source} is a file", dataset_options)
         samples = file_samples(path, task, annotations)
     else:
-        if path.is_dir() and not is_saved(path):
+        if path.is_dir() and not holds_tables(path):
             raise InputError(f"{source} is a folder; give {FORMATS[task.format].description}.")
         if not path.exists() and (path.suffix in SUFFIXES or path.is_absolute() or source.count("/") > 1):
             raise InputError(f"There is no {source}; give {FORMATS[task.format].description}; or a data set.")

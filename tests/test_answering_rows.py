@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from pheye.answering import engine, rows
 from pheye.answering.engine import answer
 from pheye.answering.rows import Request
-from pheye.common.command import InputError
+from pheye.common.command import InputError, Interrupted
 
 from answering_runs import NEW, PICTURES, names, read
 
@@ -116,6 +117,105 @@ def test_a_torn_line_is_cut_off(start, expected, tmp_path, tail):
     assert read(start()) == expected
 
 
+NO_ROWS = [
+    b"garbage",
+    bytes(50),
+    b"[1]",
+    b'{"id": [1], "answer": "x"}',
+    b'{"id": {}, "answer": "x"}',
+    b'{"id": true, "answer": "x"}',
+    b'{"id": "id-0"}',  # without an answer
+    b'{"id": "id-0", "answer": null}',
+    b'{"id": "id-0", "answer": 5}',
+    b'{"id": "\xff", "answer": "x"}',
+    b"[" * 100_000,
+    b"9" * 5000,
+]
+
+
+@pytest.mark.parametrize("line", NO_ROWS, ids=lambda line: repr(line[:25]))
+@pytest.mark.parametrize("finished", [False, True])
+def test_lines_that_are_no_rows_are_passed_over_and_nothing_behind_is_asked_again(
+    start, model, expected, tmp_path, monkeypatch, line, finished
+):
+    start() if finished else run_killed(start, "os.fsync", 3, "after")
+    path = tmp_path / ("out.jsonl" if finished else "out.jsonl.part-0")
+    rows, generate = [], model.generate
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    monkeypatch.setattr(model, "generate", lambda **kw: rows.extend(kw["input_ids"]) or generate(**kw))
+    assert read(start()) == expected
+    assert len(rows) == (0 if finished else len(PICTURES) - 4)
+    assert names(tmp_path) == {"out.jsonl", "out.jsonl.run.json"}
+
+
+# --- Files that go away, and the user who stops ---
+
+
+def test_what_is_removed_midway_is_written_again(start, expected, requests, tmp_path):
+    output = tmp_path / "results" / "out.jsonl"
+
+    def removing(index):
+        def image():
+            if index == 4:
+                shutil.rmtree(output.parent)
+            elif index == 6:
+                output.with_name("out.jsonl.run.json").unlink()
+            return requests[index].image
+
+        return Request(requests[index].id, image, requests[index].prompt, requests[index].fields)
+
+    asked = [removing(index) for index in range(len(requests))]
+    with pytest.warns(UserWarning, match=r"part-0 was removed; its rows have been written to it once more"):
+        start(asked, output, batch_size=1)
+    assert read(output) == expected
+    assert names(output.parent) == {"out.jsonl", "out.jsonl.run.json"}
+    start(asked, output, batch_size=1)  # whose settings are known
+
+
+def test_what_is_removed_after_the_last_row_is_written_again(start, expected, model, monkeypatch, tmp_path):
+    generate, calls = model.generate, []
+
+    def last(**kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            (tmp_path / "out.jsonl.part-0").unlink()
+            (tmp_path / "out.jsonl.part-0").write_text("another file")
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", last)
+    with pytest.warns(UserWarning, match="was removed"):
+        assert read(start()) == expected
+
+
+def test_who_stops_a_run_hears_what_is_kept_and_the_bar_goes_on_from_there(
+    start, expected, model, monkeypatch, capsys
+):
+    generate, calls = model.generate, []
+
+    def stopped(**kwargs):
+        calls.append(1)
+        if len(calls) in stops:
+            raise KeyboardInterrupt
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", stopped)
+    stops = {1, 4}
+    with pytest.raises(Interrupted, match="No row was written yet; give the same command again"):
+        start()
+    with pytest.raises(Interrupted, match=r"4 of 7 rows are kept in .*out.jsonl.part-0; give the same command again"):
+        start()
+    capsys.readouterr()
+    assert read(start()) == expected
+    assert "4/7 [" in capsys.readouterr().err
+
+
+def test_each_process_has_its_own_part_of_the_bar(monkeypatch):
+    monkeypatch.setattr(engine, "tqdm", dict)
+    for process, share in enumerate([3, 2, 2]):  # of seven
+        bar = engine.progress(7, 1, Path("out.jsonl"), Turn(process, 3))
+        assert (bar["total"], bar["initial"]) == (share, share - 1)
+
+
 # --- Several processes ---
 
 
@@ -182,7 +282,10 @@ def test_a_finished_output_is_left_alone_and_nothing_is_loaded(start, requests, 
     answer(lambda: pytest.fail("loaded"), requests, output, **options)
     assert output.read_bytes() == before
     assert output.stat().st_mtime_ns == written
-    assert "out.jsonl is finished: 7 rows; nothing to do." in capsys.readouterr().err
+    assert "out.jsonl is finished: 7 rows; nothing to do.\n" in capsys.readouterr().err
+    answer(lambda: pytest.fail("loaded"), requests[:5], output, **options)
+    assert output.read_bytes() == before
+    assert "5 rows; nothing to do. It holds 2 more, which are not asked for.\n" in capsys.readouterr().err
 
 
 def test_new_requests_join_a_finished_output_and_removed_rows_are_answered_again(start, requests, expected):

@@ -2,20 +2,23 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
 from test_image_processing_pheye import serve
 
-from pheye.answering import caption
+from pheye.answering import caption, engine
 
-from tiny import tiny_image
+from tiny import tiny_image, tiny_model
 
 NEW = 8  # tokens per caption
 CAPTION = "Provide a one-sentence caption for the provided image"
@@ -65,9 +68,9 @@ def run(model_folder, tmp_path, capsys):
 
     def run(images, *options):
         output = tmp_path / "captions.jsonl"
-        argv = ["--model", str(model_folder), "--images", str(images), "--output", str(output)]
+        argv = ["--model", str(model_folder), "--output", str(output), "--max_new_tokens", str(NEW)]
         capsys.readouterr()
-        status = caption.main([*argv, "--max_new_tokens", str(NEW), "--batch_size", "2", *options])
+        status = caption.main([*argv, "--batch_size", "2", "--images", str(images), *options])
         return status, rows_of(output), capsys.readouterr().err
 
     return run
@@ -169,6 +172,41 @@ def test_dataset_by_the_name_of_its_loader(run, dataset, captions, tmp_path, mon
     assert by_id(rows) == dict(enumerate([*captions.values(), None, None]))
 
 
+def test_several_sources_and_a_word_on_what_was_passed_over(run, folder, captions):
+    status, rows, error = run(folder / "a.png", str(folder / "b"), str(folder / "*.txt*"), str(folder / "*.bmp"))
+    assert status == 1 and "No image or table matches" in error
+    status, rows, error = run(folder / "a.png", str(folder / "b"), "--images", str(folder / "?.bmp"))
+    assert status == 0
+    names = ["a.png", "b/broken.png", "b/c.JPG", "b/d.webp", "e.bmp"]
+    assert by_id(rows) == {str(folder / name): captions.get(name) for name in names}
+    assert f"5 rows, 1 of them errors (the first: '{folder}/b/broken.png')." in error
+    assert "Passed over" not in error
+    (folder / "b" / "x.heic").write_bytes(b"")
+    status, again, error = run(folder / "a.png", str(folder / "b"), "--images", str(folder / "?.bmp"))
+    assert (status, again) == (0, rows)
+    assert error.endswith("Passed over: 1 .heic. Convert HEIC and the raw files of cameras to JPEG first, for Pillow "
+                          "cannot read them.\n")  # fmt: skip
+    (folder / "b" / "x.heic").unlink()
+
+
+def test_a_plain_struct_of_bytes_and_paths(run, folder, captions, tmp_path):
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    cells = [{"bytes": (folder / name).read_bytes(), "path": None} for name in SEEDS]
+    pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array(cells, kind)}), tmp_path / "rows.parquet")
+    status, rows, _ = run(tmp_path / "rows.parquet")
+    assert status == 0
+    assert by_id(rows) == dict(enumerate(captions.values()))
+
+
+def test_a_row_with_several_images_says_so(run, folder, captions, tmp_path):
+    paths = [str(folder / name) for name in SEEDS]
+    datasets.Dataset.from_dict({"image": [paths[:1], paths[:2], []]}).to_parquet(tmp_path / "rows.parquet")
+    _, rows, _ = run(tmp_path / "rows.parquet")
+    assert rows[0]["caption"] == captions["a.png"]
+    assert "There are 2 images, but Pheye sees exactly one" in rows[1]["error"]
+    assert rows[2]["error"] == "There is no image."
+
+
 def test_prompt_and_beams_are_used_and_recorded(run, folder, model, processor, tmp_path):
     _, rows, _ = run(folder, "--prompt", "What is this?", "--num_beams", "3", "--dtype", "float32")
     text = processor.apply_chat_template([{"role": "user", "content": "What is this?"}], add_generation_prompt=True)
@@ -199,31 +237,49 @@ def test_a_second_run_does_nothing_and_one_with_another_prompt_is_refused(run, f
     assert "choose another output, or remove" in error
 
 
+def test_a_model_that_was_trained_anew_under_its_name_is_another(run, folder, model, processor, tmp_path, monkeypatch):
+    own = tmp_path / "model"
+    model.save_pretrained(own)
+    processor.save_pretrained(own)
+    _, rows, _ = run(folder, "--model", str(own))
+    changed = tiny_model()
+    changed.save_pretrained(own)
+    assert run(folder, "--model", str(own))[0] == 0  # the very same weights
+    with torch.no_grad():
+        next(changed.parameters()).add_(1)
+    changed.save_pretrained(own)
+    status, again, error = run(folder, "--model", str(own))
+    assert (status, again) == (1, rows)
+    assert re.search(r"begun with other settings: files of the model was '\w+' and is now '\w+'\. Use the same", error)
+
+
+def test_who_stops_it_hears_what_is_kept(run, folder, captions, monkeypatch):
+    answer, generate = [], engine.generate
+
+    def stopped(*args):
+        answer.append(1)
+        if len(answer) == 2:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    monkeypatch.setattr(engine, "generate", stopped)
+    status, rows, error = run(folder)
+    assert (status, rows) == (130, None)
+    assert "2 of 5 rows are kept in" in error and "give the same command again to go on from there" in error
+    assert "Traceback" not in error
+    _, rows, _ = run(folder)
+    assert by_id(rows) == {**captions, BROKEN: None}
+
+
 # --- Bad input ---
 
 
-def test_folder_without_images(refused, tmp_path):
+def test_sources_without_images_stop_before_the_model_is_loaded(refused, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "There are no images in" in refused(tmp_path / "empty")
-
-
-def test_missing_list(refused, tmp_path):
     for name in (tmp_path / "list.txt", "list.txt", tmp_path / "photos", "a/b/c"):
-        assert f"There is no {name}; give a folder, a list" in refused(name)
-
-
-def test_list_without_images(refused, folder, tmp_path):
-    (tmp_path / "list.txt").write_text("\n")
-    assert "is empty" in refused(tmp_path / "list.txt")
-    (tmp_path / "list.txt").write_text("x.png\ny.png\n")
-    assert "beginning with 'x.png'; paths are looked up from the working directory" in refused(tmp_path / "list.txt")
-    (tmp_path / "list.txt").write_text(f"{folder}/a.png\n{folder}/a.png\n")
-    assert "a.png' occurs more than once" in refused(tmp_path / "list.txt")
-    assert "is no text; give a folder" in refused(folder / "a.png")
-
-
-def test_dataset_options_for_a_folder(refused, folder):
-    assert "is no dataset: leave --split, --id_column out" in refused(folder, "--split", "x", "--id_column", "y")
+        assert f"There is no {name}; give images, folders" in refused(name)
+    assert "is no data set: leave --split, --id_column out" in refused(folder, "--split", "x", "--id_column", "y")
 
 
 def test_dataset_without_the_column_split_or_kind(refused, dataset, tmp_path):
@@ -232,8 +288,8 @@ def test_dataset_without_the_column_split_or_kind(refused, dataset, tmp_path):
     assert "has no column 'image'; its columns are picture, key." in refused(saved)
     assert "has no column 'name'" in refused(saved, "--image_column", "picture", "--id_column", "name")
     assert "leave the split val out" in refused(saved, "--split", "val")
-    datasets.DatasetDict({"val": dataset}).save_to_disk(tmp_path / "splits")
-    assert "has no split 'train'; choose the split from val." in refused(tmp_path / "splits")
+    datasets.DatasetDict({"val": dataset, "test": dataset}).save_to_disk(tmp_path / "splits")
+    assert "has no split 'train'; choose the split from val, test." in refused(tmp_path / "splits")
     datasets.Dataset.from_dict({"image": [1, 2], "id": ["x", "x"]}).save_to_disk(tmp_path / "numbers")
     assert "it must hold images, paths, URLs or bytes" in refused(tmp_path / "numbers")
     datasets.Dataset.from_dict({"image": ["p", "q"], "id": ["x", "x"]}).save_to_disk(tmp_path / "twice")

@@ -58,8 +58,8 @@ def answers(monkeypatch):
     """Sets what the model answers about a dark image and about a light one; the prompts it was given."""
 
     def answers(dark: str, light: str) -> list[str]:
-        def generate(model, processor, prompts, image_inputs, generate_kwargs):
-            given.extend(prompts)
+        def generate(model, processor, conversations, image_inputs, generate_kwargs):
+            given.extend(messages[-1]["content"] for messages in conversations)
             return [dark if pixels.mean() < 0 else light for pixels in image_inputs["pixel_values"]]
 
         given = []
@@ -299,8 +299,9 @@ def test_an_interrupted_run_goes_on(run, answers, monkeypatch, tmp_path):
         return generate(*args)
 
     monkeypatch.setattr(engine, "generate", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run("textvqa", *options)
+    status, *_, printed = run("textvqa", *options)
+    assert status == 130
+    assert "\ninterrupted. 4 of 7 rows are kept in " in printed
     part = tmp_path / "out" / "rows.jsonl.part-0"
     assert len(part.read_text().splitlines()) == 4
     assert not (tmp_path / "out" / "result.json").exists()
