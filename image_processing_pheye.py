@@ -2,15 +2,14 @@
 
 # ruff: noqa: E402 - the check comes before what older releases lack
 
-import base64
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
+from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.utils.versions import require_version
 
 require_version("transformers>=5.17.0", "Upgrade it: pip install --upgrade transformers")
@@ -23,14 +22,27 @@ from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
     SizeDict,
-    httpx,
-    infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import TensorType
+
+from .image_opening_pheye import ImageError, check_size, check_sources, load, load_image, naming, open_image
 
 EXIF_ORIENTATION = 0x0112
+UPRIGHT = {  # what undoes each orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 REDUCED_JPEG_GAP = 2  # a JPEG decoded at reduced scale keeps at least this many times the pixels along each side
+MOST_VIEW_PIXELS = 2**26  # of the enlarged image: 8192 x 8192
+LARGEST_VALUE = 1e4  # no vision tower is trained on values that come near
+DEEPEST_LIST = 8
+LAYOUTS = ("channels_first", "channels_last")
+WITHOUT_EFFECT = ("crop_size", "pad_size", "disable_grouping", "image_seq_length")
 
 
 def resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
@@ -38,8 +50,12 @@ def resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Im
 
     Two one-axis calls, because Pillow 13 orders the passes of a single call by the image's shape, and the order
     moves pixels; in this order every Pillow gives what the published models were trained on.
+
+    Raises:
+        ValueError: if the image is so tall or wide that this would take gigabytes.
     """
     width, height = size
+    check_size(image.size, width)
     return image.resize((width, image.height), resample).resize((width, height), resample)
 
 
@@ -68,55 +84,6 @@ def cut_views(
     return np.stack([global_view, *crops])
 
 
-def load_image(source: str | os.PathLike | bytes, least_side: int | None = None) -> Image.Image:
-    """Open an image from a path, an http(s) URL, base64 text or encoded bytes; the first frame if it is animated.
-
-    With `least_side`, a JPEG whose sides stay at least that long is decoded at 1/2, 1/4 or 1/8 of its scale.
-
-    Raises:
-        ValueError: if there is no such file, or if it does not hold a whole image that Pillow can read.
-    """
-    name = "the given bytes" if isinstance(source, bytes) else repr(str(source)[:200])
-    is_text = isinstance(source, str) and not os.path.isfile(source) and not source.startswith(("http://", "https://"))
-    try:
-        return _decode(_from_base64(source) if is_text else _read(source), least_side)
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{name} is too large: {error}. Reduce the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
-        ) from error
-    except FileNotFoundError as error:
-        raise ValueError(f"{name} is no image: there is no such file.") from error
-    except (OSError, RuntimeError, SyntaxError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
-        if is_text:
-            raise ValueError(
-                f"{name} is no image: there is no such file, and it is neither a URL that starts with http:// or "
-                "https:// nor base64 text of an image."
-            ) from error
-        raise ValueError(f"{name} could not be read as an image: {error}. Check that the file is whole.") from error
-
-
-def _read(source: str | os.PathLike | bytes) -> str | os.PathLike | BytesIO:
-    """What `Image.open` can take: a path, or a buffer with the encoded image."""
-    if isinstance(source, bytes):
-        return BytesIO(source)
-    if isinstance(source, os.PathLike) or os.path.isfile(source):
-        return source
-    return BytesIO(httpx.get(source, follow_redirects=True).raise_for_status().content)
-
-
-def _from_base64(text: str) -> BytesIO:
-    text = text.split(",")[-1] if text.startswith("data:") else text
-    return BytesIO(base64.b64decode("".join(text.split()), validate=True))
-
-
-def _decode(source: str | os.PathLike | BytesIO, least_side: int | None) -> Image.Image:
-    with Image.open(source) as image:
-        if least_side is not None:
-            image.draft(None, (least_side, least_side))
-        image.load()
-        return image
-
-
 def to_rgb(image: "Image.Image | np.ndarray | torch.Tensor", input_data_format: str | None = None) -> Image.Image:
     """`image` upright and in mode RGB: the one place for EXIF rotation and mode conversion.
 
@@ -127,62 +94,98 @@ def to_rgb(image: "Image.Image | np.ndarray | torch.Tensor", input_data_format: 
       "channels_last") settles a shape that could be either.
 
     Raises:
-        TypeError: if it is no image. ValueError: if it is empty, holds NaN or is out of range for its type.
+        ValueError: if it is no image, is empty, holds NaN, is out of range for its type, could be of either layout, is
+            too large, or cannot be decoded; the message names it and says what to do. No other error.
     """
+    with naming(image):
+        return upright_rgb(image, input_data_format)
+
+
+def upright_rgb(image, input_data_format: str | None, columns: int = 1) -> Image.Image:
+    """As `to_rgb`, for a block that `naming` guards; `columns` as in `check_size`."""
     if isinstance(image, Image.Image):
-        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        load(image, columns)
+        turn = _turn(image)
+        image = image if turn is None else image.transpose(turn)
         if image.mode.startswith(("I", "F")):
             array = np.asarray(image)
             image = _from_array(array if image.mode == "F" else _checked_range(array, 2**16).astype(np.uint16))
     elif isinstance(image, (np.ndarray, torch.Tensor)):
-        if isinstance(image, torch.Tensor):
-            image = image.detach().cpu()
-            image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
-        image = _from_array(_channels_last(image, input_data_format))
+        array = _channels_last(_as_array(image), input_data_format)
+        check_size(array.shape[1::-1], columns)
+        image = _from_array(array)
     else:
-        raise TypeError(
-            f"{type(image).__name__} is no image; give a PIL image, an array, a tensor, a path, a URL or bytes."
+        raise ImageError(
+            f"The image is a {type(image).__name__}, which is no image; give a PIL image, an array, a tensor, a path, "
+            "a URL or bytes."
         )
-    if 0 in image.size:
-        raise ValueError(f"The image is empty: its size is {image.width} x {image.height} pixels.")
+    check_size(image.size, columns)  # turned by now, and not always as large as its file says
     try:
         return image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
-        raise ValueError(f"An image of mode {image.mode!r} cannot become RGB; convert it first.") from error
+        raise ImageError(
+            f"The image has the mode {image.mode!r}, which cannot become RGB; convert it first."
+        ) from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes a picture upright. One whose metadata cannot be read is taken as it lies: its pixels are whole."""
+    try:
+        return UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION))
+    except Exception:
+        return None
+
+
+def _as_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
+    if isinstance(image, torch.Tensor):
+        image = image.detach().resolve_conj().resolve_neg().cpu()
+        return (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    if np.ma.is_masked(image):
+        raise ImageError("The image has masked values; fill them first, with array.filled(0) for example.")
+    return image
 
 
 def _channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
     """An array of any layout as (H, W) or (H, W, 3 or 4)."""
+    shape, input_data_format = array.shape, _layout(input_data_format)
     if array.ndim not in (2, 3):
-        raise ValueError(f"An image array has 2 or 3 dimensions, not {array.ndim} (shape {array.shape}).")
-    if array.ndim == 3:
-        if 0 in array.shape:
-            raise ValueError(f"The image is empty: its shape is {array.shape}.")
-        if input_data_format is None:
-            try:
-                input_data_format = infer_channel_dimension_format(array, num_channels=(1, 3, 4)).value
-            except ValueError:
-                raise ValueError(
-                    f"An image array has 1, 3 or 4 channels, first or last; its shape is {array.shape}."
-                ) from None
-        shape = array.shape
-        if str(getattr(input_data_format, "value", input_data_format)) == "channels_first":
-            array = np.moveaxis(array, 0, -1)
-        if array.shape[-1] not in (1, 3, 4):
-            raise ValueError(
-                f"With input_data_format={input_data_format!r}, an image of shape {shape} has {array.shape[-1]} "
-                "channels; it must have 1, 3 or 4."
+        raise ImageError(f"The image has {array.ndim} dimensions (shape {shape}); it must have 2 or 3 dimensions.")
+    if 0 in shape:
+        raise ImageError(f"The image is empty: its shape is {shape}.")
+    if array.ndim == 2:
+        return array
+    if input_data_format is None:
+        channels = zip(LAYOUTS, (shape[0], shape[-1]), strict=True)
+        possible = [layout for layout, count in channels if count in (1, 3, 4)]
+        if len(possible) > 1:
+            raise ImageError(
+                f"The image's shape {shape} could have its channels first or last; say which by "
+                'input_data_format="channels_last" or "channels_first".'
             )
-        if array.shape[-1] == 1:
-            array = array[..., 0]
-    return array
+        if not possible:
+            raise ImageError(f"The image must have 1, 3 or 4 channels, first or last; its shape is {shape}.")
+        input_data_format = possible[0]
+    if input_data_format == "channels_first":
+        array = np.moveaxis(array, 0, -1)
+    if array.shape[-1] not in (1, 3, 4):
+        raise ImageError(
+            f"The image of shape {shape} has {array.shape[-1]} channels with input_data_format={input_data_format!r}; "
+            "it must have 1, 3 or 4."
+        )
+    return array[..., 0] if array.shape[-1] == 1 else array
+
+
+def _layout(input_data_format: str | ChannelDimension | None) -> str | None:
+    layout = getattr(input_data_format, "value", input_data_format)
+    if layout not in (None, *LAYOUTS):
+        raise ValueError(f"input_data_format={input_data_format!r} must be one of {', '.join(LAYOUTS)}.")
+    return layout
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
     """A PIL image of 8 bits from (H, W) or (H, W, C) values of any type, each in its own range."""
     if array.dtype.kind not in "buif":
-        raise TypeError(f"An image array holds numbers or truth values, not {array.dtype}; convert it first.")
+        raise ImageError(f"The image must hold numbers or truth values, not {array.dtype}; convert it first.")
     if array.dtype == np.uint16:
         array = array >> 8
     elif array.dtype == bool:
@@ -197,19 +200,17 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _checked_range(array: np.ndarray, limit: int) -> np.ndarray:
     """`array` if all values lie in 0 <= value < `limit` for integers, 0 <= value <= 1 for floats."""
     if array.size and np.isnan(array).any():
-        raise ValueError("The image holds NaN; replace these values first.")
+        raise ImageError("The image holds NaN; replace these values first.")
     top = limit if np.issubdtype(array.dtype, np.floating) else limit - 1
     if array.size and not (array.min() >= 0 and array.max() <= top):
-        raise ValueError(
+        raise ImageError(
             f"The image's values run from {array.min()} to {array.max()}, but {array.dtype} images must lie in "
             f"0 to {top}; rescale them, or convert them to uint8."
         )
     return array
 
 
-def _check_tiles(tiles_per_side: int):
-    if isinstance(tiles_per_side, bool) or not isinstance(tiles_per_side, int) or tiles_per_side < 1:
-        raise ValueError(f"tiles_per_side={tiles_per_side!r} must be an integer of at least 1.")
+# --- The processor ---
 
 
 def _map(function: Callable, items: Sequence) -> list:
@@ -221,12 +222,30 @@ def _map(function: Callable, items: Sequence) -> list:
         return list(pool.map(function, items))
 
 
+def _flatten(images, depth: int = 0) -> list:
+    """All images in `images`, however nested, in one list; an array of four dimensions is a batch."""
+    if isinstance(images, (list, tuple)):
+        _check_depth(depth)
+        return [image for entry in images for image in _flatten(entry, depth + 1)]
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        with naming(images):
+            return list(images)
+    return [images]
+
+
+def _check_depth(depth: int):
+    if depth > DEEPEST_LIST:
+        raise ValueError(f"The images lie in lists nested more than {DEEPEST_LIST} deep; give one list.")
+
+
 class PheyeImageProcessorKwargs(ImagesKwargs, total=False):
     """
     tiles_per_side (`int`, *optional*): k, the number of crops along each side of the image.
+    sources (`str` or `os.PathLike`, *optional*): what may be opened; see `load_image`. It is not saved.
     """
 
     tiles_per_side: int
+    sources: str | os.PathLike
 
 
 class PheyeImageProcessor(PilBackend):
@@ -234,7 +253,11 @@ class PheyeImageProcessor(PilBackend):
 
     `size` is that of one view; `image_mean` and `image_std` are those of the vision tower's own preprocessor. An image
     may be a path, a URL, base64 text, encoded bytes, a PIL image, an array or a tensor; see `to_rgb` for modes.
-    Several images are worked on side by side, on as many threads as torch may use.
+    Several images are worked on side by side, on as many threads as torch may use. An image that cannot be used is a
+    ValueError that names it and says what to do, whatever is wrong with it.
+
+    Where others choose the paths and URLs, as on a server, `sources` says what may be opened: "data" (bytes and base64
+    text only), "local", "remote" or a folder; see `load_image`.
 
     With `reduce_jpegs` (an attribute, no argument of the call), JPEG files far larger than the views are decoded at
     reduced scale: several times faster, at a small change of the pixels (docs/usage.md).
@@ -250,54 +273,58 @@ class PheyeImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+    sources = "any"
     reduce_jpegs = False
 
     def __init__(self, **kwargs: Unpack[PheyeImageProcessorKwargs]):
         super().__init__(**kwargs)
-        _check_tiles(self.tiles_per_side)
+        options = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        self._validate_preprocess_kwargs(**self._standardize_kwargs(**options))
 
-    def fetch_images(self, images):
+    def to_dict(self) -> dict:
+        """What is saved: all but `sources`, which is a matter of the machine and not of the model."""
+        return {name: value for name, value in super().to_dict().items() if name != "sources"}
+
+    def fetch_images(self, images, depth: int = 0):
         """Every path, URL, base64 text or bytes in `images` opened; nesting and everything else stays as it is."""
         if isinstance(images, (list, tuple)):
-            return _map(self.fetch_images, images)
+            _check_depth(depth)
+            return _map(partial(self.fetch_images, depth=depth + 1), images)
         if isinstance(images, (str, bytes, os.PathLike)):
-            least_side = REDUCED_JPEG_GAP * self.tiles_per_side * max(self.size.height, self.size.width)
-            return load_image(images, least_side if self.reduce_jpegs else None)
+            return load_image(images, self._least_side(self.tiles_per_side, self.size), self.sources)
         return images
 
-    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
-        """All images in `images`, however nested, opened and in one list; an array of four dimensions is a batch."""
-        return self._flatten(self.fetch_images(images))
+    def _least_side(self, tiles_per_side: int, size: SizeDict) -> int | None:
+        return REDUCED_JPEG_GAP * tiles_per_side * max(size.height, size.width) if self.reduce_jpegs else None
 
-    def _flatten(self, images) -> list:
-        if isinstance(images, (list, tuple)):
-            return [image for entry in images for image in self._flatten(entry)]
-        if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-            return list(images)
-        return [images]
-
-    def process_image(self, image, input_data_format: str | None = None, **kwargs) -> Image.Image:
-        return to_rgb(image, input_data_format)
-
-    def _validate_preprocess_kwargs(self, size: SizeDict, tiles_per_side: int, **kwargs):
-        _check_tiles(tiles_per_side)
-        if not (size.height and size.width):
-            raise ValueError(f"size={dict(size)} must name the height and width of one view.")
-        for option in ("do_center_crop", "do_pad"):
-            if kwargs.get(option):
-                raise ValueError(f"{option}=True has no meaning here: the views always show the whole image.")
-        for option in ("do_resize", "do_convert_rgb"):
-            if kwargs.get(option) is False:
-                raise ValueError(f"{option}=False is not possible: views are RGB and have one size.")
-        if kwargs.get("data_format") not in (None, "channels_first", ChannelDimension.FIRST):
-            raise ValueError(
-                f"data_format={kwargs['data_format']!r} is not possible: pixel_values have channels first."
-            )
+    def _validate_preprocess_kwargs(
+        self, size: SizeDict, tiles_per_side: int, sources: str | os.PathLike = "any", **kwargs
+    ):
+        check_sources(sources)
+        _check_shape(tiles_per_side, size)
+        _check_meaning(**kwargs)
         super()._validate_preprocess_kwargs(size=size, **kwargs)
+        _check_numbers(**kwargs)
 
-    def _preprocess(
+    def _preprocess_image_like_inputs(self, images, *args, return_tensors=None, **options) -> BatchFeature:
+        """Each image goes all the way to its views by itself, so that a thread holds one whole image at a time."""
+        found = _flatten(images)
+
+        def views_of(place: int) -> np.ndarray:
+            image = found[place]
+            try:
+                with naming(image):
+                    return self.pixels_of(image, **options)
+            except ImageError as error:
+                if len(found) == 1 or isinstance(image, (str, os.PathLike)):
+                    raise
+                raise ImageError(f"Image {place + 1} of {len(found)}: {error}") from error
+
+        return BatchFeature({"pixel_values": _map(views_of, range(len(found)))}, tensor_type=return_tensors)
+
+    def pixels_of(
         self,
-        images: list[Image.Image],
+        image,
         tiles_per_side: int,
         size: SizeDict,
         resample: int,
@@ -306,20 +333,91 @@ class PheyeImageProcessor(PilBackend):
         do_normalize: bool,
         image_mean: tuple[float, ...],
         image_std: tuple[float, ...],
-        return_tensors: str | TensorType | None,
+        input_data_format: str | None,
+        sources: str | os.PathLike,
         **kwargs,
-    ) -> BatchFeature:
-        def views_of(image: Image.Image) -> np.ndarray:
-            views = cut_views(image, tiles_per_side, (size.height, size.width), resample)  # (V, H, W, 3)
-            views = np.ascontiguousarray(views.transpose(0, 3, 1, 2)).astype(np.float32)  # (V, 3, H, W)
-            if do_rescale:
-                views /= np.float32(1 / rescale_factor)  # value / 255, which rounds better than value * (1 / 255)
-            if do_normalize:
-                views -= np.array(image_mean, np.float32)[:, None, None]
-                views /= np.array(image_std, np.float32)[:, None, None]
-            return views
+    ) -> np.ndarray:
+        """The views of one image, whatever it is given as: (V, 3, H, W), float32."""
+        columns = tiles_per_side * size.width
+        if isinstance(image, (str, bytes, os.PathLike)):
+            image = open_image(image, self._least_side(tiles_per_side, size), sources, columns)
+        image = upright_rgb(image, input_data_format, columns)
+        views = cut_views(image, tiles_per_side, (size.height, size.width), resample)  # (V, H, W, 3)
+        views = np.ascontiguousarray(views.transpose(0, 3, 1, 2)).astype(np.float32)  # (V, 3, H, W)
+        if do_rescale:
+            views /= np.float32(1 / rescale_factor)  # value / 255, which rounds better than value * (1 / 255)
+        if do_normalize:
+            views -= np.array(image_mean, np.float32)[:, None, None]
+            views /= np.array(image_std, np.float32)[:, None, None]
+        return views
 
-        return BatchFeature({"pixel_values": _map(views_of, images)}, tensor_type=return_tensors)
+
+# --- Options that can only be mistakes ---
+
+
+def _is_number(value, least: float, most: float) -> bool:
+    """Whether it lies between the two, without them. NaN does not."""
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and least < value < most
+
+
+def _check_shape(tiles_per_side: int, size: SizeDict):
+    if isinstance(tiles_per_side, bool) or not isinstance(tiles_per_side, int) or tiles_per_side < 1:
+        raise ValueError(f"tiles_per_side={tiles_per_side!r} must be an integer of at least 1.")
+    sides = (size.height, size.width) if isinstance(size, SizeDict) else ()
+    if not sides or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        shown = dict(size) if isinstance(size, SizeDict) else size
+        raise ValueError(f"size={shown} must name the height and width of one view, as integers of at least 1.")
+    if tiles_per_side**2 * size.height * size.width > MOST_VIEW_PIXELS:
+        raise ValueError(
+            f"tiles_per_side={tiles_per_side} and size={dict(size)} make more than {MOST_VIEW_PIXELS} pixels of every "
+            "image; choose smaller ones."
+        )
+
+
+def _check_meaning(**options):
+    """Refuse options that would do nothing, or that the views have no room for."""
+    for option in ("do_center_crop", "do_pad"):
+        if options.get(option):
+            raise ValueError(f"{option}=True has no meaning here: the views always show the whole image.")
+    for option in ("do_resize", "do_convert_rgb"):
+        if options.get(option) is False:
+            raise ValueError(f"{option}=False is not possible: views are RGB and have one size.")
+    for option in ("do_resize", "do_convert_rgb", "do_rescale", "do_normalize"):
+        if options.get(option) not in (None, True, False):
+            raise ValueError(f"{option}={options[option]!r} must be True or False.")
+    if options.get("data_format") not in (None, "channels_first", ChannelDimension.FIRST):
+        raise ValueError(f"data_format={options['data_format']!r} is not possible: pixel_values have channels first.")
+    _layout(options.get("input_data_format"))
+    for option in WITHOUT_EFFECT:
+        if options.get(option) is not None:
+            raise ValueError(f"{option}={options[option]!r} would change nothing here; leave it out.")
+    if options.get("device") is not None and str(options["device"]) != "cpu":
+        raise ValueError(
+            f"device={str(options['device'])!r} is not possible: images are processed on the CPU. Move the result "
+            "there, with .to(device)."
+        )
+
+
+def _check_numbers(resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std, **options):
+    """Refuse numbers that give pixels which no vision tower was trained on, or none that are numbers."""
+    if isinstance(resample, bool) or not isinstance(resample, int) or resample not in list(Image.Resampling):
+        raise ValueError(f"resample={resample!r} must be one of PIL.Image.Resampling, such as BICUBIC (3).")
+    if do_rescale and not _is_number(rescale_factor, 1e-6, LARGEST_VALUE):
+        raise ValueError(f"rescale_factor={rescale_factor!r} must be a number greater than 0, such as 1 / 255.")
+    if not do_normalize:
+        return
+    for name, values, least in (("image_mean", image_mean, -LARGEST_VALUE), ("image_std", image_std, 0)):
+        is_three = isinstance(values, (list, tuple, np.ndarray)) and len(values) == 3
+        if not is_three or not all(_is_number(value, least, LARGEST_VALUE) for value in values):
+            kind = "greater than 0" if least == 0 else "finite"
+            raise ValueError(f"{name}={values!r} must be three numbers, for red, green and blue, each {kind}.")
+    white = 255 * (rescale_factor if do_rescale else 1)
+    for mean, std in zip(image_mean, image_std, strict=True):
+        if not max(abs(mean), abs(white - mean)) / std < LARGEST_VALUE:
+            raise ValueError(
+                f"image_mean={image_mean!r} and image_std={image_std!r} make pixel values of {LARGEST_VALUE:.0f} and "
+                "more; those of the vision tower's preprocessor make some units."
+            )
 
 
 PheyeImageProcessor.register_for_auto_class()

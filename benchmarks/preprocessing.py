@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from pheye import PheyeImageProcessor
-from pheye.image_processing_pheye import load_image, resize
+from pheye.image_opening_pheye import load_image
+from pheye.image_processing_pheye import resize
 
 from ..common.command import Parser
 from ..common.machine import machine

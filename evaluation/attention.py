@@ -19,7 +19,8 @@ from ..common.command import InputError, Parser, add_model_options, at_least, de
 from ..common.files import write_atomically
 from ..common.json_lines import read_lines
 from ..common.machine import versions
-from ..image_processing_pheye import load_image, to_rgb
+from ..image_opening_pheye import load_image
+from ..image_processing_pheye import to_rgb
 from .boxes import is_share
 from .heatmaps import explain
 from .tertiles import TERTILES, tertiles

@@ -5,7 +5,6 @@
 lmms-eval loads the data, deals the requests out to the processes, and scores; the answers are those of `answering`.
 """
 
-import contextlib
 import functools
 import json
 import logging
@@ -21,6 +20,7 @@ from transformers import GenerationConfig
 from ..answering.engine import answer_batches, default_workers, open_model
 from ..answering.rows import Request
 from ..common.command import DTYPES, InputError, process_state
+from ..common.images import tried
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
 
 try:
@@ -36,8 +36,8 @@ IMAGE_TOKEN = "<image>"  # tasks put it where other models want one; Pheye's pro
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of no use to a greedy answer or to beams
 
 
-class RefusedTask(Exception):
-    """A task that Pheye cannot do. Not a ValueError, which would count as one broken image and an empty answer."""
+class RefusedTask(InputError):
+    """A task that Pheye cannot do. No other error, which would count as one broken image and an empty answer."""
 
 
 def manifest():
@@ -186,8 +186,7 @@ class Pheye(lmms):
         for index, instance in enumerate(requests):
             first.setdefault(instance.args[4:], (index, instance))
         for index, instance in first.values():
-            with contextlib.suppress(OSError):  # one broken image
-                self.request(index, instance).image()
+            tried(self.request(index, instance).image)  # one broken image does not matter
 
     def request(self, index: int, instance) -> Request:
         context, _, doc_to_visual, doc_id, task, split = instance.args

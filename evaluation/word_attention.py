@@ -16,7 +16,8 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from ..common.command import InputError
-from ..image_processing_pheye import load_image, to_rgb
+from ..image_opening_pheye import load_image
+from ..image_processing_pheye import to_rgb
 from .tertiles import TERTILES
 
 TOKENS_PER_PASS = 16  # of the answer, so that memory does not grow with it
@@ -155,7 +156,7 @@ def global_shares(model, processor, samples: Iterable[dict], max_new_tokens: int
                 total, tokens = total + count * view_shares(weights, views)[:, 0], tokens + count
             if not tokens:
                 raise InputError("The answer has no words.")
-        except (InputError, OSError, TypeError, ValueError) as error:
+        except ValueError as error:  # which all faults of an image are
             left_out.append({"line": sample["_line"], "error": str(error)})
             continue
         group = sample["tertile"] or "all"

@@ -18,7 +18,7 @@ from tiny import tiny_image, tiny_model
 
 TESTS = Path(__file__).parent
 REPO = "me/7b-pheye.v1.0-x"  # leading digit, dots and hyphens: none of it may be in a Python module's name
-PARTS = "configuration", "image_processing", "processing", "vision", "blocks", "modeling", "pipeline"
+PARTS = "configuration", "image_opening", "image_processing", "processing", "vision", "blocks", "modeling", "pipeline"
 CODE = {f"{part}_pheye.py" for part in PARTS}
 WEIGHTS = "model.safetensors"
 OTHERS = {

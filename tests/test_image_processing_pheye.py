@@ -19,7 +19,8 @@ from transformers import pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pheye import PheyeImageProcessor
-from pheye.image_processing_pheye import crop_boxes, cut_views, load_image, resize
+from pheye.image_opening_pheye import load_image
+from pheye.image_processing_pheye import crop_boxes, cut_views, resize
 
 from tiny import tiny_image
 

@@ -1,11 +1,13 @@
 """Samples to batches: the processor's prompt, the answers labelled, broken images skipped and reported."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 
 from ..common.command import InputError
+from ..common.images import tried
 
 IGNORED = -100  # the label of a token that is not learnt
 NO_IMAGE = "It has no image, or several; Pheye sees exactly one."
@@ -65,6 +67,7 @@ class PheyeCollator:
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
         rows = [self.encode_sample(sample) for sample in samples]
         image_inputs, errors = self.open_images([sample["image"] for sample in samples])
+        errors = [sample.get("error", error) for sample, error in zip(samples, errors, strict=True)]
         # On the right: positions count from the row's beginning in language models that learn them, too.
         padded = {"padding_side": "right", "return_tensors": "pt"}
         batch = self.processor.tokenizer.pad({"input_ids": [ids for ids, _ in rows]}, **padded)
@@ -105,19 +108,14 @@ class PheyeCollator:
         image_processor = self.processor.image_processor
         names = image_processor.model_input_names
         if all(image is not None for image in images):
-            try:
-                opened = image_processor(images, return_tensors="pt")
-                return {name: opened[name] for name in names}, [None] * len(images)
-            except (ValueError, OSError, TypeError, RuntimeError):
-                pass  # one by one, then
-        rows, errors = [], []
-        for image in images:
-            error = NO_IMAGE if image is None else None
+            opened, error = tried(partial(image_processor, images, return_tensors="pt"))
             if error is None:
-                try:
-                    opened = image_processor([image], return_tensors="pt")
-                except (ValueError, OSError, TypeError, RuntimeError) as problem:
-                    error = str(problem)
+                return {name: opened[name] for name in names}, [None] * len(images)
+        rows, errors = [], []  # one by one, then
+        for image in images:
+            opened, error = None, NO_IMAGE
+            if image is not None:
+                opened, error = tried(partial(image_processor, [image], return_tensors="pt"))
             if error is not None:
                 opened = image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")
             rows.append(opened)
