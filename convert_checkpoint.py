@@ -11,11 +11,12 @@ checkpoint is being hashed and written in threads of their own. What it then fin
 
 import argparse
 import importlib.util
+import os
 import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +26,16 @@ if importlib.util.find_spec("pheye") is None:
 import torch
 from huggingface_hub import HfApi
 
-from pheye.common.command import InputError, Parser, exit_status
+from pheye.common.command import InputError, Interrupted, Parser, exit_status
 from pheye.common.files import appear_whole
+from pheye.conversion.archive import check_storages, hash_and_check, list_records
 from pheye.conversion.card import write_card
-from pheye.conversion.reading import PARTS, Conversion, find_checkpoint, make_conversion, read_tensors, sha256_of
+from pheye.conversion.errors import one_line, refusing
+from pheye.conversion.processor import write_processor
+from pheye.conversion.reading import PARTS, Conversion, find_checkpoint, make_conversion, read_tensors
 from pheye.conversion.reference import Reference, draw_test_picture
 from pheye.conversion.rules import RULES, Plan
-from pheye.conversion.writing import write_configs, write_processor, write_weights
+from pheye.conversion.writing import code_files, write_configs, write_weights
 
 if TYPE_CHECKING:
     from pheye.processing_pheye import PheyeProcessor
@@ -71,6 +75,15 @@ def report(plan: Plan):
     print(f"{totals.total()} tensors of the source: {parts}; {len(plan.pieces)} of the model, each filled once.")
 
 
+def refuse_to_replace(output: Path, inputs: Iterable[str | Path]):
+    """No OUTPUT may hold a folder or file that the conversion reads, wherever links lead."""
+    for path in map(Path, inputs):
+        inside = [file for file in path.iterdir() if not file.is_dir()] if os.path.isdir(path) else []
+        for file in (path, *inside):
+            if os.path.lexists(file) and Path(os.path.realpath(file)).is_relative_to(output):
+                raise InputError(f"{output} holds {file}, which the conversion reads; choose another OUTPUT.")
+
+
 def convert(
     source: str,
     output: str,
@@ -87,31 +100,35 @@ def convert(
     """Convert `source` to the folder `output`; see the command's help. `model` is the name that the card shows.
 
     Raises:
-        InputError: if the source is refused, with the reason. OSError: if reading or writing fails.
+        InputError: if the source is refused, or if reading or writing fails. OSError: if there can be no such OUTPUT.
     """
-    output = Path(output).resolve()
+    output = Path(os.path.realpath(output))
     parts = {"encoder": encoder, "decoder": decoder, "tokenizer": tokenizer}
     replacements = {part: name for part, name in parts.items() if name}
-    for used in (source, *replacements.values()):
-        if Path(used).resolve().is_relative_to(output):
-            raise InputError(f"{output} holds {used}, which the conversion reads; choose another OUTPUT.")
+    refuse_to_replace(output, (source, *replacements.values(), *code_files()))
     stored = None if dtype == "keep" else getattr(torch, dtype)
-    with appear_whole(output, force) as folder:
+    with (
+        appear_whole(output, force) as folder,
+        refusing(f"{output} could not be written", "Mend this, or choose another OUTPUT."),
+    ):
         checkpoint = find_checkpoint(source, replacements)
-        sha256 = Background(sha256_of, checkpoint.weights)
+        hashing = Background(hash_and_check, checkpoint.weights, list_records(checkpoint.weights))
         tensors = read_tensors(checkpoint.weights)
         plan, stop = Plan(tensors, checkpoint.settings), threading.Event()
         writing = Background(write_weights, folder, checkpoint.weights, plan, stored, max_shard_size, stop)
         try:
             conversion = make_conversion(checkpoint, tensors, plan, replacements, stored)
+            refuse_to_replace(output, (checkpoint.folder, *conversion.folders.values()))
             processor = write_processor(folder, conversion)
             write_configs(folder, conversion.config, processor.tokenizer)
             writing.result()
         finally:
             stop.set()
             writing.join()
+        sha256, sizes = hashing.result()
+        check_storages(checkpoint.weights, tensors, sizes)
         report(plan)
-        write_card(folder, model or output.name, conversion, sha256.result())
+        write_card(folder, model or output.name, conversion, sha256)
         if verify:
             verify_folder(folder, conversion, processor)
     return plan
@@ -185,14 +202,18 @@ def convert_and_push(
     """Convert, and push where that is asked; the arguments are the command's options."""
     try:
         convert(source, output, model=push_to_hub, **options)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"Nothing was written to {output}; the same command begins anew.") from error
     except (InputError, OSError) as error:
         raise InputError(f"{error}\nNothing was written to {output}.") from error
     print(f"Wrote {output}")
     if push_to_hub:
         try:
             push(output, push_to_hub, private, revision)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{output} is whole, but pushing it failed: {error}") from error
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"{output} is whole, but not pushed.") from error
+        except Exception as error:  # of the network, of any kind
+            raise InputError(f"{output} is whole, but pushing it failed: {one_line(error)}") from error
 
 
 def parse(argv: list[str] | None) -> dict:

@@ -17,22 +17,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
 from ..common.command import Parser
 from ..configuration_pheye import PheyeConfig
-from ..conversion.reading import sha256_of
 from ..conversion.rules import LM_LAYER, OLD_BLOCK, Names, target_shapes, template_regex
 
 VIEW_ROWS = 21  # of the published view vectors, whatever the number of views
 POLL_SECONDS = 0.01
 
-# A tokenizer is copied, not converted; the smallest that loads will do.
-TOKENIZER = {
-    "version": "1.0",
-    "added_tokens": [{"id": 0, "content": "<|endoftext|>", "special": True, "single_word": False, "lstrip": False,
-                      "rstrip": False, "normalized": False}],
-    "model": {"type": "BPE", "vocab": {"<|endoftext|>": 0}, "merges": []},
-}  # fmt: skip
+
+def make_tokenizer(size: int) -> dict:
+    """A tokenizer.json of `size` tokens: one for the end of a text, one for each byte, and others that nothing uses."""
+    end = "<|endoftext|>"
+    tokens = [end, *sorted(ByteLevel.alphabet())]
+    tokens += [f"<|{number}|>" for number in range(len(tokens), size)]
+    flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": 0, "content": end, **flags}],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": {token: number for number, token in enumerate(tokens)}, "merges": []},
+    }
 
 
 def published_shapes(config: PheyeConfig) -> dict[str, tuple[int, ...]]:
@@ -70,7 +78,7 @@ def write_published(folder: Path, config: PheyeConfig, tensors: dict[str, torch.
     folder.mkdir(parents=True, exist_ok=True)
     config.vision_config.save_pretrained(folder / "encoder")
     config.text_config.save_pretrained(folder / "decoder")
-    (folder / "decoder" / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (folder / "decoder" / "tokenizer.json").write_text(json.dumps(make_tokenizer(config.vocab_size)))
     (folder / "decoder" / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
     )
@@ -125,6 +133,13 @@ def evict(path: Path):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def read_all(path: Path):
+    """Take a file into the page cache."""
+    with open(path, "rb") as file:
+        while file.read(1 << 24):
+            pass
+
+
 def time_copy(checkpoint: Path, work: Path) -> dict:
     sync()
     start = time.perf_counter()
@@ -160,7 +175,7 @@ def measure(work: Path, config: PheyeConfig, repeats: int) -> dict:
     make_full_size(source, config)
     checkpoint = source / "checkpoint.pt"
     result, peak = {"bytes": checkpoint.stat().st_size, "repeats": repeats}, 0
-    for state, prepare in (("disk", evict), ("cache", sha256_of)):  # the latter reads it into the page cache
+    for state, prepare in (("disk", evict), ("cache", read_all)):
         copies, conversions = [], []
         for _ in range(repeats):
             prepare(checkpoint)

@@ -5,7 +5,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +20,7 @@ except ImportError:  # not on Windows
     fcntl = None
 
 RUN_FILE = "run.json"  # in the folder of a run
+LOCK_FILE = "run.lock"  # beside it, while a process writes there
 READ = 2**16  # bytes at each place of a file that its fingerprint looks at,
 PLACES = 256  # of which a large file has so many: 16 MB, a moment
 
@@ -49,36 +52,76 @@ def write_atomically(path: Path, chunks: Iterable[bytes]):
 def appear_whole(output: Path, force: bool) -> Iterator[Path]:
     """A folder beside `output` that gets its name when the block is done, and is removed when the block fails.
 
-    What a killed run left behind is cleaned up first.
+    A file beside both is locked all the while. If this run is killed, that file tells the next one what to put right:
+    a folder that it does not name is left alone, whatever it is called.
 
     Raises:
-        InputError: if `output` exists, unless it is a folder and `force` is set.
+        InputError: if `output` exists, unless it is a folder and `force` is set; if another process writes it.
     """
-    prefix, replaced = f".{output.name}.unfinished-", output.with_name(f".{output.name}.replaced")
     output.parent.mkdir(parents=True, exist_ok=True)
-    if replaced.exists() and not output.exists():
-        os.rename(replaced, output)  # that run was killed between the two renames below
-    for leftover in [replaced, *output.parent.iterdir()]:
-        if leftover == replaced or leftover.name.startswith(prefix):
-            shutil.rmtree(leftover, ignore_errors=True)
-    if output.exists() and not (force and output.is_dir()):
+    with _claim(output) as journal:
+        _refuse_existing(output, force)
+        token = uuid.uuid4().hex
+        journal.write(f"pheye {token}\n".encode())
+        journal.flush()
+        folder, replaced = _names(output, token)
+        try:
+            folder.mkdir()
+            yield folder
+            _refuse_existing(output, force)  # once more, since the block may have taken long
+            if output.exists():
+                os.rename(output, replaced)
+            os.rename(folder, output)
+        finally:
+            _put_right(output, token)
+
+
+@contextlib.contextmanager
+def _claim(output: Path) -> Iterator[BinaryIO]:
+    """An empty file beside `output`, locked until the block ends; what a killed run left is put right first."""
+    path = output.with_name(f".{output.name}.unfinished")
+    while True:
+        file = path.open("a+b")
+        lock(file, output)
+        with contextlib.suppress(FileNotFoundError):  # where the process that held it has just removed it
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()
+    with file:
+        file.seek(0)
+        if content := file.read(1000):
+            if not (match := re.fullmatch(rb"pheye ([0-9a-f]{32})\n", content)):
+                raise InputError(f"{path} is in the way, and is none of this program's files; rename it.")
+            _put_right(output, match[1].decode())
+            file.truncate(0)
+        try:
+            yield file
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _names(output: Path, token: str) -> tuple[Path, Path]:
+    """Where what becomes `output` is written, and where what it replaces is until then."""
+    return output.with_name(f".{output.name}.unfinished-{token}"), output.with_name(f".{output.name}.replaced-{token}")
+
+
+def _put_right(output: Path, token: str):
+    """Remove what a run has left beside `output`; what it was about to replace gets its name back."""
+    folder, replaced = _names(output, token)
+    if not folder.exists():  # it is `output` by now, unless nothing was begun
+        shutil.rmtree(replaced, ignore_errors=True)
+    elif replaced.exists() and not os.path.lexists(output):
+        os.rename(replaced, output)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_existing(output: Path, force: bool):
+    if os.path.lexists(output) and not (force and output.is_dir()):
         remedy = (
             "give --force to replace it" if output.is_dir() else "it is no folder, so even --force leaves it alone"
         )
         raise InputError(f"{output} exists already; choose another output, or {remedy}.")
-    folder = output.with_name(f"{prefix}{os.getpid()}")
-    folder.mkdir()
-    try:
-        yield folder
-        if output.exists():
-            os.rename(output, replaced)
-        os.rename(folder, output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if replaced.exists() and not output.exists():
-            os.rename(replaced, output)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def lock(file: BinaryIO, path: Path):
@@ -130,7 +173,7 @@ def read_record(path: Path, settings: dict, output: Path) -> dict | None:
     remedy = f"Use the same settings, choose another output, or remove {output}{beside}."
     try:
         record = json.loads(path.read_bytes())
-        recorded = record["settings"]
+        recorded = dict(record["settings"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a record of settings. {remedy}") from error
     if changed := differences(recorded, settings):
@@ -146,7 +189,7 @@ def read_folder_record(output: Path, settings: dict) -> dict | None:
         InputError: if the folder holds something else, or a run with other settings.
     """
     record = read_record(output / RUN_FILE, settings, output)
-    if record is None and output.is_dir() and any(output.iterdir()):
+    if record is None and output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir()):
         raise InputError(f"{output} is not empty and holds no run of this command; choose another --output.")
     return record
 

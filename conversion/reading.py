@@ -1,9 +1,7 @@
 """A published checkpoint: its files, settings, tensors, and the configs that they go with."""
 
-import hashlib
-import json
 import math
-import mmap
+import os
 import pickle
 import re
 from collections import Counter
@@ -15,9 +13,13 @@ import torch
 from huggingface_hub import snapshot_download
 
 from ..common.command import InputError
+from ..common.json_lines import parse_json
+from .errors import one_line, refusing
 from .rules import MODEL, TILES_PER_SIDE, Plan
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from ..configuration_pheye import PheyeConfig
 
 PARTS = ("encoder", "decoder", "tokenizer")  # named in the published config.json
@@ -53,7 +55,7 @@ def find_checkpoint(source: str, replacements: dict[str, str]) -> Checkpoint:
     replacements: folder or Hub id by part, in place of those that config.json names.
     """
     folder, revision, name = Path(source), None, source
-    if folder.is_dir():
+    if os.path.isdir(source):
         name = folder.resolve().name
     else:
         folder = download(source, ["config.json"], "SOURCE")
@@ -73,29 +75,42 @@ def find_checkpoint(source: str, replacements: dict[str, str]) -> Checkpoint:
     return checkpoint
 
 
+def read_json(path: Path, remedy: str) -> dict:
+    """The object in a JSON file of the source."""
+    with refusing(f"{path} could not be read as JSON", remedy):
+        if not path.is_file():  # nothing that would wait, as a pipe does
+            raise FileNotFoundError("there is no such file")
+        content = parse_json(path.read_bytes().decode("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    return content
+
+
 def read_settings(path: Path, replacements: dict[str, str]) -> dict:
     """The published config.json, checked for what the conversion needs."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} could not be read as JSON: {error}.") from error
-    missing = [name for name in SETTINGS if not isinstance(settings, dict) or name not in settings]
-    missing = [name for name in missing if name not in replacements]
+    settings = read_json(path, "Give the folder or Hub id of a published Pheye.")
+    missing = [name for name in SETTINGS if name not in settings and name not in replacements]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}; it is not the config.json of a published Pheye.")
+
+    def shown(name: str) -> str:
+        return f"{path} has {name} {one_line(repr(settings[name]))}"
+
     for part in PARTS:
         if part not in replacements and not isinstance(settings[part], str):
-            raise InputError(f"{path} has {part} {settings[part]!r}, which is no name; give --{part}.")
+            raise InputError(f"{shown(part)}, which is no name; give --{part}.")
     for name, least in (("cross_interval", 1), ("from_layer", 0), ("reduce", 1)):
         if type(settings[name]) is not int or settings[name] < least:
-            raise InputError(f"{path} has {name} {settings[name]!r}, which is no integer of at least {least}.")
+            raise InputError(f"{shown(name)}, which is no integer of at least {least}.")
+    if not isinstance(settings["first_level"], bool):
+        raise InputError(f"{shown('first_level')}, which is neither true nor false.")
     level = settings["level"]
-    if isinstance(level, bool) or level not in TILES_PER_SIDE:
+    if type(level) is not int or level not in TILES_PER_SIDE:
         reason = (
             "exists in the published code as a number only and cannot run there" if level in (1, 4) else "is unknown"
         )
         raise InputError(
-            f"{path} has level {level!r}, which {reason}, so there is no model to reproduce; levels 2 (2 x 2 crops) "
+            f"{shown('level')}, which {reason}, so there is no model to reproduce; levels 2 (2 x 2 crops) "
             "and 3 (3 x 3 crops) can be converted."
         )
     return settings
@@ -103,10 +118,9 @@ def read_settings(path: Path, replacements: dict[str, str]) -> dict:
 
 def download(repo: str, files: list[str], what: str, revision: str | None = None) -> Path:
     """The folder in the cache with those `files` of a Hub repo that exist."""
-    try:
+    words = f"{what} {one_line(repr(repo))} is neither a folder nor a Hub repo that can be read"
+    with refusing(words, "Check the name and the network."):
         return Path(snapshot_download(repo, allow_patterns=files, revision=revision))
-    except (OSError, ValueError) as error:  # requests, missing repos and malformed names
-        raise InputError(f"{what} {repo!r} is neither a folder nor a Hub repo that can be read ({error}).") from error
 
 
 def find_part(
@@ -123,7 +137,7 @@ def find_part(
         folder = checkpoint.folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:  # a repo names no folder outside itself
             folder = None
-    if folder is not None and folder.is_dir():
+    if folder is not None and os.path.isdir(folder):
         # A folder given for a published name is that name's.
         published = checkpoint.settings.get(part) if replacement else None
         return folder, published if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(published)) else None
@@ -132,58 +146,65 @@ def find_part(
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a pickled state dict, mapped into memory. Nothing in the file can run."""
-    try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} holds something other than tensors, which could run code when loaded, and is refused; nothing of "
-            f"it was run. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise InputError(
-            f"{path} is no whole checkpoint in torch's zip format: {str(error).splitlines()[0]}. Download it again; "
-            "if it was saved by torch before 1.6, load it with weights_only=True and save it anew."
-        ) from error
+    remedy = "Download it again."
+    with refusing(f"{path} is no whole checkpoint in torch's zip format", remedy):
+        try:
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise InputError(
+                f"{path} holds something other than tensors, which could run code when loaded, and is refused; "
+                f"nothing of it was run. ({one_line(str(error).partition('. ')[0])})"
+            ) from error
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise InputError(f"{path} holds no dict of named tensors, but a {type(tensors).__name__}.")
     return {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in tensors.items()}
 
 
-def sha256_of(path: Path) -> str:
-    # In one call on the mapped file, which leaves the interpreter to other threads all the while.
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return hashlib.sha256(data).hexdigest()
+def read_config(folder: Path, part: str, tensors: dict[str, torch.Tensor]) -> "PreTrainedConfig":
+    """The configuration of encoder or decoder.
+
+    tensors: of the checkpoint, which bound the number of layers.
+    """
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    remedy = f"Download it again, or give --{part} with the folder or Hub id of the {part}."
+    if not isinstance(read_json(path, remedy).get("model_type"), str):  # transformers would guess it from the path
+        raise InputError(f"{path} names no model_type. {remedy}")
+    with refusing(f"{path} describes no {part}", remedy):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        layers = getattr(getattr(config, "vision_config", config), "num_hidden_layers", 0)
+        if layers > len(tensors):  # making so many would take for ever
+            raise ValueError(f"it has {layers:,} layers, and the checkpoint {len(tensors):,} tensors")
+    return config
 
 
 def make_config(settings: dict, encoder: Path, decoder: Path, tensors: dict[str, torch.Tensor]) -> "PheyeConfig":
     """The configuration; LoRA ranks come from the tensors, since config.json does not tell them."""
-    from transformers import AutoConfig
-
     from ..configuration_pheye import PheyeConfig
 
+    vision_config, text_config = read_config(encoder, "encoder", tensors), read_config(decoder, "decoder", tensors)
     ranks = {}
     for name, tensor in tensors.items():
-        if (match := re.search(r"\.lora_A\.(first|second)\.weight$", name)) and isinstance(tensor, torch.Tensor):
+        match = re.search(r"\.lora_A\.(first|second)\.weight$", name)
+        if match and isinstance(tensor, torch.Tensor) and tensor.ndim:
             ranks.setdefault(match[1], tensor.shape[0])
     # Where a set is missing, the published rank, so that the names of what is missing can be told.
     global_rank = ranks.get("first", 8) if settings["first_level"] else 0
     local_rank = ranks.get("second", 16)
-    try:
-        return PheyeConfig(
-            vision_config=AutoConfig.from_pretrained(encoder, trust_remote_code=False),
-            text_config=AutoConfig.from_pretrained(decoder, trust_remote_code=False),
-            tiles_per_side=TILES_PER_SIDE[settings["level"]],
-            cross_attention_interval=settings["cross_interval"],
-            cross_attention_start_layer=settings["from_layer"],
-            cross_attention_reduction=settings["reduce"],
-            global_lora_rank=global_rank,
-            global_lora_alpha=2.0 * global_rank,
-            local_lora_rank=local_rank,
-            local_lora_alpha=2.0 * local_rank,
-            architectures=["PheyeForConditionalGeneration"],
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"The configs of encoder, decoder and checkpoint make no model: {error}") from error
+    return PheyeConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        tiles_per_side=TILES_PER_SIDE[settings["level"]],
+        cross_attention_interval=settings["cross_interval"],
+        cross_attention_start_layer=settings["from_layer"],
+        cross_attention_reduction=settings["reduce"],
+        global_lora_rank=global_rank,
+        global_lora_alpha=2.0 * global_rank,
+        local_lora_rank=local_rank,
+        local_lora_alpha=2.0 * local_rank,
+        architectures=["PheyeForConditionalGeneration"],
+    )
 
 
 @dataclass
@@ -206,8 +227,9 @@ def make_conversion(
     files = {"encoder": CONFIG_FILES, "decoder": CONFIG_FILES, "tokenizer": TOKENIZER_FILES}
     for part, names in files.items():
         folders[part], hub_ids[part] = find_part(checkpoint, part, replacements.get(part), names)
-    config = make_config(checkpoint.settings, folders["encoder"], folders["decoder"], tensors)
-    plan.check(config)
+    with refusing("The configs of encoder, decoder and checkpoint make no model", "Check that they belong together."):
+        config = make_config(checkpoint.settings, folders["encoder"], folders["decoder"], tensors)
+        plan.check(config)
     language_model = Counter()
     for name, piece in plan.pieces.items():
         if name.startswith(MODEL + "language_model."):

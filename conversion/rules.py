@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..common.command import InputError
+from .errors import one_line
 
 if TYPE_CHECKING:
     from ..configuration_pheye import PheyeConfig
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 # What a weight may be, and what safetensors files call it.
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TILES_PER_SIDE = {2: 2, 3: 3}  # by the published level
+LONGEST_LIST = 40  # of what is wrong with a checkpoint
 
 
 class SameAs(NamedTuple):
@@ -45,8 +47,8 @@ FIELDS = {
     "path": r"(?P<path>.+)",  # of a module in the vision tower
     "flat": r"(?P<flat>\w+)",  # the same with underscores for dots
     "matrix": r"(?P<matrix>[AB])",  # of a LoRA
-    "layer": r"(?P<layer>\d+)",  # of the language model
-    "block": r"(?P<block>\d+)",  # counts the layers that have a cross-attention block before them
+    "layer": r"(?P<layer>[0-9]{1,9})",  # of the language model
+    "block": r"(?P<block>[0-9]+)",  # counts the layers that have a cross-attention block before them
     "kind": r"(?P<kind>weight|bias)",
     "rest": r"(?P<rest>.+)",
 }
@@ -140,9 +142,8 @@ class Plan:
                 continue
             rule, fields = found
             self.counts[rule] += 1
-            if not isinstance(tensor, torch.Tensor) or tensor.dtype not in SAFETENSORS_DTYPES:
-                kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-                problem = f"wrong: {source} is of type {kind}, not a floating-point tensor"
+            if not is_plain(tensor):
+                problem = f"wrong: {source} is {describe(tensor)}, not a plain floating-point tensor"
             elif isinstance(rule.target, SameAs):
                 problem = check_copy(tensors, source, rule.target.source.format(**fields))
             else:
@@ -191,7 +192,10 @@ class Plan:
             source = names.source_of(target)
             problems.setdefault(source, f"missing: {source} (for {target})")
         if problems:
-            listing = "\n  ".join(sorted(problems.values()))
+            lines = sorted(problems.values())
+            listing = "\n  ".join(map(one_line, lines[:LONGEST_LIST]))
+            if len(lines) > LONGEST_LIST:
+                listing += f"\n  and {len(lines) - LONGEST_LIST:,} more"
             raise InputError(
                 f"The checkpoint does not hold what its config.json describes; {len(problems)} of its tensors are "
                 f"wrong (check the encoder and decoder, and that the file is whole):\n  {listing}"
@@ -247,12 +251,31 @@ class Names:
         raise AssertionError(f"no rule fills {target}")
 
 
+def is_plain(value: object) -> bool:
+    """Whether it is a tensor whose values lie in memory as they are, in a dtype that a weight may have."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dtype in SAFETENSORS_DTYPES
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_neg()
+    )
+
+
+def describe(value: object) -> str:
+    """What kind of thing a checkpoint holds, for an error."""
+    if not isinstance(value, torch.Tensor):
+        return f"of type {type(value).__name__}"
+    kind = "" if value.layout is torch.strided else f" and {value.layout}"
+    return f"of type {value.dtype}{kind}{' without values' if value.is_meta else ''}"
+
+
 def check_copy(tensors: dict[str, torch.Tensor], copy: str, original: str) -> str | None:
     """What speaks against dropping `copy` as a copy of `original`."""
     if original not in tensors:
         return f"extra: {copy} is no copy, because there is no {original}"
     a, b = tensors[copy], tensors[original]
-    alike = isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape)
+    alike = is_plain(b) and (a.dtype, a.shape) == (b.dtype, b.shape)
     # Values are read only where the two do not share their memory already.
     if alike and ((a.data_ptr(), a.stride()) == (b.data_ptr(), b.stride()) or torch.equal(as_bytes(a), as_bytes(b))):
         return None

@@ -1,4 +1,4 @@
-"""The converted folder but for its card: weights in shards, processor, configs, code."""
+"""The converted folder but for its card and processor: weights in shards, configs, code."""
 
 import json
 import shutil
@@ -11,12 +11,11 @@ import torch
 from tqdm import tqdm
 
 from ..common.command import InputError
-from .reading import Conversion, read_tensors
+from .reading import read_tensors
 from .rules import SAFETENSORS_DTYPES, Plan
 
 if TYPE_CHECKING:
     from ..configuration_pheye import PheyeConfig
-    from ..processing_pheye import PheyeProcessor
 
 ELEMENTS_AT_ONCE = 1 << 24  # in one write; bounds the memory that a change of dtype takes
 
@@ -111,37 +110,20 @@ def cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return result
 
 
-def write_processor(folder: Path, conversion: Conversion) -> "PheyeProcessor":
-    """Tokenizer, chat template and image processor, with the encoder's own mean and std where it tells them."""
-    from transformers import AutoTokenizer
-
-    from ..image_processing_pheye import PheyeImageProcessor
-    from ..processing_pheye import PheyeProcessor
-
-    config, tokenizer = conversion.config, conversion.folders["tokenizer"]
-    size = config.vision_config.image_size
-    options = {"tiles_per_side": config.tiles_per_side, "size": {"height": size, "width": size}}
-    preprocessor = conversion.folders["encoder"] / "preprocessor_config.json"
-    if preprocessor.is_file():
-        published = json.loads(preprocessor.read_text(encoding="utf-8"))
-        options |= {name: published[name] for name in ("image_mean", "image_std") if name in published}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{tokenizer} holds no tokenizer that can be loaded: {error}") from error
-    processor = PheyeProcessor(PheyeImageProcessor(**options), tokenizer)
-    processor.save_pretrained(folder)
-    return processor
-
-
 def write_configs(folder: Path, config: "PheyeConfig", tokenizer):
     """Configuration, generation configuration and the code that they name."""
     from transformers import GenerationConfig
 
     config.save_pretrained(folder)
-    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else config.text_config.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.text_config.bos_token_id
-    GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad).save_pretrained(folder)
-    for file in Path(__file__).parent.parent.glob("*_pheye.py"):
+    generation = GenerationConfig(
+        bos_token_id=bos, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    generation.save_pretrained(folder)
+    for file in code_files():
         shutil.copyfile(file, folder / file.name)
+
+
+def code_files() -> list[Path]:
+    """What a model folder carries of this package."""
+    return sorted(Path(__file__).parent.parent.glob("*_pheye.py"))

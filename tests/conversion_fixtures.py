@@ -70,12 +70,18 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for held in files.values() for name, tensor in held.items()}
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files below a folder, and what is in them."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def refuse(capsys, source, output, *options) -> str:
     """The error with which a conversion ends, after a look that nothing is left of it."""
     before = sorted(output.parent.iterdir())
     assert converter.main([str(source), str(output), *options]) == 1
     assert sorted(output.parent.iterdir()) == before
-    error = capsys.readouterr().err
+    printed = capsys.readouterr().err
+    error = printed[printed.index("error: ") :]
     assert error.endswith(f"\nNothing was written to {output}.\n")
     return error
 

@@ -131,6 +131,44 @@ def test_all_that_does_not_fit_is_listed_by_name_in_one_error(tmp_path, tensors,
     assert error.count("\n  ") == len(lines)
 
 
+NOT_PLAIN = {
+    "sparse": (torch.ones(32).to_sparse(), "is of type torch.float32 and torch.sparse_coo"),
+    "without values": (torch.ones(32, device="meta"), "is of type torch.float32 without values"),
+    "negated when it is read": (torch.zeros(32, dtype=torch.complex64).conj().imag, "is of type torch.float32, not a"),
+    "complex": (torch.zeros(32, dtype=torch.complex64), "is of type torch.complex64"),
+    "eight bits": (torch.zeros(32).to(torch.float8_e4m3fn), "is of type torch.float8_e4m3fn"),
+    "a dict": ({"a": 1}, "is of type dict"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PLAIN)
+def test_what_is_no_plain_tensor_is_refused_by_name(tmp_path, tensors, capsys, case):
+    value, reason = NOT_PLAIN[case]
+    layer = "lang_encoder.model.layers.1.decoder_layer.input_layernorm.bias"
+    for name in ("vision_encoder.norm_lvl_1.bias", layer):  # of the latter there is a copy
+        tensors[name] = value
+    error = refuse(capsys, write(tmp_path / "source", tensors), tmp_path / "out")
+    assert f"wrong: vision_encoder.norm_lvl_1.bias {reason}" in error
+    assert f"wrong: {layer} {reason}" in error
+    assert "wrong: lang_encoder.old_decoder_blocks.1.input_layernorm.bias differs" in error
+
+
+def test_names_that_nobody_gives_are_listed_in_lines_of_their_own(tmp_path, tensors, capsys):
+    layers = "lang_encoder.model.layers."
+    names = ["x" * 10**6, "a\n\x1b[31mred", f"{layers}{'9' * 5000}.decoder_layer.x", f"{layers}\u0660.decoder_layer.x"]
+    tensors |= {name: torch.zeros(1) for name in names}
+    tensors[VIT + "encoder.layers.0.self_attn.q_proj.lora_A.second.weight"] = torch.tensor(1.0)
+    error = refuse(capsys, write(tmp_path / "source", tensors), tmp_path / "out")
+    assert error.count("\n  extra: ") == 4
+    assert error.count("\n") == 2 + 5
+    assert "\x1b" not in error
+    assert len(error) < 3000
+    tensors |= {f"extra{number}": torch.zeros(1) for number in range(1000)}
+    error = refuse(capsys, write(tmp_path / "many", tensors), tmp_path / "out")
+    assert error.count("\n  extra: ") == rules.LONGEST_LIST
+    assert "\n  and 965 more\n" in error
+
+
 def test_a_lora_set_that_config_json_does_not_match_is_refused(tmp_path, tensors, capsys):
     source = write(tmp_path / "unexpected", tensors, first_level=False)
     assert f"extra: {Q_PROJ}.lora_A.first.weight" in refuse(capsys, source, tmp_path / "out")

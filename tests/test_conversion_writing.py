@@ -1,11 +1,11 @@
-"""Weights bit for bit, in shards and dtypes; processor and configs as the source tells them."""
+"""Weights bit for bit, in shards and dtypes; configs as the source tells them."""
 
 import json
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from pheye import convert_checkpoint as converter
 from pheye.conversion import writing
@@ -38,7 +38,7 @@ def mixed(tensors):
     return in_published_dtypes(tensors)
 
 
-# --- Configs and processor ---
+# --- Configs ---
 
 
 def test_configs_are_those_that_saving_the_model_writes(tmp_path):
@@ -58,17 +58,6 @@ def test_generation_ends_and_pads_with_the_tokenizers_tokens(tmp_path, tensors):
     converter.convert(str(write(tmp_path / "source", tensors, config)), tmp_path / "out")
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 0, 0)
-
-
-def test_the_processor_has_the_encoders_mean_and_std(tmp_path, tensors):
-    source = write(tmp_path / "source", tensors)
-    published = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3], "size": {"shortest_edge": 224}}
-    (source / "encoder" / "preprocessor_config.json").write_text(json.dumps(published))
-    converter.convert(str(source), tmp_path / "out", verify=True)
-    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True).image_processor
-    assert list(processor.image_mean) == [0.5, 0.4, 0.3]
-    assert list(processor.image_std) == [0.1, 0.2, 0.3]
-    assert dict(processor.size) == {"height": 32, "width": 32}  # what the vision tower takes
 
 
 # --- Dtypes and shards ---

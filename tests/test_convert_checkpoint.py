@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -17,7 +18,19 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from pheye import convert_checkpoint as converter
 from pheye.conversion import rules, writing
 
-from conversion_fixtures import CASES, GOLDEN, INDEX, ROOT, make_tensors, refuse, run, small_config, stored, write
+from conversion_fixtures import (
+    CASES,
+    GOLDEN,
+    INDEX,
+    ROOT,
+    contents,
+    make_tensors,
+    refuse,
+    run,
+    small_config,
+    stored,
+    write,
+)
 from hub_server import FakeHub
 from tiny import tiny_text_config, tiny_vision_config
 
@@ -231,8 +244,8 @@ def test_a_failed_replacement_keeps_what_was_there(tmp_path, tensors, capsys, mo
         refuse(capsys, source, output, "--force")
     with monkeypatch.context() as patch:
         fail_late(patch, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            converter.main([str(source), str(output), "--force"])
+        assert converter.main([str(source), str(output), "--force"]) == 130
+        assert f"Nothing was written to {output}; the same command begins anew." in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
@@ -264,23 +277,128 @@ def test_a_run_that_the_system_stops_and_a_killed_one_leave_no_half_folder(tmp_p
     assert "status 1 left ['source']" in done.stdout, done.stderr
     assert "File too large" in done.stderr
     assert done.returncode == -9, done.stderr
-    (leftover,) = {path.name for path in tmp_path.iterdir()} - {"source"}
-    assert leftover.startswith(".out.unfinished-")
-    assert list((tmp_path / leftover).glob("*.safetensors"))  # it was killed while it wrote
+    assert list(tmp_path.glob(".out.unfinished-*/*.safetensors"))  # it was killed while it wrote
 
     assert converter.main([str(source), str(output), "--verify"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
 
+KILLED_BETWEEN_RENAMES = """
+import os, signal, sys
+from pheye import convert_checkpoint
+from pheye.common import files
+
+rename = files.os.rename
+def rename_once(*paths):
+    rename(*paths)
+    os.kill(os.getpid(), signal.SIGKILL)
+files.os.rename = rename_once
+convert_checkpoint.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
 def test_a_run_killed_between_its_last_two_renames_is_put_right(tmp_path, tensors, capsys):
     source, output = write(tmp_path / "source", tensors), tmp_path / "out"
-    converter.convert(str(source), output)
-    output.rename(tmp_path / ".out.replaced")
-    (tmp_path / ".out.unfinished-123").mkdir()
+    output.mkdir()
+    (output / "mine.txt").write_text("mine")
+    assert run(["-c", KILLED_BETWEEN_RENAMES, source, output, "--force"]).returncode == -9
+    assert not output.exists()
     assert converter.main([str(source), str(output)]) == 1
     assert "exists already" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
-    assert stored(output)
+    assert (output / "mine.txt").read_text() == "mine"
+
+
+def test_what_is_called_like_a_leftover_stays(tmp_path, tensors, capsys):
+    source, output = write(tmp_path / "source", tensors), tmp_path / "out"
+    for name in (".out.unfinished-notes", ".out.unfinished-123", ".out.replaced", f".out.replaced-{'0' * 32}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    assert converter.main([str(source), str(output)]) == 0
+    assert len(list(tmp_path.glob(".out.*/mine.txt"))) == 4
+    (tmp_path / ".out.unfinished").write_text("mine")
+    assert "is in the way" in refuse(capsys, source, output, "--force")
+    assert (tmp_path / ".out.unfinished").read_text() == "mine"
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path, tensors, capsys, monkeypatch):
+    source, output = write(tmp_path / "source", tensors), tmp_path / "out"
+    write_card = converter.write_card
+
+    def write_card_late(*args):
+        write_card(*args)
+        output.mkdir()
+        (output / "mine.txt").write_text("mine")
+
+    monkeypatch.setattr(converter, "write_card", write_card_late)
+    assert converter.main([str(source), str(output)]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["mine.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of Unix")
+def test_a_second_conversion_into_the_same_output_is_refused_at_once(tmp_path, tensors, capsys):
+    source, output = write(tmp_path / "source", tensors), tmp_path / "out"
+    wait = "import sys; from pheye.common.files import *\n"
+    wait += "with appear_whole(Path(sys.argv[1]), True): print('ready', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", wait, str(output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "ready\n"
+        for options in ([], ["--force"]):
+            assert "Another process is still writing" in refuse(capsys, source, output, *options)
+        other.stdin.close()
+    assert other.returncode == 0
+    assert list(output.iterdir()) == []  # what the other one has made
+
+
+# --- What it reads is never replaced ---
+
+
+def link(path, target):
+    path.symlink_to(target)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    {
+        "encoder": lambda folder: folder / "source" / "encoder",
+        "decoder": lambda folder: folder / "source" / "decoder",
+        "above the source": lambda folder: folder,
+        "a link to the source": lambda folder: link(folder / "link", "source"),
+        "what holds the real checkpoint": lambda folder: folder / "real",
+        "what holds the tokenizer's real file": lambda folder: folder / "elsewhere",
+        "the package": lambda folder: folder / "package",
+    }.items(),
+)
+def test_force_replaces_nothing_that_the_conversion_reads(tmp_path, tensors, capsys, monkeypatch, name, make):
+    code = tmp_path / "package" / "modeling_pheye.py"
+    code.parent.mkdir()
+    code.write_text("")
+    monkeypatch.setattr(converter, "code_files", lambda: [code])
+    source = write(tmp_path / "source", tensors)
+    for folder, file in {"real": source / "checkpoint.pt", "elsewhere": source / "decoder" / "tokenizer.json"}.items():
+        (tmp_path / folder).mkdir()
+        file.rename(tmp_path / folder / file.name)
+        file.symlink_to(tmp_path / folder / file.name)
+    output, before = make(tmp_path), contents(tmp_path)
+    assert converter.main([str(source), str(output), "--force"]) == 1
+    assert "which the conversion reads; choose another OUTPUT" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_an_output_within_the_source_may_be_replaced(tmp_path, tensors):
+    source = write(tmp_path / "source", tensors)
+    for options in ([], ["--force"]):
+        assert converter.main([str(source), str(source / "out"), *options]) == 0
+    assert stored(source / "out")
+
+
+def test_an_output_that_is_a_link_to_itself_is_refused(tmp_path, tensors, capsys):
+    source, output = write(tmp_path / "source", tensors), link(tmp_path / "out", "out")
+    assert "it is no folder" in refuse(capsys, source, output, "--force")
 
 
 # --- Options ---
