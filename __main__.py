@@ -6,7 +6,8 @@ import sys
 from . import __version__
 
 COMMANDS = {
-    "caption": ("answering.caption", "caption a folder, a list or a data set of images"),
+    "ask": ("answering.ask", "ask a question about an image"),
+    "caption": ("answering.caption", "caption images: files, folders, lists or a data set"),
     "train": ("training.train", "train a model: the paper's stages, or fine-tuning on your own data"),
     "evaluate": ("evaluation.evaluate", "score a model on a benchmark"),
     "attention": ("evaluation.attention", "draw where a model looks while it answers"),
@@ -36,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: There is no command {name!r}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    return importlib.import_module(f".{COMMANDS[name][0]}", __package__).main(options)
+    try:
+        return importlib.import_module(f".{COMMANDS[name][0]}", __package__).main(options)
+    except KeyboardInterrupt:  # while modules are imported, before the command itself answers to it
+        print("\ninterrupted.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -42,6 +42,11 @@ def _with_underscores(arg: str) -> str:
 def add_model_options(parser: argparse.ArgumentParser):
     """The options by which every command that answers is told what model to load, and where."""
     parser.add_argument("--model", required=True, metavar="FOLDER_OR_ID")
+    add_loading_options(parser)
+
+
+def add_loading_options(parser: argparse.ArgumentParser):
+    """Those beside the model itself."""
     parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="(default: as the model was saved)")
     parser.add_argument("--device", help="such as cpu or cuda (default: an accelerator if there is one)")

@@ -55,3 +55,12 @@ def test_the_status_of_a_command_is_that_of_pheye(capsys, tmp_path):
 def test_it_runs_as_a_module(tmp_path):
     done = subprocess.run([sys.executable, "-m", "pheye", "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "caption" in done.stdout
+
+
+def test_who_stops_it_while_modules_are_imported_sees_no_traceback(monkeypatch, capsys):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pheye.__main__.importlib.import_module", stopped)
+    assert main(["caption"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted.\n"

@@ -1,0 +1,93 @@
+"""A question about an image, answered on the screen.
+
+    pheye ask MODEL IMAGE "What is written on the sign?"
+
+MODEL is a folder or a Hub id, IMAGE a path or a URL. The answer appears word by word.
+"""
+
+import argparse
+import sys
+
+from transformers import TextStreamer
+
+from ..common.command import InputError, Parser, add_loading_options, at_least, default_device, exit_status
+from ..image_opening_pheye import load_image
+from ..image_processing_pheye import to_rgb
+from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
+from .engine import open_model
+from .rows import Request
+
+
+class Answer(TextStreamer):
+    """Prints an answer while it is made, without the space in front."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.has_begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        text = text if self.has_begun else text.lstrip()
+        self.has_begun |= bool(text)
+        super().on_finalized_text(text, stream_end)
+
+
+def ask(
+    model: str,
+    image: str,
+    question: str,
+    *,
+    max_new_tokens: int,
+    revision: str | None,
+    dtype: str,
+    device: str | None,
+):
+    """Print the answer; the arguments are the command's options."""
+    try:
+        opened = to_rgb(load_image(image))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    _, load = open_model(model, revision, dtype, device or default_device())
+    loaded, processor = load()
+    messages = Request(0, opened, question).messages()
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=opened, text=prompt, return_tensors="pt").to(loaded.device)
+    ids = loaded.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        return_dict_in_generate=False,
+        streamer=Answer(processor.tokenizer),
+    )
+    if is_cut(ids[0, inputs["input_ids"].shape[1] :].tolist(), max_new_tokens, loaded.generation_config.eos_token_id):
+        print(f"(cut after {max_new_tokens} tokens; --max_new_tokens gives more)", file=sys.stderr)
+
+
+def is_cut(ids: list[int], max_new_tokens: int, ends: int | list[int] | None) -> bool:
+    """Whether an answer, the ids of its tokens, has been ended by its length alone."""
+    return len(ids) == max_new_tokens and ids[-1] not in (ends if isinstance(ends, list) else [ends])
+
+
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(prog="pheye ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    parser.add_argument("image", metavar="IMAGE", help="path or URL")
+    parser.add_argument("question", metavar="QUESTION", help="in quotes")
+    parser.add_argument(
+        "--max_new_tokens", type=at_least(1), default=DEFAULT_MAX_NEW_TOKENS, help="(default: %(default)s)"
+    )
+    add_loading_options(parser)
+    options = vars(parser.parse_args(argv))
+    if not options["question"].strip():
+        parser.error("QUESTION is empty; give the model something to answer")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return exit_status(ask, **parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
