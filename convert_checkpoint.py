@@ -78,8 +78,7 @@ def report(plan: Plan):
 def refuse_to_replace(output: Path, inputs: Iterable[str | Path]):
     """No OUTPUT may hold a folder or file that the conversion reads, wherever links lead."""
     for path in map(Path, inputs):
-        inside = [file for file in path.iterdir() if not file.is_dir()] if os.path.isdir(path) else []
-        for file in (path, *inside):
+        for file in (path, *(entry for entry in path.glob("*") if not entry.is_dir())):
             if os.path.lexists(file) and Path(os.path.realpath(file)).is_relative_to(output):
                 raise InputError(f"{output} holds {file}, which the conversion reads; choose another OUTPUT.")
 
@@ -100,7 +99,7 @@ def convert(
     """Convert `source` to the folder `output`; see the command's help. `model` is the name that the card shows.
 
     Raises:
-        InputError: if the source is refused, or if reading or writing fails. OSError: if there can be no such OUTPUT.
+        InputError: if the source is refused, or if reading or writing fails, with the reason.
     """
     output = Path(os.path.realpath(output))
     parts = {"encoder": encoder, "decoder": decoder, "tokenizer": tokenizer}
@@ -108,8 +107,8 @@ def convert(
     refuse_to_replace(output, (source, *replacements.values(), *code_files()))
     stored = None if dtype == "keep" else getattr(torch, dtype)
     with (
-        appear_whole(output, force) as folder,
         refusing(f"{output} could not be written", "Mend this, or choose another OUTPUT."),
+        appear_whole(output, force) as folder,
     ):
         checkpoint = find_checkpoint(source, replacements)
         hashing = Background(hash_and_check, checkpoint.weights, list_records(checkpoint.weights))
@@ -204,7 +203,7 @@ def convert_and_push(
         convert(source, output, model=push_to_hub, **options)
     except KeyboardInterrupt as error:
         raise Interrupted(f"Nothing was written to {output}; the same command begins anew.") from error
-    except (InputError, OSError) as error:
+    except InputError as error:
         raise InputError(f"{error}\nNothing was written to {output}.") from error
     print(f"Wrote {output}")
     if push_to_hub:

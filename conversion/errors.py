@@ -26,4 +26,5 @@ def refusing(words: str, remedy: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{words}: {one_line(error) or type(error).__name__}. {remedy}") from error
+        says = one_line(error).rstrip(".") or type(error).__name__
+        raise InputError(f"{words}: {says}. {remedy}") from error
