@@ -19,7 +19,7 @@ from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..common.command import InputError, Parser, exit_status
 from ..common.files import write_atomically
 from ..common.json_lines import read_rows
-from ..training.trainer import last_checkpoint
+from ..training.checkpoints import last_checkpoint
 from .checkpoints import LOG
 
 

@@ -67,7 +67,7 @@ def test_the_prompt_has_the_tokens_that_generation_is_given_and_the_answer_follo
         assert ids[: len(prompt_ids)] == prompt_ids
         assert labels == [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :]
         answer_ids = ids[len(prompt_ids) :]
-        assert processor.tokenizer.decode(answer_ids, clean_up_tokenization_spaces=False) == f" {answer}{END}"
+        assert processor.tokenizer.decode(answer_ids, clean_up_tokenization_spaces=False) == f" {answer.strip()}{END}"
         assert answer_ids[-1] == processor.tokenizer.eos_token_id
 
 

@@ -158,7 +158,6 @@ def test_frozen_parts_are_held_and_saved_in_bfloat16_and_trained_ones_in_float32
         (["--trained_only", "--push_to_hub"], "leave out --trained_only"),
         (["--streaming"], "give --max_steps"),
         (["--attention", "no_such_attention"], "no_such_attention"),
-        (["--eval_strategy", "steps", "--eval_steps", "5"], "eval_dataset"),
         (["--no_such_option", "3"], "--no_such_option"),
     ],
 )

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pheye.training import train
-from pheye.training.trainer import PheyeTrainer, last_checkpoint
+from pheye.training.checkpoints import last_checkpoint
+from pheye.training.trainer import PheyeTrainer
 
 from training_runs import STEPS, command, refusal, run_alone, save_base, weights, write_data
 
@@ -92,7 +93,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(base, da
     monkeypatch.setattr(torch, "save", full)
     message = refusal(capsys, command(base, data, output, *STEPS))
     assert re.search(r"No space left on device.*checkpoint-1 is whole; run the same command again", message)
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-1", "run.json"]
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-1", "run.json", "run.lock"]
     monkeypatch.undo()
     assert train.run(command(base, data, output, *STEPS)).state.global_step == 8
 
@@ -153,7 +154,9 @@ def test_too_many_unreadable_images_are_an_error(base, tmp_path):
     for index in range(5):
         (tmp_path / f"{index}.png").write_bytes(b"broken")
     options = ["--effective_batch_size", "10", "--per_device_train_batch_size", "10"]
-    with pytest.raises(ValueError, match=r"5 of 1\d0 samples have no readable image.*--max_skipped_share"):
+    with pytest.raises(
+        ValueError, match=r"2 of the 110 samples of this run have no readable image.*--max_skipped_share"
+    ):
         train.run(command(base, data, tmp_path / "out", *options))
     train.run(command(base, data, tmp_path / "more", *options, "--max_skipped_share", "0.1"))
 

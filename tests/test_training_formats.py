@@ -1,11 +1,16 @@
 """Every format of training data gives the same messages, and what does not fit is refused with what was found."""
 
+import json
+import os
+
 import datasets
 import pytest
 
+from pheye.training.collator import PheyeCollator
 from pheye.training.formats import Source
-from pheye.training.mixture import Mixture, Stream
+from pheye.training.mixture import Mixture, Stream, read_mixture
 
+from tiny import tiny_image, tiny_processor
 from toy_data import by_id, conversation, image_table, images, messages, mixture, png, with_images, write_json
 
 pytestmark = pytest.mark.once
@@ -32,13 +37,117 @@ def test_llava_rows_become_messages_without_image_marks(folder, name):
         {"image": "b.png", "conversations": conversation(("What?\n<image>", "A"), ("Is it <image>red?", "B"))},
         {"id": "u", "image": "http://host/c.png", "conversations": conversation(("Why?\nHow?", "C\nD"))},
     ]
-    samples = by_id(mixture(write_json(folder, rows, name), turns=None))
+    samples = by_id(mixture(write_json(folder, rows, name), turns=None, image_sources="any"))
     turns = [[("What?", "A"), ("Is it red?", "B")], [("Was ist das?", "Ein Fuß.")], [("Why?\nHow?", "C\nD")]]
     places = [f"{folder}/b.png", f"{folder}/a.png", "http://host/c.png"]
     assert samples == [
         {"id": row_id, "source": "data", "image": image, "messages": messages(*shown)}
         for row_id, image, shown in zip("17u", places, turns, strict=True)
     ]
+
+
+# --- Where names may lead ---
+
+
+@pytest.fixture
+def places(folder, tmp_path_factory) -> dict[str, str]:
+    """Names of images as a stranger may write them, by what is wrong with them."""
+    outside = tmp_path_factory.mktemp("private")
+    tiny_image().save(outside / "a.png")
+    (folder / "linked").symlink_to(outside)
+    (folder / "link.png").symlink_to(outside / "a.png")
+    return {
+        "leads out of": os.path.relpath(outside / "a.png", folder),
+        "leads out": str(outside / "a.png"),
+        "leads out ": "linked/a.png",
+        "leads out  ": "link.png",
+        "is a URL": "http://127.0.0.1/a.png",
+        "is a URL;": "HTTPS://127.0.0.1/a.png",
+        "null byte": "a\0.png",
+        "characters": "x" * 5000,
+    }
+
+
+def test_names_that_lead_elsewhere_are_skipped_with_the_reason_and_never_opened(folder, places, capsys):
+    rows = [{"id": "good", "image": "a.png", "conversations": conversation(("Q?", "A"))}]
+    rows += [{"id": what, "image": name, "conversations": conversation(("Q?", "A"))} for what, name in places.items()]
+    samples = mixture(write_json(folder, rows))
+    assert "of its first 9 images will be skipped" in capsys.readouterr().out
+    found = {sample["id"]: sample for sample in samples}
+    assert found["good"]["image"] == f"{folder}/a.png" and "error" not in found["good"]
+    batch = PheyeCollator(tiny_processor())(list(found.values()))
+    errors = {row["id"]: row["error"] for row in batch["skipped"]}
+    assert errors.keys() == places.keys()
+    for what in places:
+        assert found[what]["image"] is None and what.strip() in errors[what], errors[what]
+
+
+@pytest.mark.parametrize("sources", ["local", "any"])
+def test_the_user_may_let_names_lead_elsewhere(folder, places, sources):
+    rows = [{"id": name, "image": name, "conversations": conversation(("Q?", "A"))} for name in places.values()]
+    for sample in mixture(write_json(folder, rows), image_sources=sources):
+        is_remote = sample["id"].lower().startswith("http")
+        expected = sample["id"] if is_remote else os.path.join(folder, sample["id"])
+        assert sample["image"] == (None if is_remote and sources == "local" else expected)
+
+
+def test_a_folder_that_holds_all_images_is_enough_for_absolute_names(folder):
+    rows = [{"image": f"{folder}/a.png", "conversations": conversation(("Q?", "A"))}]
+    assert mixture(write_json(folder, rows), image_folder=str(folder.parent))[0]["image"] == f"{folder}/a.png"
+    (folder / "sub").mkdir()
+    with pytest.raises(ValueError, match=r"None of the first 1 images .* may be opened: .*holds all images"):
+        mixture(write_json(folder, rows), image_folder=str(folder / "sub"))
+
+
+def test_only_the_user_says_where_names_may_lead(folder):
+    (folder / "m.json").write_text(json.dumps({"sources": [{"path": "data.json", "image_sources": "any"}]}))
+    with pytest.raises(ValueError, match="unknown field 'image_sources'"):
+        read_mixture([str(folder / "m.json")])
+    with pytest.raises(ValueError, match="choose from folder, local, any"):
+        Source("data.json", image_sources="anything")
+
+
+# --- Fields of a source ---
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("caption", "no", "it must be true or false"),
+        ("caption", 1, "it must be true or false"),
+        ("streaming", "false", "it must be true or false"),
+        ("prompt", 5, "it must be a text"),
+        ("name", ["a"], "it must be a text"),
+        ("image_folder", 5, "it must be a text"),
+        ("subset", 5, "it must be a text"),
+        ("answers_column", ["a"], "it must be a text"),
+        ("turns", "1", "it must be an integer"),
+        ("turns", True, "it must be an integer"),
+        ("turns", 0, "it must be an integer of at least 1"),
+        ("samples", 1.5, "it must be an integer"),
+        ("weight", "2", "it must be a number"),
+        ("weight", True, "it must be a number"),
+        ("weight", float("nan"), "greater than 0, and finite"),
+        ("weight", float("inf"), "greater than 0, and finite"),
+        ("weight", 0, "greater than 0"),
+    ],
+)
+def test_a_field_of_another_kind_is_refused_and_not_read_otherwise_than_written(folder, field, value, message):
+    with pytest.raises(ValueError, match=f"has {field}=.*{message}"):
+        Source("data.json", **{field: value})
+    (folder / "m.json").write_text(json.dumps({"sources": [{"path": "data.json", field: value}]}))
+    with pytest.raises(ValueError, match=message):
+        read_mixture([str(folder / "m.json")])
+
+
+@pytest.mark.parametrize("field", [{"samples": 10**9}, {"samples": 10**12}, {"weight": 1e300}])
+def test_more_draws_than_memory_holds_are_refused_at_once(folder, field):
+    rows = [{"image": "a.png", "conversations": conversation(("Q?", "A"))}]
+    with pytest.raises(ValueError, match="give less than 100,000,000"):
+        mixture(write_json(folder, rows), **field)
+
+
+# --- Other forms ---
 
 
 def test_json_of_messages_and_of_questions_is_read_too(folder):

@@ -1,16 +1,21 @@
 """Rows of training data are found in files and tables wherever they lie, with their images."""
 
 import json
+import re
 import sys
+from types import SimpleNamespace
 
 import datasets
 import pytest
 
 from pheye.common.command import InputError
-from pheye.training.rows import scan_json
+from pheye.training.formats import Source
+from pheye.training.mixture import Mixture, read_mixture
+from pheye.training.rows import fingerprint_of, scan_json
 
 from toy_data import (
     by_id,
+    conversation,
     image_table,
     images,
     llava_rows,
@@ -151,3 +156,54 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r'pip install "pheye\[train\]"'):
         mixture(tmp_path / "table")
+
+
+# --- JSON that nobody means ---
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100000 + "]" * 100000, '{"id": ' + "[" * 100000 + "]" * 100000 + "}", '{"id": ' + "9" * 5000 + "}"],
+    ids=["nested too deeply", "nested too deeply in a row", "a number of 5,000 digits"],
+)
+def test_json_that_python_does_not_read_is_refused_with_the_file(tmp_path, text):
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        Mixture(read_mixture([str(path)]), 0)
+    path.write_text('{"sources": ' + text + "}")
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        Mixture(read_mixture([str(path)]), 0)
+
+
+# --- What tells data from others ---
+
+
+def test_the_fingerprint_of_a_file_and_of_a_folder_changes_with_what_they_hold(tmp_path):
+    write_json(with_images(tmp_path), [{"image": "a.png", "conversations": conversation(("Q?", "A"))}])
+    file, folder = Source(str(tmp_path / "data.json")), Source(str(tmp_path))
+    before = fingerprint_of(file), fingerprint_of(folder)
+    assert (fingerprint_of(file), fingerprint_of(folder)) == before
+    (tmp_path / ".hidden").write_text("x")
+    (tmp_path / "cache-1.arrow").write_text("of datasets")
+    assert fingerprint_of(folder) == before[1]
+    text = (tmp_path / "data.json").read_text()
+    (tmp_path / "data.json").write_text(text.replace('"A"', '"B"'))
+    assert fingerprint_of(file) != before[0] and fingerprint_of(folder) != before[1]
+    (tmp_path / "data.json").write_text(text)
+    assert (fingerprint_of(file), fingerprint_of(folder)) == before
+    (tmp_path / "a.png").write_bytes(b"another size")
+    assert fingerprint_of(file) == before[0] and fingerprint_of(folder) != before[1]
+
+
+def test_a_data_set_of_the_hub_is_told_by_its_commit(monkeypatch):
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda path, subset: SimpleNamespace(hash=f"{path} {subset} 123")
+    )
+    assert fingerprint_of(Source("org/set", subset="main")) == "org/set main 123"
+
+
+def test_json_has_no_split(tmp_path):
+    path = write_json(with_images(tmp_path), [{"image": "a.png", "conversations": conversation(("Q?", "A"))}])
+    with pytest.raises(ValueError, match="which has no split 'validation'; leave it out"):
+        Mixture([Source(str(path), split="validation")], 0)

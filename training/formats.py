@@ -1,21 +1,27 @@
 """What a row of training data holds: several formats read as one."""
 
 import json
+import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from ..common.command import InputError
+from ..common.images import inside
 from ..common.tables import FILES, as_list, encoded
 
 JSON_SUFFIXES = (".json", ".jsonl")
 TURNS_COLUMNS = ("conversations", "messages", "texts")
 IMAGE_COLUMNS = ("image", "images")
-REMOTE = ("http://", "https://", "data:")
+WEB = ("http://", "https://")
+IMAGE_SOURCES = ("folder", "local", "any")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+WORDS = {str: "a text", bool: "true or false", int: "an integer", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Source:
         path: a JSON or JSONL file; a folder that `save_to_disk` wrote; or what `load_dataset` takes: a folder, a table
             file, a Hub id.
         image_folder: where relative image paths begin; for JSON, by default, the file's own folder.
+        image_sources: where the images' names may lead, for others may have written them: to files of the image folder
+            ("folder"), to all files ("local"), or to URLs as well ("any"). A mixture file cannot say it.
         split: by default "train", where there are splits.
         prompt: appended to every question.
         caption: whether one of ten instructions, drawn at random, takes the question's place.
@@ -40,6 +48,7 @@ class Source:
     path: str
     name: str = ""
     image_folder: str | None = None
+    image_sources: str = "folder"
     subset: str | None = None
     split: str | None = None
     streaming: bool = False
@@ -54,29 +63,43 @@ class Source:
     weight: float | None = None
 
     def __post_init__(self):
+        for option in fields(self):
+            self._check_type(option)
         if not self.name:
             path = Path(self.path)
             parts = [path.stem if is_json(self.path) or path.suffix in FILES else path.name, self.subset]
             object.__setattr__(self, "name", "-".join(part for part in parts if part))
+        if self.image_sources not in IMAGE_SOURCES:
+            raise InputError(f"image_sources is {self.image_sources!r}; choose from {', '.join(IMAGE_SOURCES)}.")
         if self.samples is not None and self.weight is not None:
             raise InputError(f"{self.name} has samples={self.samples} and weight={self.weight}; give one of them.")
-        for field, least in (("turns", 1), ("samples", 1), ("most", 1)):
-            value = getattr(self, field)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise InputError(f"{self.name} has {field}={value!r}; it must be an integer of at least {least}.")
-        if self.weight is not None and not self.weight > 0:
-            raise InputError(f"{self.name} has weight={self.weight!r}; it must be greater than 0.")
+        for field in ("turns", "samples", "most"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise InputError(f"{self.name} has {field}={value!r}; it must be an integer of at least 1.")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise InputError(f"{self.name} has weight={self.weight!r}; it must be greater than 0, and finite.")
         if self.question_column and not self.answers_column:
             raise InputError(f"{self.name} has a question_column but no answers_column; name both.")
 
+    def _check_type(self, option: Field):
+        """Refuse a value of another kind, which would be read otherwise than it was written: "no" is not false."""
+        value, kinds = getattr(self, option.name), get_args(option.type) or (option.type,)
+        if float in kinds:
+            kinds += (int,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            known = " or ".join(WORDS[kind] for kind in kinds if kind is not type(None))
+            raise InputError(f"{self.name or self.path} has {option.name}={value!r}; it must be {known}.")
+
 
 class Row(NamedTuple):
-    """A row of any format: each turn is a question and the answers to it that one may be drawn from."""
+    """A row of any format: each turn is a question and the answers to it that one may be drawn from; `error` says why
+    its image may not be opened."""
 
     id: str
     image: str | bytes | None
     system: str | None
     turns: list[tuple[str, list[str]]]
+    error: str | None = None
 
 
 def is_json(path: str) -> bool:
@@ -186,6 +209,19 @@ def read_row(row: dict, number: int | str, turns_of: TurnsOf, source: Source) ->
     """A row of any format.
 
     Raises:
+        InputError: as `read_turns`.
+    """
+    row_id, system, turns = read_turns(row, number, turns_of, source)
+    image, error = image_of(row, source)
+    return Row(row_id, image, system, turns, error)
+
+
+def read_turns(
+    row: dict, number: int | str, turns_of: TurnsOf, source: Source
+) -> tuple[str, str | None, list[tuple[str, list[str]]]]:
+    """The id of a row of any format, its system message and its turns.
+
+    Raises:
         InputError: if it has no answer, or is not as its format says; the message names it.
     """
     row_id = str(number if row.get("id") is None else row["id"])
@@ -204,7 +240,7 @@ def read_row(row: dict, number: int | str, turns_of: TurnsOf, source: Source) ->
             raise ValueError("it has an empty question; `prompt` or `caption` can stand in its place")
     except ValueError as error:
         raise InputError(f"Sample {row_id!r} of {source.name} cannot be used: {error}.") from error
-    return Row(row_id, image_of(row, source), system, turns)
+    return row_id, system, turns
 
 
 def check_answer(answer: str) -> str:
@@ -222,17 +258,31 @@ def without_marks(question: str) -> str:
     return re.sub(r"<image>\n|\n<image>|<image>", "", question).strip()
 
 
-def image_of(row: dict, source: Source) -> str | bytes | None:
-    """The path, URL or encoded bytes of the one image of a row; None where it has none, or several."""
+def named_image(row: dict, source: Source) -> str | bytes | None:
+    """What a row names as its one image; None where it has none, or several."""
     columns = (source.image_column,) if source.image_column else IMAGE_COLUMNS
-    image = next((row[column] for column in columns if row.get(column)), None)
     try:
-        image = encoded(image)
+        return encoded(next((row[column] for column in columns if row.get(column)), None)) or None
     except ValueError:  # there are several
         return None
-    if not isinstance(image, str) or image.startswith(REMOTE):
-        return image or None
+
+
+def image_of(row: dict, source: Source) -> tuple[str | bytes | None, str | None]:
+    """The path, URL or encoded bytes of the one image of a row, if it has one and it may be opened; and if it may not,
+    why."""
+    image = named_image(row, source)
+    if not isinstance(image, str) or image[:5].lower() == "data:":
+        return image, None
+    if image[:8].lower().startswith(WEB):
+        if source.image_sources != "any":
+            return None, f"{image[:200]!r} is a URL; --image_sources any fetches images."
+        return image, None
     folder = source.image_folder
     if folder is None:
         folder = os.path.dirname(source.path) if is_json(source.path) else ""
-    return os.path.join(folder, image)
+    if source.image_sources != "folder":
+        return os.path.join(folder, image), None
+    try:
+        return inside(folder, image), None
+    except InputError as error:
+        return None, f"{error} Or let names lead anywhere by --image_sources local."

@@ -1,7 +1,8 @@
 """Mixtures of data sets that can be drawn again from a seed, and streams of them.
 
 A sample is a dict: `id` (text), `source` (name of its data set), `image` (path, URL or encoded bytes; None where the
-row has no image or several) and `messages` (an optional system message, then user and assistant in turns).
+row has no image or several) and `messages` (an optional system message, then user and assistant in turns). Where the
+image may not be opened, `error` says why.
 
 Which row, turn, instruction and caption a sample shows is a function of seed, epoch and index and of nothing else, so
 a run that goes on after a kill sees what it would have seen.
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 from ..common.command import InputError, require
+from ..common.json_lines import parse_json
 from ..common.tables import FILES
 from ..processing_pheye import DESCRIPTION_INSTRUCTION
 from .formats import Row, Source, TurnsOf, image_of, is_json, read_row
@@ -41,6 +43,7 @@ CAPTION_INSTRUCTIONS = (
     "Explain the scene in the image, with its details and how they relate to each other.",
 )
 STREAM_BUFFER = 1000  # rows that a stream is shuffled among; their images are held in memory
+MOST_DRAWS = 10**8  # of a source in an epoch; their order is held in memory
 MIXTURE_BYTES = 2**20  # a longer file is no mixture and is not parsed to find out
 
 
@@ -68,17 +71,17 @@ def load_mixture(path: str) -> list[dict] | None:
     if not is_json(path) or not os.path.isfile(path) or os.path.getsize(path) > MIXTURE_BYTES:
         return None
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        content = parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError:
         return None  # lines of JSON, or a broken file, which reading it as data reports
     if not isinstance(content, dict) or set(content) != {"sources"}:
         return None
     entries = content["sources"]
     if isinstance(entries, dict):
-        entries = [{"name": name, **entry} for name, entry in entries.items()]
+        entries = [{"name": name, **entry} if isinstance(entry, dict) else entry for name, entry in entries.items()]
     if not isinstance(entries, list) or not entries:
         raise InputError(f'"sources" of {path} must list at least one data set, each with a "path".')
-    known = [field.name for field in fields(Source)]
+    known = [field.name for field in fields(Source) if field.name != "image_sources"]  # which only the user decides
     for entry in entries:
         unknown = sorted(entry.keys() - set(known)) if isinstance(entry, dict) else []
         if unknown:
@@ -92,9 +95,9 @@ def resolved(entry: dict, mixture: Path) -> dict:
     """`entry` with its relative paths taken from the folder of `mixture`, unless they are Hub ids."""
     beside = mixture.parent / entry["path"]
     looks_local = is_json(entry["path"]) or entry["path"].startswith(".") or Path(entry["path"]).suffix in FILES
-    if beside.exists() or looks_local:
+    if looks_local or os.path.exists(beside):
         entry = {**entry, "path": str(beside)}
-    if entry.get("image_folder") is not None:
+    if isinstance(entry.get("image_folder"), str):  # anything else is refused by `Source`
         entry = {**entry, "image_folder": str(mixture.parent / entry["image_folder"])}
     return entry
 
@@ -124,7 +127,8 @@ def compose(row: Row, source: Source, key: str) -> dict:
             question = f"{question} {source.prompt}".strip()
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": draw.choice(answers)})
-    return {"id": row.id, "source": source.name, "image": row.image, "messages": messages}
+    sample = {"id": row.id, "source": source.name, "image": row.image, "messages": messages}
+    return sample if row.error is None else {**sample, "error": row.error}
 
 
 def epoch_rows(size: int, count: int, epoch: int, seed: tuple[int, ...]) -> np.ndarray:
@@ -135,6 +139,17 @@ def epoch_rows(size: int, count: int, epoch: int, seed: tuple[int, ...]) -> np.n
     rows = np.concatenate([np.random.default_rng((*seed, number)).permutation(size) for number in rounds])
     start = first - rounds.start * size
     return rows[start : start + count]
+
+
+def draws_of(source: Source, size: int) -> int:
+    """How many samples an epoch draws of a source of `size` rows."""
+    wanted = source.samples or min(source.most or math.inf, max(1, (source.weight or 1) * size))
+    if wanted > MOST_DRAWS:
+        raise InputError(
+            f"{source.name} draws {wanted:.3g} samples in an epoch of its {size:,} rows; give less than "
+            f"{MOST_DRAWS:,} by `samples` or `weight`, and more epochs."
+        )
+    return round(wanted)
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -148,9 +163,7 @@ class Mixture(torch.utils.data.Dataset):
         self.sources, self.seed = sources, seed
         self.rows = [open_rows(source) for source in sources]
         self.counts = {
-            source.name: source.samples
-            or min(source.most or math.inf, max(1, round((source.weight or 1) * len(rows))))
-            for source, rows in zip(sources, self.rows, strict=True)
+            source.name: draws_of(source, len(rows)) for source, rows in zip(sources, self.rows, strict=True)
         }
         self.ends = np.cumsum(list(self.counts.values())).tolist()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that persist see it change
@@ -207,7 +220,7 @@ class MixtureSampler(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[int]:
         seed = (self.mixture.seed, 2, self.mixture.epoch)
-        yield from np.random.default_rng(seed).permutation(len(self.mixture)).tolist()
+        yield from map(int, np.random.default_rng(seed).permutation(len(self.mixture)))
 
 
 # --- Streams ---
@@ -239,8 +252,8 @@ class Stream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         for packed in self.rows:
             source = self.sources[packed["source"]]
-            row_id, system, turns = json.loads(packed["text"])
-            row = Row(row_id, packed["bytes"] or packed["path"], system, turns)
+            row_id, system, turns, *error = json.loads(packed["text"])
+            row = Row(row_id, packed["bytes"] or packed["path"], system, turns, *error)
             # Not by the place in the stream, which changes with the number of workers.
             key = f"{self.seed} {self.rows.epoch} {source.name} {zlib.crc32(packed['text'].encode())}"
             yield compose(row, source, key)
@@ -267,11 +280,12 @@ def open_stream(source: Source, number: int):
 
 
 def pack_row(row: dict, source: Source, turns_of: TurnsOf, number: int) -> dict:
-    where = image_of(row, source)
+    where, _ = image_of(row, source)
     row = read_row(row, where if isinstance(where, str) else "without id", turns_of, source)
+    error = [] if row.error is None else [row.error]
     return {
         "source": number,
-        "text": json.dumps([row.id, row.system, row.turns]),
+        "text": json.dumps([row.id, row.system, row.turns, *error]),
         "path": row.image if isinstance(row.image, str) else None,
         "bytes": row.image if isinstance(row.image, bytes) else None,
     }

@@ -2,6 +2,7 @@
 
 import codecs
 import functools
+import hashlib
 import json
 import os
 import re
@@ -12,12 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from ..common.command import InputError, require
-from ..common.tables import load_table, undecoded
-from .formats import REMOTE, Row, Source, find_image_column, find_turns, image_of, is_json, read_row
+from ..common.files import fingerprint
+from ..common.tables import FILES, load_table, undecoded
+from .formats import WEB, Row, Source, find_image_column, find_turns, is_json, named_image, read_row, read_turns
 
 IMAGES_CHECKED = 100  # of a data set, before the first step
 CHUNK_BYTES = 2**22  # read at a time
 LONGEST_ROW_BYTES = 2**28  # a row that is not whole by then is broken
+ELSEWHERE = (*WEB, "data:")  # how the name of an image begins that is no file
+TABLES = (*FILES, ".json", ".jsonl", ".txt")  # files of which what they hold is part of a data set's fingerprint
 
 
 # --- JSON and JSONL: read once from end to end, and then row by row from the disk ---
@@ -51,6 +55,8 @@ def scan_json(path: str | Path) -> Iterator[tuple[int, int, dict]]:
                     if more and len(text) < LONGEST_ROW_BYTES:
                         break
                     raise InputError(f"{path} is no whole JSON: at byte {place + error.pos}, {error.msg}.") from error
+                except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+                    raise InputError(f"{path} cannot be read in the row at byte {place + start}: {error}.") from error
                 if not isinstance(value, dict):
                     raise InputError(f"{path} holds {json.dumps(value)[:60]} where a row in braces is needed.")
                 yield place + start, place + end, value
@@ -64,21 +70,22 @@ class JsonRows:
 
     def __init__(self, source: Source):
         self.path, places, left_out = source.path, array("q"), 0
-        read = None
+        check = self.read = None
         for number, (start, end, row) in enumerate(scan_json(source.path)):
-            read = read or functools.partial(read_row, turns_of=find_turns(list(row), source), source=source)
+            if check is None:
+                known = {"turns_of": find_turns(list(row), source), "source": source}
+                check, self.read = functools.partial(read_turns, **known), functools.partial(read_row, **known)
             try:
-                has_image = image_of(row, source) is not None
+                has_image = named_image(row, source) is not None
                 if has_image:
-                    read(row, number)
+                    check(row, number)
             except InputError:
-                read(self.row_at(start, end), number)  # once more for the message, with its characters right
+                check(self.row_at(start, end), number)  # once more for the message, with its characters right
                 raise
             if has_image:
                 places.extend((start, end, number))
             left_out += not has_image
         self.places = np.array(places, dtype=np.int64).reshape(-1, 3)
-        self.read = read
         if left_out and not places:
             field = source.image_column or "image"
             raise InputError(f"None of the {left_out} rows of {source.path} has exactly one image (field {field!r}).")
@@ -149,6 +156,30 @@ def columns_of(table) -> list[str]:
 # --- Of either kind ---
 
 
+def fingerprint_of(source: Source) -> str:
+    """Changes if the files of a source do, or its commit on the Hub. Of images that are files, only names and sizes
+    are looked at, and of those that a JSON file names, nothing."""
+    path = Path(source.path)
+    if path.is_file():
+        return fingerprint(path)
+    if not path.is_dir():
+        is_file = is_json(source.path) or path.suffix.lower() in TABLES
+        return "" if is_file else commit_of(source)  # that there is no such file is said when it is read
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith((".", "cache-"))]
+    digest = hashlib.sha256("".join(f"{file.relative_to(path)} {file.stat().st_size}\n" for file in files).encode())
+    digest.update(fingerprint(*(file for file in files if file.suffix.lower() in TABLES)).encode())
+    return digest.hexdigest()
+
+
+def commit_of(source: Source) -> str:
+    """The commit of a data set on the Hub."""
+    datasets = require("datasets", "train")
+    try:
+        return str(datasets.load_dataset_builder(source.path, source.subset).hash)
+    except Exception as error:  # of many kinds, for a mistyped name
+        raise InputError(f"Data set {source.name!r} is neither here nor on the Hub: {error}") from error
+
+
 def open_rows(source: Source) -> JsonRows | TableRows:
     """The rows of a source that is not streamed.
 
@@ -160,19 +191,30 @@ def open_rows(source: Source) -> JsonRows | TableRows:
     if is_json(source.path):
         if not os.path.isfile(source.path):
             raise InputError(f"There is no file {os.path.abspath(source.path)} ({source.name}).")
-        if source.subset:
-            raise InputError(f"{source.name} is a JSON file, which has no subset {source.subset!r}; leave it out.")
+        for field in ("subset", "split"):
+            if (value := getattr(source, field)) is not None:
+                raise InputError(f"{source.name} is a JSON file, which has no {field} {value!r}; leave it out.")
         rows = JsonRows(source)
     else:
         rows = TableRows(source)
     if len(rows) == 0:
         raise InputError(f"{source.path} ({source.name}) is empty; give a data set with at least one row.")
-    images = [rows[index].image for index in range(min(IMAGES_CHECKED, len(rows)))]
-    paths = [image for image in images if isinstance(image, str) and not image.startswith(REMOTE)]
-    if paths and len(paths) == len(images) and not any(map(os.path.isfile, paths)):
+    check_images(rows, source)
+    return rows
+
+
+def check_images(rows: JsonRows | TableRows, source: Source):
+    """Refuse a source of whose first images none may be opened, or none exists; name those that will be skipped."""
+    first = [rows[index] for index in range(min(IMAGES_CHECKED, len(rows)))]
+    errors = [row.error for row in first if row.error]
+    if len(errors) == len(first):
+        raise InputError(f"None of the first {len(first)} images of {source.name} may be opened: {errors[0]}")
+    if errors:
+        say(f"{source.name}: {len(errors)} of its first {len(first)} images will be skipped: {errors[0]}")
+    paths = [row.image for row in first if isinstance(row.image, str) and not row.image.lower().startswith(ELSEWHERE)]
+    if paths and len(paths) == len(first) and not any(map(os.path.isfile, paths)):
         raise InputError(
             f"None of the first {len(paths)} images of {source.name} exists; the first is looked for at "
             f"{os.path.abspath(paths[0])}. Give the folder in which their paths begin with --image_folder, or as "
             "`image_folder` in a mixture file."
         )
-    return rows

@@ -1,18 +1,20 @@
 """The folder of a run: who may write there, what a finished run leaves in it, and how that reaches the Hub."""
 
-import json
 import os
-import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 from peft import LoraModel
 
-from ..common.files import RUN_FILE, read_folder_record, write_record
+from ..common.command import InputError
+from ..common.files import LOCK_FILE, RUN_FILE, lock, read_folder_record, write_record
 from ..common.machine import versions
+from .checkpoints import clear
 from .formats import Source
 from .report import plot_log, write_model_card
+from .skipped import SKIPPED_FILE
 from .trained import TRAINED_FILE
-from .trainer import SKIPPED_FILE, UNFINISHED, PheyeTrainer
+from .trainer import UNFINISHED, PheyeTrainer
 
 
 def claim(output: Path, settings: dict) -> bool:
@@ -22,7 +24,28 @@ def claim(output: Path, settings: dict) -> bool:
         InputError: if the folder holds something else, or a run with other settings.
     """
     record = read_folder_record(output, settings)
-    return record is not None and record["finished"]
+    written = any((output / name).is_file() for name in ("config.json", TRAINED_FILE))
+    return record is not None and record.get("finished") is True and written
+
+
+def begin(output: Path, settings: dict) -> BinaryIO:
+    """Record that a run with `settings` goes on in `output`, which no other process may write to while what is
+    returned is open.
+
+    Raises:
+        InputError: if another process writes there, or has finished another run there.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    file = (output / LOCK_FILE).open("ab")
+    lock(file, output)
+    try:
+        if claim(output, settings):
+            raise InputError(f"{output} was finished by another process just now. There is nothing to do.")
+        note(output, settings, finished=False)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def note(output: Path, settings: dict, finished: bool):
@@ -37,14 +60,17 @@ def save_result(
     sources: list[Source],
     *,
     base: str,
+    revision: str | None,
     stage: str | None,
     trained_only: bool,
+    repo: str | None = None,
 ):
     """Write what the run is for to its folder, file by file in one step each, and draw how it went.
 
     Args:
         base: the model that the run began with.
         trained_only: whether to write only what was trained, in the place of a whole model.
+        repo: the repository that the model will be pushed to.
     """
     output = Path(trainer.args.output_dir)
     staging = output / UNFINISHED
@@ -52,7 +78,7 @@ def save_result(
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = accelerator.get_state_dict(trainer.model_wrapped) if is_sharded else None
     if trainer.args.should_save:
-        shutil.rmtree(staging, ignore_errors=True)
+        clear(staging)
         try:
             if trained_only:
                 trainer._save(str(staging), state)
@@ -60,12 +86,13 @@ def save_result(
                 if lora is not None:
                     lora.merge_and_unload()
                 model.save_pretrained(staging, state_dict=state)
-                processor.save_pretrained(staging)
+            processor.save_pretrained(staging)
             plot_log(trainer.state.log_history, staging / "training.png")
             write_model_card(
-                staging / "README.md", trainer, base, stage, sources, TRAINED_FILE if trained_only else None
-            )
-        except (OSError, RuntimeError) as error:
+                staging / "README.md", trainer, sources, base=base, revision=revision, stage=stage, repo=repo,
+                trained_file=TRAINED_FILE if trained_only else None,
+            )  # fmt: skip
+        except Exception as error:  # of whatever kind: the libraries below have several of their own
             raise trainer.disk_error(error) from error
         # The file that makes the folder a model comes last.
         for path in sorted(staging.iterdir(), key=lambda path: path.name in ("config.json", TRAINED_FILE)):
@@ -74,23 +101,18 @@ def save_result(
     accelerator.wait_for_everyone()
 
 
-def print_skipped(output: Path):
-    """List the samples whose image could not be read, once each."""
-    path = output / SKIPPED_FILE
-    if path.is_file():
-        found = map(json.loads, path.read_text().splitlines())
-        rows = {(row["source"], row["id"]): row["error"] for row in found}
-        print(f"{len(rows)} samples were skipped, because their image could not be read (all are in {path}):")
-        for (source, name), error in list(rows.items())[:10]:
-            print(f"  {name} of {source}: {error}")
-
-
-def push(output: Path, name: str | None, private: bool | None, token: str | None):
-    """Upload the finished model, without checkpoints and logs, to the repository `name`, or that of the folder's
-    name."""
+def open_repo(output: Path, name: str | None, private: bool | None, token: str | None) -> str:
+    """The id of the repository `name`, or of the folder's name, on the Hub; it is made if it is not there."""
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
-    repo = api.create_repo(name or output.resolve().name, private=private, exist_ok=True)
-    ignored = ["checkpoint-*", "runs/*", SKIPPED_FILE, RUN_FILE, UNFINISHED]
-    print("Pushed:", api.upload_folder(repo_id=repo.repo_id, folder_path=output, ignore_patterns=ignored))
+    repo = HfApi(token=token).create_repo(name or output.resolve().name, private=private, exist_ok=True)
+    return repo.repo_id
+
+
+def push(output: Path, repo_id: str, token: str | None):
+    """Upload the finished model, without checkpoints and logs."""
+    from huggingface_hub import HfApi
+
+    ignored = ["checkpoint-*", "runs/*", SKIPPED_FILE, RUN_FILE, LOCK_FILE, UNFINISHED]
+    pushed = HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=output, ignore_patterns=ignored)
+    print("Pushed:", pushed)

@@ -7,159 +7,40 @@
 formats, the recipes and what a run leaves behind. The same command again goes on from the last checkpoint.
 """
 
-import argparse
 import contextlib
 import copy
+import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from peft import LoraModel
-from transformers import HfArgumentParser, TrainingArguments, set_seed
-from transformers.hf_argparser import HfArg
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from ..common.command import InputError, exit_status
+from ..common.command import InputError, Interrupted, exit_status
+from ..common.models import find_model
 from ..modeling_pheye import PheyeForConditionalGeneration
 from ..processing_pheye import PheyeProcessor
+from .callbacks import Plan
+from .checkpoints import last_checkpoint, whole_checkpoint
 from .collator import PheyeCollator
 from .formats import Source
 from .inspection import show_samples
 from .mixture import Mixture, Stream, read_mixture
-from .run_folder import claim, note, print_skipped, push, save_result
-from .stages import STAGES, stage_sources
+from .options import PheyeTrainingArguments, check_installed, parse_options, refused_options, settings_that_matter
+from .rows import fingerprint_of
+from .run_folder import begin, claim, note, open_repo, push, save_result
+from .skipped import print_skipped
+from .stages import STAGES, completed, stage_sources
 from .trained import add_language_model_lora, choose_trained, describe_trained
-from .trainer import PheyeTrainer, last_checkpoint
+from .trainer import PheyeTrainer
 
-EFFECTIVE_BATCH = 128  # the paper's (spec section 8)
-
-# Options of TrainingArguments that decide what comes out; a run does not go on with other values of these.
-MATTER = (
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "seed", "data_seed",
-    "bf16", "fp16", "effective_batch_size",
-)  # fmt: skip
+DIGITS = 16  # of a fingerprint, enough to tell by
 
 
-@dataclass
-class ModelArguments:
-    """What the model is, and what of it trains: the arguments of `load_model`."""
-
-    model: str = field(metadata={"help": "folder or Hub id of the Pheye to begin with"})
-    revision: str | None = field(default=None, metadata={"help": "of the model on the Hub"})
-    train: list[str] | None = field(default=None, metadata={"help": "patterns of parameters to train as well"})
-    freeze: list[str] | None = field(default=None, metadata={"help": "patterns of parameters not to train"})
-    language_model_lora: bool = field(default=False, metadata={"help": "train LoRA on the language model as well"})
-    vision_gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "compute the vision tower's activations twice to save memory"}
-    )
-    attention: str | None = field(default=None, metadata={"help": "attention implementation, such as sdpa"})
-
-
-@dataclass
-class RunArguments:
-    """What the run does beside training."""
-
-    data: list[str] = field(metadata={"help": "data sets, or JSON files that list several (docs/training.md)"})
-    max_length: int | None = field(default=None, metadata={"help": "tokens of a sample; what is longer is cut"})
-    max_skipped_share: float = field(default=0.01, metadata={"help": "of samples without a readable image"})
-    trained_only: bool = field(default=False, metadata={"help": "write only what was trained, not a whole model"})
-    inspect: int = field(
-        default=0,
-        metadata={"help": "show so many samples as the model will see them (images in OUT-samples), and stop"},
-    )
-
-
-@dataclass
-class DataArguments:
-    """What holds for data sets of which a mixture file does not say it: the arguments of `read_sources`."""
-
-    stage: str | None = field(default=None, metadata={"help": "a stage of the paper", "choices": list(STAGES)})
-    image_folder: str | None = field(default=None, metadata={"help": "where a data set's image names are found"})
-    subset: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
-    split: str | None = field(default=None, metadata={"help": "split of a data set that has several (or train)"})
-    streaming: bool = field(default=False, metadata={"help": "read a data set while training; needs --max_steps"})
-    image_column: str | None = field(default=None, metadata={"help": "of a data set with questions and answers"})
-    question_column: str | None = None
-    answers_column: str | None = None
-    prompt: str = field(default="", metadata={"help": "appended to every question"})
-    caption: bool = field(default=False, metadata={"help": "put one of ten caption instructions for the question"})
-    all_turns: bool = field(default=False, metadata={"help": "train on all turns of a conversation, not on one"})
-
-
-@dataclass
-class PheyeTrainingArguments(TrainingArguments):
-    """TrainingArguments with the paper's recipe as defaults (spec section 8)."""
-
-    output_dir: str | None = HfArg(default=None, aliases=["--output"], help="folder of the run")
-    effective_batch_size: int | None = field(
-        default=None, metadata={"help": f"samples per step over all devices; {EFFECTIVE_BATCH} by default"}
-    )
-    learning_rate: float | None = field(default=None, metadata={"help": "by default that of the stage, or 5e-5"})
-    lr_scheduler_type: str = "cosine"
-    per_device_train_batch_size: int = 1
-    gradient_accumulation_steps: int | None = field(default=None, metadata={"help": "in place of the effective batch"})
-    num_train_epochs: float = 1.0
-    bf16: bool = True
-    save_steps: float = 500
-    save_total_limit: int | None = 2
-    logging_steps: float = 10
-    logging_nan_inf_filter: bool = False  # a NaN is to be seen, and stops the run
-    report_to: None | str | list[str] = "tensorboard"  # noqa: RUF036 (the order that the parser understands)
-    remove_unused_columns: bool | None = False
-    dataloader_num_workers: int = 2
-    ddp_find_unused_parameters: bool | None = False
-
-    def __post_init__(self):
-        if self.output_dir is None:
-            raise InputError("Give --output, the folder of the run.")
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        steps, self.gradient_accumulation_steps = self.gradient_accumulation_steps, 1
-        super().__post_init__()
-        if steps is not None and self.effective_batch_size is not None:
-            raise InputError("Give one of --gradient_accumulation_steps and --effective_batch_size, not both.")
-        if steps is None:
-            size, per_step = self.effective_batch_size or EFFECTIVE_BATCH, self.train_batch_size * self.world_size
-            if size % per_step:
-                raise InputError(
-                    f"An effective batch of {size} is no multiple of {per_step} ({self.train_batch_size} samples on "
-                    f"each of {self.world_size} processes); change --effective_batch_size or "
-                    "--per_device_train_batch_size."
-                )
-            steps = size // per_step
-        self.gradient_accumulation_steps = steps
-        self.effective_batch_size = steps * self.train_batch_size * self.world_size
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is written."""
-
-
-@contextlib.contextmanager
-def refused_options() -> Iterator[None]:
-    """transformers refuses options by a ValueError; it leaves this block as what the user can mend."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def parse(
-    argv: list[str] | None = None,
-) -> tuple[ModelArguments, RunArguments, DataArguments, PheyeTrainingArguments]:
-    kinds = [ModelArguments, RunArguments, DataArguments, PheyeTrainingArguments]
-    usage = "%(prog)s --model FOLDER_OR_ID --data DATA --output OUT [OPTIONS]"  # the options are some 150
-    parser = HfArgumentParser(kinds, prog="pheye train", usage=usage, description=__doc__, formatter_class=Help)
-    with refused_options():
-        of_model, of_run, of_data, training = parser.parse_args_into_dataclasses(argv)
-    if training.learning_rate is None:
-        training.learning_rate = STAGES[of_data.stage or "tasks"].learning_rate
-    if training.push_to_hub and of_run.trained_only:
-        raise InputError("--push_to_hub pushes a whole model; leave out --trained_only.")
-    if of_model.language_model_lora and not of_run.trained_only and (training.fsdp or training.deepspeed):
-        raise InputError("Sharded weights cannot be merged with LoRA here; add --trained_only and merge afterwards.")
-    return of_model, of_run, of_data, training
+def parse(argv: list[str] | None = None):
+    return parse_options(argv, __doc__)
 
 
 # --- Data and model ---
@@ -174,14 +55,37 @@ def read_sources(data: list[str], stage: str | None = None, all_turns: bool = Fa
     return stage_sources(STAGES[stage], sources) if stage else sources
 
 
+def read_eval_sources(data: list[str] | None, stage: str | None = None, **fields) -> list[Source]:
+    """The data sets to evaluate on, as `read_sources` reads them; of a stage, as few as wanted."""
+    if data is None:
+        return []
+    sources = read_sources(data, **{**fields, "streaming": False})
+    for source in sources:
+        if source.streaming:
+            raise InputError(f"{source.name} is streamed, so its evaluation would not end; leave `streaming` out.")
+    return [completed(source, STAGES[stage].sources.get(source.name)) for source in sources] if stage else sources
+
+
 def open_data(sources: list[Source], training: TrainingArguments) -> Mixture | Stream:
     """The samples of `sources`, to be drawn by the seed."""
+    seed = training.seed if training.data_seed is None else training.data_seed
     if not any(source.streaming for source in sources):
-        return Mixture(sources, training.seed)
+        return Mixture(sources, seed)
     if training.max_steps <= 0:
         raise InputError("A streamed data set has no length; give --max_steps.")
     training.accelerator_config.dispatch_batches = False  # every process opens its own images
-    return Stream(sources, training.seed)
+    return Stream(sources, seed)
+
+
+@contextlib.contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Whatever is wrong with the files of `model` leaves this block as what the user can mend."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # the libraries below have several of their own for a file that is not whole
+        raise InputError(f"{model} could not be loaded: {error}") from error
 
 
 def load_model(
@@ -190,18 +94,23 @@ def load_model(
     train: list[str] | None = None,
     freeze: list[str] | None = None,
     language_model_lora: bool = False,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_dropout: float | None = None,
     vision_gradient_checkpointing: bool = False,
     attention: str | None = None,
     *,
     bf16: bool,
 ) -> tuple[PheyeForConditionalGeneration, LoraModel | None]:
     """The model, ready to train: frozen parts in bfloat16 (if `bf16`), trained ones in float32; and its LoRA."""
-    with refused_options():
+    with loading(model):
         # All in float32 at first, so that a trained part that an earlier stage saved in float32 keeps its digits.
         loaded = PheyeForConditionalGeneration.from_pretrained(
             model, revision=revision, dtype=torch.float32, attn_implementation=attention
         )
-    lora = add_language_model_lora(loaded) if language_model_lora else None
+    numbers = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout}
+    numbers = {name: number for name, number in numbers.items() if number is not None}
+    lora = add_language_model_lora(loaded, **numbers) if language_model_lora else None
     choose_trained(loaded, train, freeze)
     if bf16:
         for parameter in loaded.parameters():
@@ -210,6 +119,85 @@ def load_model(
     if vision_gradient_checkpointing:
         loaded.pheye.vision_tower.gradient_checkpointing_enable()
     return loaded, lora
+
+
+# --- The run ---
+
+
+def make_trainer(
+    model: PheyeForConditionalGeneration,
+    training: PheyeTrainingArguments,
+    processor: PheyeProcessor,
+    data: Mixture | Stream,
+    eval_data: Mixture | None,
+    lora: LoraModel | None,
+    max_length: int | None,
+    max_skipped_share: float,
+) -> PheyeTrainer:
+    """The Trainer of the command, which says how many steps there will be, and does not push checkpoints."""
+    training = copy.copy(training)
+    training.push_to_hub = False  # the finished model is pushed, once
+    patience = training.early_stopping_patience
+    with refused_options():
+        trainer = PheyeTrainer(
+            model=model,
+            args=training,
+            train_dataset=data,
+            eval_dataset=eval_data,
+            data_collator=PheyeCollator(processor, max_length),
+            callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+            language_model_lora=None if lora is None else next(iter(lora.peft_config.values())),
+            max_skipped_share=max_skipped_share,
+        )
+    trainer.callback_handler.callbacks.insert(0, Plan(trainer))  # before the progress bar
+    return trainer
+
+
+def train_to_end(trainer: PheyeTrainer):
+    """Train, from the last whole checkpoint if there is one."""
+    training = trainer.args
+    found = [whole_checkpoint(training.output_dir) if training.should_save else None]
+    if training.world_size > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(found)
+    checkpoint, flaws = found[0]
+    if training.should_save:
+        for name, flaw in flaws.items():
+            print(f"{name} is left out: {flaw}.")
+        if flaws:
+            print(f"The run goes on from {checkpoint.name}." if checkpoint else "The run begins anew.", flush=True)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except torch.OutOfMemoryError as error:
+        remedy = "Give the same command with a smaller --per_device_train_batch_size to go on."
+        raise InputError(f"{error}\n{remedy}") from error
+
+
+@contextlib.contextmanager
+def interruptible(output: Path) -> Iterator[None]:
+    """Ctrl-C leaves this block with what is kept, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        last = last_checkpoint(output)
+        if last is None:
+            kept = "There is no checkpoint yet, so the same command begins anew; a smaller --save_steps saves sooner."
+        else:
+            kept = f"{last} is kept; the same command goes on from it."
+        raise Interrupted(kept) from error
+
+
+def last_words(trainer: PheyeTrainer, output: Path, base: str, trained_only: bool) -> str:
+    """Where the model is, and how to try it."""
+    losses = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    told = ", ".join(f"{loss:.4g} at step {step}" for step, loss in dict.fromkeys(losses[:1] + losses[-1:]))
+    lines = [f"{output} holds {'what was trained' if trained_only else 'the model'}. Loss: {told or 'not logged'}."]
+    if trained_only:
+        lines.append(f"load_trained(model, {str(output)!r}) of pheye.training.trained puts it onto {base}.")
+    else:
+        lines.append(f'Try it: pheye ask {shlex.quote(str(output))} IMAGE "question"')
+    return "\n".join(lines)
 
 
 # --- The command ---
@@ -222,65 +210,54 @@ def run(argv: list[str] | None = None) -> PheyeTrainer | None:
         the trainer after training; None if there was nothing to train.
     """
     of_model, of_run, of_data, training = parse(argv)
-    output = Path(training.output_dir)
+    output, base = Path(training.output_dir), of_model.model
     sources = read_sources(of_run.data, **vars(of_data))
+    eval_sources = read_eval_sources(training.eval_data, **vars(of_data))
     settings = {
-        **vars(of_model),
-        **vars(of_data),
-        "max_length": of_run.max_length,
-        "trained_only": of_run.trained_only,
-        **{name: getattr(training, name) for name in MATTER},
-        "data": [asdict(source) for source in sources],
+        **settings_that_matter(of_model, of_run, of_data, training, sources, eval_sources),
+        "files of the model": find_model(base, of_model.revision)[:DIGITS],
+        **{f"files of {source.name}": fingerprint_of(source)[:DIGITS] for source in sources},
+        **{f"files of {source.name}, evaluation": fingerprint_of(source)[:DIGITS] for source in eval_sources},
     }
     if not of_run.inspect and claim(output, settings):
         print(f"{output} holds this run, finished. There is nothing to do.")
         return None
-    processor = PheyeProcessor.from_pretrained(of_model.model, revision=of_model.revision)
+    with loading(base):
+        processor = PheyeProcessor.from_pretrained(base, revision=of_model.revision)
     data = open_data(sources, training)
     if of_run.inspect:
         folder = output.with_name(f"{output.name}-samples")
         show_samples(data, processor, folder, of_run.inspect, of_run.max_length)
         return None
+    eval_data = open_data(eval_sources, training) if eval_sources else None
+    check_installed(training)
     training.distributed_state.wait_for_everyone()  # all have looked into the folder before one writes there
     with training.main_process_first():
-        if training.should_save:
-            note(output, settings, finished=False)
-    set_seed(training.seed)  # of new LoRA weights
-    model, lora = load_model(**vars(of_model), bf16=training.bf16)
-    if training.should_log:
-        print(describe_trained(model))
-    with refused_options():
-        trainer = PheyeTrainer(
-            model=model,
-            args=_without_push(training),
-            train_dataset=data,
-            data_collator=PheyeCollator(processor, of_run.max_length),
-            language_model_lora=None if lora is None else next(iter(lora.peft_config.values())),
-            max_skipped_share=of_run.max_skipped_share,
+        held = begin(output, settings) if training.should_save else contextlib.nullcontext()
+    with held, interruptible(output):
+        pushes = training.push_to_hub and training.should_save
+        repo = (
+            open_repo(output, training.hub_model_id, training.hub_private_repo, training.hub_token) if pushes else None
         )
-    checkpoint = last_checkpoint(output)
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except torch.OutOfMemoryError as error:
-        remedy = "Give the same command with a smaller --per_device_train_batch_size to go on."
-        raise InputError(f"{error}\n{remedy}") from error
-    if training.should_save:
-        print_skipped(output)
-    save_result(
-        trainer, processor, lora, sources, base=of_model.model, stage=of_data.stage, trained_only=of_run.trained_only
-    )
-    if training.should_save:
-        note(output, settings, finished=True)
-        if training.push_to_hub:
-            push(output, training.hub_model_id, training.hub_private_repo, training.hub_token)
+        set_seed(training.seed)  # of new LoRA weights
+        model, lora = load_model(**vars(of_model), bf16=training.bf16)
+        if training.should_log:
+            print(describe_trained(model))
+        trainer = make_trainer(
+            model, training, processor, data, eval_data, lora, of_run.max_length, of_run.max_skipped_share
+        )
+        train_to_end(trainer)
+        save_result(
+            trainer, processor, lora, sources, base=base, revision=of_model.revision, stage=of_data.stage,
+            trained_only=of_run.trained_only, repo=repo,
+        )  # fmt: skip
+        if training.should_save:
+            note(output, settings, finished=True)
+            print_skipped(output)
+            print(last_words(trainer, output, base, of_run.trained_only))
+        if repo is not None:
+            push(output, repo, training.hub_token)
     return trainer
-
-
-def _without_push(training: TrainingArguments) -> TrainingArguments:
-    """The Trainer would push checkpoints; here the finished model is pushed, once."""
-    training = copy.copy(training)
-    training.push_to_hub = False
-    return training
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,15 +1,19 @@
 """What of a Pheye trains, and its weights by themselves."""
 
 import json
+import math
 import os
 import re
+import warnings
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
 
 from ..common.command import InputError
 from ..modeling_pheye import PheyeForConditionalGeneration
@@ -20,8 +24,6 @@ if TYPE_CHECKING:
 # The paper's choice (spec section 8): all that stands between the two pretrained models.
 PAPER_PATTERN = r"pheye\.(cross_attention_blocks|global_lora|local_lora|view_encoding)\."
 
-# The published code's choice for further fine-tuning: all linears of the language model's layers, and only there.
-LANGUAGE_MODEL_LORA = r"pheye\.language_model\..*\.(q_proj|k_proj|v_proj|dense|fc1|fc2)"
 LORA_NAME = "default"
 
 TRAINED_FILE = "trained.safetensors"
@@ -32,22 +34,42 @@ def add_language_model_lora(
     rank: int = 16,
     alpha: float = 32,
     dropout: float = 0.05,
-    target: str = LANGUAGE_MODEL_LORA,
+    target: str | None = None,
 ) -> "LoraModel":
-    """Put PEFT's LoRA on the linears of the language model whose full names match `target`; `model` stays what it is.
+    """Put PEFT's LoRA on linears of the language model; `model` stays what it is.
 
     `merge_and_unload()` of what is returned adds the updates to the weights and takes LoRA away again.
 
+    Args:
+        target: a regular expression of the linears' full names; by default all linears of the language model's layers,
+            as in the published code.
+
     Raises:
-        InputError: if no linear matches.
-    """  # fmt: skip
+        InputError: if no linear matches, or for numbers that LoRA cannot have.
+    """
     from peft import LoraConfig, LoraModel
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target)
-    try:
-        return LoraModel(model, {LORA_NAME: config}, LORA_NAME)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    if not (rank >= 1 and math.isfinite(alpha) and alpha > 0 and 0 <= dropout < 1):
+        raise InputError(
+            f"LoRA with rank={rank}, alpha={alpha} and dropout={dropout} cannot be; the rank must be at least 1, "
+            "alpha greater than 0, and dropout at least 0 and below 1."
+        )
+    names = language_model_linears(model) if target is None else target
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT sets it as it should be
+        try:
+            lora = LoraModel(model, {LORA_NAME: config}, LORA_NAME)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    return lora
+
+
+def language_model_linears(model: PheyeForConditionalGeneration) -> list[str]:
+    """The full names of all linears in the layers of the language model."""
+    inside = {id(module) for layer in model.pheye.decoder_layers() for module in layer.modules()}
+    linears = (torch.nn.Linear, Conv1D)
+    return [name for name, module in model.named_modules() if id(module) in inside and isinstance(module, linears)]
 
 
 def choose_trained(
@@ -109,14 +131,11 @@ def trained_state(model: PheyeForConditionalGeneration) -> dict[str, torch.Tenso
 
 def save_trained(state: dict[str, torch.Tensor], folder: str | os.PathLike, lora: "LoraConfig | None" = None):
     """Write `state`, which is that of `trained_state`, to `folder`, with the settings of the language model's LoRA."""
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt", "tensors": str(len(state))}
     if lora is not None:
-        settings = {
-            "rank": lora.r,
-            "alpha": lora.lora_alpha,
-            "dropout": lora.lora_dropout,
-            "target": lora.target_modules,
-        }
+        settings = {"rank": lora.r, "alpha": lora.lora_alpha, "dropout": lora.lora_dropout}
+        if isinstance(lora.target_modules, str):  # and not the names of all linears
+            settings["target"] = lora.target_modules
         metadata["language_model_lora"] = json.dumps(settings)
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(contiguous, Path(folder) / TRAINED_FILE, metadata=metadata)
@@ -129,9 +148,18 @@ def read_trained(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], di
         raise InputError(
             f"{folder} holds no {TRAINED_FILE}; give a folder written with --trained_only, or a checkpoint."
         )
-    with safe_open(path, "pt") as file:
-        settings = (file.metadata() or {}).get("language_model_lora")
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors has an exception of its own, which is no OSError
+        raise InputError(f"{path} is not whole: {error}. Copy it again, or give another checkpoint.") from error
+    if metadata.get("tensors") != str(len(state)):
+        raise InputError(
+            f"{path} holds {len(state)} tensors, but was written with {metadata.get('tensors', 'another number')}; "
+            "copy it again, or give another checkpoint."
+        )
+    settings = metadata.get("language_model_lora")
     return state, json.loads(settings) if settings else None
 
 
@@ -147,7 +175,12 @@ def load_trained(model: PheyeForConditionalGeneration, folder: str | os.PathLike
     """
     state, settings = read_trained(folder)
     tuner = add_language_model_lora(model, **settings) if settings else None
-    copy_state(model, state)
+    try:
+        copy_state(model, state)
+    except InputError:
+        if tuner is not None:
+            tuner.unload()
+        raise
     if tuner is not None:
         tuner.merge_and_unload()
     return model
@@ -167,6 +200,14 @@ def copy_state(model: PheyeForConditionalGeneration, state: dict[str, torch.Tens
             )
     for name, tensor in state.items():
         parameters[name].copy_(tensor)
+
+
+def check_names(found: Iterable[str], wanted: Iterable[str], folder: str | os.PathLike):
+    """Refuse a checkpoint in `folder` that does not hold exactly what trains."""
+    missing, others = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
+    if missing or others:
+        what = f"lacks {missing[0]}" if missing else f"holds {others[0]}, which does not train"
+        raise InputError(f"{folder} {what}; give a checkpoint of a run that trained the same parts.")
 
 
 def nonfinite(model: PheyeForConditionalGeneration) -> list[str]:

@@ -1,36 +1,47 @@
 """The Trainer for Pheye: transformers' own, with checkpoints that are whole or absent and hold what trains."""
 
 import errno
-import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..common.command import InputError
+from .callbacks import CountSkipped, Ends, Progress, StopAtBadLoss
+from .checkpoints import clear, flaw_of, last_checkpoint, publish, rotate
+from .collator import IGNORED, PheyeCollator
 from .mixture import Mixture, MixtureSampler
-from .trained import TRAINED_FILE, copy_state, nonfinite, read_trained, save_trained, trained_state
+from .skipped import SKIPPED_FILE, append_skipped, keep_until
+from .trained import TRAINED_FILE, check_names, copy_state, nonfinite, read_trained, save_trained, trained_state
 
+LEAST_JUDGED = 100  # samples of a run whose share of skipped ones is judged; one may be broken in a smaller one
 UNFINISHED = "unfinished"  # folder in which files are written before they are moved to their place
-SKIPPED_FILE = "skipped.jsonl"
-LEAST_SEEN = 100  # samples before the share of skipped ones is judged
+
+
+class NextTokenSmoother(LabelSmoother):
+    """Label smoothing of the next token; transformers shifts labels for the classes of its own list only."""
+
+    def __call__(self, model_output, labels, shift_labels: bool = True, **kwargs):
+        return super().__call__(model_output, labels, shift_labels=True, **kwargs)
 
 
 class PheyeTrainer(Trainer):
     """Trains a Pheye whose trained parameters were chosen by `choose_trained`, with batches of `PheyeCollator`.
 
     The loss is transformers': summed over answer tokens and divided by their number in the whole effective batch, over
-    accumulation steps and processes (`average_tokens_across_devices`).
+    accumulation steps and processes (`average_tokens_across_devices`). The loss of evaluation is summed over all
+    answer tokens and divided by their number. A `compute_loss_func` gets labels that are not shifted, as with every
+    causal language model.
 
     Args:
         language_model_lora: settings of `add_language_model_lora`, to be saved with the weights.
-        max_skipped_share: of samples whose image cannot be read; more raise an error.
+        max_skipped_share: of the run's samples whose image cannot be read; more raise an error.
     """
 
     def __init__(
@@ -40,12 +51,30 @@ class PheyeTrainer(Trainer):
         self.language_model_lora = language_model_lora
         self.max_skipped_share = max_skipped_share
         self.staging: str | None = None
-        self.seen = self.skipped = 0
+        self.skipped, self.samples = 0, float("inf")  # of this process and its main one's past; of the whole run
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)  # read only when logged
         self.has_bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
-        self.add_callback(StopAtBadLoss(self))
+        if self.label_smoother is not None:
+            self.label_smoother = NextTokenSmoother(self.args.label_smoothing_factor)
+        if isinstance(self.data_collator, PheyeCollator):
+            self.args.remove_unused_columns = False  # the collator reads what the model does not take
+        self._check_options()
+        for callback in (Ends(), StopAtBadLoss(self), CountSkipped(self)):
+            self.add_callback(callback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress(self))
+
+    def _check_options(self):
+        if self.args.n_gpu > 1:
+            raise InputError(
+                f"{self.args.n_gpu} GPUs in one process would share the model by DataParallel, which Pheye does not "
+                "support; start the script with accelerate launch, or set CUDA_VISIBLE_DEVICES to one of them."
+            )
+        strategy = self.args.train_sampling_strategy
+        if isinstance(self.train_dataset, Mixture) and strategy != "random":
+            raise InputError(
+                f"The order of a Mixture is drawn from its seed; leave train_sampling_strategy={strategy!r} out."
+            )
 
     def _get_train_sampler(self, train_dataset=None):
         # accelerate tells either the sampler or the data set which epoch it is; this sampler tells the mixture.
@@ -54,9 +83,23 @@ class PheyeTrainer(Trainer):
 
     # --- Steps ---
 
+    def _run_epoch(self, *args, **kwargs):
+        # Nothing is left to do for a run that was stopped after its last checkpoint; the loop would take a step more.
+        stopped = any(
+            isinstance(callback, EarlyStoppingCallback)
+            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+        )
+        if (stopped and self.state.global_step) or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         skipped, seen = inputs.pop("skipped", []), inputs.pop("seen", len(inputs["input_ids"]))
-        self._note_skipped(skipped, seen)
+        self.skipped += len(skipped)
+        if skipped:
+            append_skipped(self.args.output_dir, skipped, self.state.global_step + 1)
         if len(skipped) == seen:
             del inputs["labels"]
         self.tokens_seen += inputs["attention_mask"].sum() * self.args.world_size
@@ -72,21 +115,59 @@ class PheyeTrainer(Trainer):
             return (loss, outputs) if return_outputs else loss
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _note_skipped(self, skipped: list[dict], seen: int):
-        self.seen, self.skipped = self.seen + seen, self.skipped + len(skipped)
-        if skipped:
-            with open(Path(self.args.output_dir) / SKIPPED_FILE, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in skipped)
-        if self.seen >= LEAST_SEEN:
-            self._check_skipped()
+    def recall_skipped(self):
+        """Count the samples that were skipped up to the step that the run goes on from."""
+        self.skipped = 0
+        self._find_best()
 
-    def _check_skipped(self):
-        if self.skipped > self.max_skipped_share * self.seen:
+        def recall():
+            self.skipped = keep_until(self.args.output_dir, self.state.global_step)
+
+        self._alone(recall)
+
+    def check_skipped(self):
+        [skipped] = self._summed(self.skipped)
+        if self.samples >= LEAST_JUDGED and skipped > self.max_skipped_share * self.samples:
             raise InputError(
-                f"{self.skipped} of {self.seen} samples have no readable image, more than the share of "
-                f"{self.max_skipped_share} that is allowed; see {Path(self.args.output_dir) / SKIPPED_FILE}, and mend "
-                "the data or raise --max_skipped_share."
+                f"{skipped:.0f} of the {self.samples:.0f} samples of this run have no readable image, more than the "
+                f"share of {self.max_skipped_share} that is allowed; see "
+                f"{Path(self.args.output_dir) / SKIPPED_FILE}, and mend the images or raise --max_skipped_share."
             )
+
+    def _summed(self, *numbers: float) -> list[float]:
+        """Each of `numbers`, summed over all processes."""
+        if self.args.world_size == 1:
+            return list(numbers)
+        return self.accelerator.reduce(torch.tensor(numbers, device=self.args.device), "sum").tolist()
+
+    # --- Evaluation ---
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self.evaluated = [0.0, 0.0]  # sum of losses, and of answer tokens
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, tokens = self._summed(*self.evaluated)
+        if f"{metric_key_prefix}_loss" in output.metrics:
+            if tokens == 0:
+                raise InputError("No image of the evaluation data could be read, so there is nothing to evaluate on.")
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss, logits and labels; what else the model gives, such as the image's features, is not gathered."""
+        for name in ("skipped", "seen"):
+            inputs.pop(name, None)
+        if "labels" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, dict(inputs), return_outputs=True)
+        loss, tokens = loss.detach().mean(), int((labels[:, 1:] != IGNORED).sum())
+        if tokens == 0:  # no image of this batch could be read
+            loss = torch.zeros_like(loss)
+        self.evaluated = [self.evaluated[0] + float(loss) * tokens, self.evaluated[1] + tokens]
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+        return (loss, None, None) if prediction_loss_only else (loss, logits.detach(), labels)
 
     # --- Checkpoints: written aside, then moved to their place in one step ---
 
@@ -101,21 +182,29 @@ class PheyeTrainer(Trainer):
                 f"nothing was saved. {self.advice()}"
             )
         output, staging = Path(self.args.output_dir), Path(self.args.output_dir) / UNFINISHED
-        self._alone(lambda: shutil.rmtree(staging, ignore_errors=True))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._alone(lambda: clear(staging))
         self.staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
+            self._find_best()
+            if self.args.should_save:
+                self.state.save_to_json(staging / name / "trainer_state.json")
+        except Exception as error:  # of whatever kind: the libraries below have several of their own
             raise self.disk_error(error) from error
         finally:
             self.staging = None
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._alone(lambda: publish(staging / name, output / name))
+        self._alone(lambda: clear(staging))
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(
-                output_dir=str(output), save_total_limit=self.args.save_total_limit, best_model_checkpoint=best
-            )
+            rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _find_best(self):
+        """Name the best checkpoint where it will stand, not where it is being written or stood in another run."""
+        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        folder = Path(self.args.output_dir) / best
+        if folder.is_dir() or (self.staging and (Path(self.staging) / best).is_dir()):
+            self.state.best_model_checkpoint = str(folder)
 
     def _alone(self, action):
         """Run `action` in the main process while the others wait."""
@@ -126,13 +215,12 @@ class PheyeTrainer(Trainer):
 
     def disk_error(self, error: Exception) -> Exception:
         """`error` of writing to the output folder, in the user's words."""
-        staging = Path(self.args.output_dir) / UNFINISHED
+        clear(Path(self.args.output_dir) / UNFINISHED)
         free = shutil.disk_usage(self.args.output_dir).free
-        shutil.rmtree(staging, ignore_errors=True)
         return OSError(
             getattr(error, "errno", None) or errno.EIO,
             f"Step {self.state.global_step} could not be saved to {self.args.output_dir}, where {free / 1e9:.1f} GB "
-            f"were free: {error}. {self.advice()}",
+            f"are free: {type(error).__name__}: {error}. {self.advice()}",
         )
 
     def advice(self) -> str:
@@ -154,57 +242,17 @@ class PheyeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         if self.is_fsdp_enabled or not (Path(resume_from_checkpoint) / TRAINED_FILE).is_file():
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.accelerator.unwrap_model(model or self.model)
         state, _ = read_trained(resume_from_checkpoint)
-        copy_state(model or self.model, state)
+        check_names(state, trained_state(model), resume_from_checkpoint)
+        copy_state(model, state)
 
-
-def publish(source: Path, target: Path):
-    """Move a written folder to its place, after all of it is on the disk."""
-    for path in source.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    shutil.rmtree(target, ignore_errors=True)  # of an earlier run that went on from a checkpoint before it
-    os.replace(source, target)
-
-
-def last_checkpoint(output: str | os.PathLike) -> Path | None:
-    """The checkpoint of most steps in an output folder. Each that is there is whole."""
-    found = [path for path in Path(output).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-class StopAtBadLoss(TrainerCallback):
-    """Stops before a step that a NaN or infinite loss would spoil the weights with."""
-
-    def __init__(self, trainer: PheyeTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.trainer.has_bad_loss:
-            raise FloatingPointError(
-                f"The loss of step {state.global_step + 1} is NaN or infinite, and nothing was saved after it. "
-                f"{self.trainer.advice()} A lower learning rate or --max_grad_norm may help."
+    def _load_best_model(self):
+        best = Path(self.state.best_model_checkpoint)
+        if flaw := flaw_of(best):
+            raise InputError(
+                f"{best.name} was the best, but {flaw}. Remove {best} to keep the model of the last step."
             )
-
-
-class Progress(ProgressCallback):
-    """transformers' progress bar, with loss, learning rate and tokens per second beside the time left."""
-
-    def __init__(self, trainer: PheyeTrainer):
-        super().__init__()
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.start = time.monotonic()
-        if self.training_bar is not None:
-            self.training_bar.update(state.global_step)  # of the run that this one goes on with
-            self.current_step = state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and logs and "loss" in logs:
-            rate = int(self.trainer.tokens_seen) / (time.monotonic() - self.start)
-            self.training_bar.set_postfix(
-                {"loss": f"{logs['loss']:.4g}", "lr": f"{logs['learning_rate']:.3g}", "tokens/s": f"{rate:.0f}"}
-            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        self._load_from_checkpoint(str(best))
