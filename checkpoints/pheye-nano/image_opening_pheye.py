@@ -35,35 +35,34 @@ ADDRESS = re.compile(r"<_io\.BytesIO object at \w+>")  # in messages of Pillow; 
 
 
 class ImageError(ValueError):
-    """An image that cannot be used. The message says what to do; it begins with "The image", or with its name."""
+    """What is wrong with an image, and what to do; the message begins with "The image", until `naming` names it."""
 
 
 @contextlib.contextmanager
-def naming(image) -> Iterator[None]:
-    """Whatever goes wrong with `image` inside the block becomes an `ImageError` that names it.
+def naming(image, before: str = "") -> Iterator[None]:
+    """Whatever goes wrong with `image` inside the block becomes a ValueError that names it, after the text `before`.
 
     Pillow and its plugins raise errors of some twenty types for broken files, without a name.
     """
+    name = before + name_of(image)
     try:
         yield
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name_of(image)} is too large: {error}. {how_to_reduce()}") from error
     except ImageError as error:
-        if not str(error).startswith("The image"):
-            raise
-        raise ImageError(name_of(image) + str(error).removeprefix("The image")) from error
+        raise ValueError(name + str(error).removeprefix("The image")) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large: {error}. {how_to_reduce()}") from error
     except FileNotFoundError as error:
-        raise ImageError(f"{name_of(image)} is no image: there is no such file.") from error
+        raise ValueError(f"{name} is no image: there is no such file.") from error
     except MemoryError as error:
-        raise ImageError(f"{name_of(image)} needs more memory than there is; reduce the image.") from error
+        raise ValueError(f"{name} needs more memory than there is; reduce the image.") from error
     except Exception as error:
-        reason = ADDRESS.sub("the data", str(error)) or type(error).__name__
+        reason = ADDRESS.sub("the data", str(error)).rstrip(".! ") or type(error).__name__
         advice = "Check that the file is whole."
         if isinstance(image, Image.Image):
             advice = "Check that its file is whole, and that it stays open until the image is read."
         elif not isinstance(image, (str, bytes, os.PathLike)):
             advice = "Give a PIL image, or a plain array or tensor."
-        raise ImageError(f"{name_of(image)} could not be read as an image: {reason}. {advice}") from error
+        raise ValueError(f"{name} could not be read as an image: {reason}. {advice}") from error
 
 
 def name_of(image) -> str:
@@ -225,6 +224,46 @@ def too_many_bytes() -> ImageError:
 
 
 def decode(source: str | os.PathLike | BytesIO, least_side: int | None, columns: int) -> Image.Image:
+    try:
+        return decode_strictly(source, least_side, columns)
+    except (ImageError, Image.DecompressionBombError, MemoryError):
+        raise
+    except Exception:
+        mended = without_broken_metadata(source)
+        if mended is None:
+            raise
+        with contextlib.suppress(Exception):
+            return decode_strictly(BytesIO(mended), least_side, columns)
+        raise
+
+
+def without_broken_metadata(source: str | os.PathLike | BytesIO) -> bytes | None:
+    """The file without what Pillow stumbles over and browsers pass over; None if nothing of this kind is in it.
+
+    AVIF: the EXIF block. PNG: chunks that the pixels do not need, but for an EXIF block whose checksum is right.
+    """
+    if isinstance(source, BytesIO):
+        data = source.getvalue()
+    else:
+        with open(source, "rb") as file:
+            data = file.read(MOST_BYTES)
+    if data[4:8] == b"ftyp" and b"avif" in data[8:40] and b"Exif" in data:
+        return data.replace(b"Exif", b"none")
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return None
+    kept, place = [data[:8]], 8
+    while place < len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        kind, checksum = data[place + 4 : place + 8], data[end - 4 : end]
+        is_whole_exif = kind == b"eXIf" and zlib.crc32(data[place + 4 : end - 4]).to_bytes(4, "big") == checksum
+        if kind[:1].isupper() or is_whole_exif:
+            kept.append(data[place:end])
+        place = end
+    mended = b"".join(kept)
+    return None if mended == data else mended
+
+
+def decode_strictly(source: str | os.PathLike | BytesIO, least_side: int | None, columns: int) -> Image.Image:
     with Image.open(source) as image:
         if least_side is not None:
             image.draft(None, (least_side, least_side))
@@ -263,7 +302,8 @@ def download(url: str, only_public: bool) -> bytes:
         raise
     except Exception as error:
         fetch.hang_up()
-        reason = str(error) if future.done() else f"it took longer than {DOWNLOAD_SECONDS} seconds"
+        is_late = isinstance(error, TimeoutError)
+        reason = f"it took longer than {DOWNLOAD_SECONDS} seconds" if is_late else str(error).rstrip(".! ")
         raise ImageError(
             f"The image could not be fetched: {reason or type(error).__name__}. Check the address, or give the file."
         ) from error

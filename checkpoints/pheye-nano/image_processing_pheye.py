@@ -116,8 +116,8 @@ def upright_rgb(image, input_data_format: str | None, columns: int = 1) -> Image
         image = _from_array(array)
     else:
         raise ImageError(
-            f"The image is a {type(image).__name__}, which is no image; give a PIL image, an array, a tensor, a path, "
-            "a URL or bytes."
+            f"The image is of the type {type(image).__name__}, which is no image; give a PIL image, an array, a "
+            "tensor, a path, a URL or bytes."
         )
     check_size(image.size, columns)  # turned by now, and not always as large as its file says
     try:
@@ -312,13 +312,9 @@ class PheyeImageProcessor(PilBackend):
 
         def views_of(place: int) -> np.ndarray:
             image = found[place]
-            try:
-                with naming(image):
-                    return self.pixels_of(image, **options)
-            except ImageError as error:
-                if len(found) == 1 or isinstance(image, (str, os.PathLike)):
-                    raise
-                raise ImageError(f"Image {place + 1} of {len(found)}: {error}") from error
+            has_name = len(found) == 1 or isinstance(image, (str, os.PathLike))
+            with naming(image, "" if has_name else f"Image {place + 1} of {len(found)}: "):
+                return self.pixels_of(image, **options)
 
         return BatchFeature({"pixel_values": _map(views_of, range(len(found)))}, tensor_type=return_tensors)
 
