@@ -80,6 +80,22 @@ def image_caches(cache: Cache, text_layers: int, blocks: int) -> list[PheyeImage
     return found
 
 
+def text_in(cache: Cache | None) -> int:
+    """How many tokens of text a cache holds, as far as the CPU knows: on a GPU, a static cache counts as empty."""
+    length = 0 if cache is None else cache.get_seq_length()
+    return 0 if isinstance(length, torch.Tensor) and length.device.type != "cpu" else int(length)
+
+
+def check_no_text_without_image(cache: Cache, caches: list[PheyeImageCache]):
+    """Refuse to give an image to a cache whose text was read without one: its keys and values would be those of the
+    bare language model, and the answer another one than that to the whole prompt."""
+    if not caches[0].is_initialized and int(cache.get_seq_length()):
+        raise ValueError(
+            f"The cache holds {int(cache.get_seq_length())} tokens of text that were read without an image. Begin a "
+            "new cache with the image and the whole text; other questions about the image may go on from a copy of it."
+        )
+
+
 def eager_attention(
     module: nn.Module,
     query: torch.Tensor,

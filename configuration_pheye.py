@@ -3,6 +3,8 @@
 Source: "Efficient Architectures for High Resolution Vision-Language Models", arXiv 2501.02584.
 """
 
+import contextlib
+
 from transformers.utils.versions import require_version
 
 require_version("transformers>=5.17.0", "Upgrade it: pip install --upgrade transformers")
@@ -19,6 +21,11 @@ VARIANTS = {
 
 # Vision transformers without a class token; all others have one, and register tokens if their config says so.
 NO_CLASS_TOKEN = ("siglip_vision_model", "ijepa")
+
+# Far above all that is of use; they keep a slip of the pen from taking all memory, or from numbers that overflow.
+MOST_TILES = 64
+MOST_LAYERS = 10_000
+HIGHEST_ALPHA = 1e6
 
 HEAD_WIDTH = 64  # nominal: the paper divides the wider of the two hidden sizes by 64 to count heads
 
@@ -37,6 +44,12 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+
+# `transformers serve` looks here for what reads images, after it has loaded a config and before it loads the model.
+with contextlib.suppress(ImportError):
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("pheye", "PheyeForConditionalGeneration")
 
 
 class PheyeConfig(PreTrainedConfig):
@@ -60,6 +73,8 @@ class PheyeConfig(PreTrainedConfig):
 
     model_type = "pheye"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]  # Trainer's predictions: logits
+    image_token_id = -1  # no token stands for the image; TRL's GRPO, RLOO and distillation keep this one from answers
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -74,6 +89,10 @@ class PheyeConfig(PreTrainedConfig):
     lora_dropout: float = 0.05
 
     def __post_init__(self, **kwargs):
+        for name in kwargs:
+            known = getattr(type(self), name, None)
+            if callable(known) or (isinstance(known, property) and known.fset is None):
+                raise ValueError(f"{name} is no field of PheyeConfig that can be set; leave it out.")
         if self.vision_config is None:
             self.vision_config = vit_h_14_config()
         if self.text_config is None:
@@ -132,6 +151,13 @@ class PheyeConfig(PreTrainedConfig):
         return max(self.text_config.hidden_size, self.vision_config.hidden_size) // self.cross_attention_reduction
 
     @property
+    def text_positions(self) -> int | None:
+        """Tokens that the language model has learned to hold, or None if nothing says so or its rotary positions are
+        scaled."""
+        is_scaled = (getattr(self.text_config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+        return None if is_scaled else getattr(self.text_config, "max_position_embeddings", None)
+
+    @property
     def modules_to_not_quantize(self) -> list[str]:
         """For transformers' quantization configs: full names of all but the language model's layers."""
         parts = ("vision_tower", "global_lora", "local_lora", "view_encoding", "cross_attention_blocks")
@@ -148,20 +174,26 @@ class PheyeConfig(PreTrainedConfig):
 
     def _check(self):
         """Raise ValueError where a number is out of range or two of them contradict each other."""
-        minima = {
-            "tiles_per_side": 1,
-            "cross_attention_interval": 1,
-            "cross_attention_start_layer": 0,
-            "cross_attention_reduction": 1,
-            "global_lora_rank": 0,
-            "local_lora_rank": 0,
-        }
-        for name, minimum in minima.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} must be at least 0 and less than 1.")
+        for name, least, most in (
+            ("tiles_per_side", 1, MOST_TILES),
+            ("cross_attention_interval", 1, None),
+            ("cross_attention_start_layer", 0, None),
+            ("cross_attention_reduction", 1, None),
+            ("global_lora_rank", 0, None),
+            ("local_lora_rank", 0, None),
+        ):
+            _check_integer(name, getattr(self, name), least, most)
+        for name in ("global_lora_alpha", "local_lora_alpha"):
+            if not (_is_number(value := getattr(self, name)) and 0 <= value <= HIGHEST_ALPHA):
+                raise ValueError(f"{name}={value!r} must be a number from 0 to {HIGHEST_ALPHA:.0f}.")
+        if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} must be at least 0 and less than 1.")
+        for name, config in (("vision_config", self.vision_config), ("text_config", self.text_config)):
+            _check_integer(f"{name}.hidden_size", config.hidden_size, 1)
+            _check_integer(f"{name}.num_hidden_layers", config.num_hidden_layers, 1, MOST_LAYERS)
+        channels = getattr(self.vision_config, "num_channels", 3)
+        if channels != 3:
+            raise ValueError(f"vision_config.num_channels={channels!r} must be 3: views are RGB.")
 
         layers = self.text_config.num_hidden_layers
         if not self.cross_attention_layers:
@@ -187,11 +219,31 @@ class PheyeConfig(PreTrainedConfig):
                 f"{4 * self.text_config.hidden_size}."
             )
         image_size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
-        if not isinstance(image_size, int) or not isinstance(patch_size, int) or not 1 <= patch_size <= image_size:
+        if not (_is_integer(image_size) and _is_integer(patch_size) and 1 <= patch_size <= image_size):
             raise ValueError(
                 f"vision_config needs one integer image_size and one patch_size no larger than it; "
                 f"got image_size={image_size} and patch_size={patch_size}."
             )
+
+
+def learned_positions(text_config: PreTrainedConfig) -> int | None:
+    """Positions of a language model that has a vector for each and fails behind the last; rotary ones go on."""
+    is_rotary = getattr(text_config, "rope_parameters", None) is not None
+    return None if is_rotary else getattr(text_config, "max_position_embeddings", None)
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, float) or _is_integer(value)
+
+
+def _check_integer(name: str, value, least: int, most: int | None = None):
+    if not _is_integer(value) or value < least or (most is not None and value > most):
+        limit = "" if most is None else f" and at most {most}"
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}{limit}.")
 
 
 def vit_h_14_config() -> CLIPVisionConfig:

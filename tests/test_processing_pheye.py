@@ -1,5 +1,9 @@
 """Processor: the published prompt, token for token, and one image per text."""
 
+import base64
+import dataclasses
+import logging
+import pickle
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,7 @@ from jinja2.exceptions import TemplateError
 from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer
 
-from pheye import PheyeImageProcessor, PheyeProcessor
+from pheye import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
 from pheye.processing_pheye import CAPTION_INSTRUCTION, CHAT_TEMPLATE
 
 from tiny import END, tiny_image, tiny_processor, tiny_tokenizer
@@ -218,8 +222,59 @@ def test_a_padding_token_of_the_tokenizers_own_stays():
 
 def test_answers_are_decoded_without_special_tokens(processor):
     ids = torch.tensor([processor.tokenizer(f"{END}{END} yes{END}")["input_ids"]])
-    assert processor.post_process_image_text_to_text(ids) == [" yes"]
+    assert processor.post_process_image_text_to_text(ids) == ["yes"]
     assert processor.post_process_image_text_to_text(ids, skip_special_tokens=False) == [f"{END}{END} yes{END}"]
+
+
+def test_answers_lose_the_space_that_begins_them_and_none_besides(processor):
+    texts = [" a b ", "c", " \n d", "", " Output: e\nOutput: f"]
+    rows = [torch.tensor([processor.tokenizer(text)["input_ids"]]) for text in texts if text] + [
+        torch.zeros(1, 1).long()
+    ]
+    answers = [processor.post_process_image_text_to_text(row)[0] for row in rows]
+    assert answers == ["a b ", "c", "d", "Output: e\nOutput: f", ""]
+
+
+@pytest.mark.parametrize("answer", [" Yes.", "Yes.", "\n Yes.", ""])
+def test_taking_the_prompt_from_the_whole_text_leaves_the_answer(processor, answer):
+    """As transformers' image-text-to-text does."""
+    turns = [user("One?"), assistant("First."), user("Two?")]
+    prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
+    ids = processor(text=[prompt, prompt + answer], padding=False)["input_ids"]
+    before, whole = (processor.post_process_image_text_to_text([row])[0] for row in ids)
+    assert whole.startswith(before)
+    assert whole.removeprefix(before) == answer.lstrip()
+
+
+# --- History ---
+
+
+def test_an_answer_has_one_space_before_it_whatever_it_brings(processor):
+    expected = processor.apply_chat_template([user("Why?"), assistant("So. ")])
+    assert expected.endswith(f"Output: So. {END}")
+    for answer in (" So. ", "  So. ", "\n So. "):
+        assert processor.apply_chat_template([user("Why?"), assistant(answer)]) == expected
+        parts = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        assert processor.apply_chat_template([user("Why?"), parts]) == expected
+
+
+def test_history_has_the_very_tokens_that_were_generated():
+    nano = ROOT / "checkpoints" / "pheye-nano"
+    model, processor = PheyeForConditionalGeneration.from_pretrained(nano), PheyeProcessor.from_pretrained(nano)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    turns = [user(ROOT / "docs" / "sign.jpg", "What is written on the sign?")]
+    for question in ("Describe the image.", "Is there a circle?"):
+        inputs = processor.apply_chat_template(turns, add_generation_prompt=True, **options)
+        ids = model.generate(**inputs, max_new_tokens=80)
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        assert new[0, -1] == processor.tokenizer.eos_token_id
+        for answer in (
+            processor.post_process_image_text_to_text(new)[0],
+            processor.decode(new[0], skip_special_tokens=True),  # as a streamer gives it, with its space
+        ):
+            again = processor.apply_chat_template([*turns, assistant(answer)], **options)
+            assert torch.equal(again["input_ids"], ids)
+        turns += [assistant(answer), user(question)]
 
 
 # --- Images and texts ---
@@ -247,6 +302,15 @@ def test_lists_of_images_go_with_lists_of_texts_in_order(processor, nested, cont
     assert inputs["input_ids"].shape == (2, 3)
     expected = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
     assert torch.equal(inputs["pixel_values"], expected)
+
+
+def test_a_tokenizer_gives_ids_and_mask_and_nothing_else():
+    tokenizer = tiny_tokenizer()
+    for names in (["input_ids", "token_type_ids", "attention_mask"], ["input_ids"]):
+        tokenizer.model_input_names = names
+        processor = PheyeProcessor(tiny_processor().image_processor, tokenizer)
+        assert set(processor(images=tiny_image(), text="ab")) == {"input_ids", "attention_mask", "pixel_values"}
+    assert "token_type_ids" in processor(text="ab", return_token_type_ids=True)
 
 
 def test_texts_may_be_a_tuple(processor):
@@ -323,6 +387,11 @@ def test_texts_that_are_no_strings_are_refused_by_type(processor, text):
         processor(text=text)
 
 
+def test_a_text_that_cannot_be_encoded_is_refused_by_its_place(processor):
+    with pytest.raises(ValueError, match=r"Text 1 .*'b\\ud83d'"):
+        processor(text=["a", "b\ud83d"])
+
+
 def test_nothing_given_is_refused(processor):
     with pytest.raises(ValueError, match="at least one input"):
         processor()
@@ -339,7 +408,217 @@ def test_a_broken_image_is_refused_by_name(processor, tmp_path):
         processor.apply_chat_template([user(path, "a")], tokenize=True, return_dict=True)
 
 
+# --- An image that was asked for and would not arrive ---
+
+QUESTION = {"type": "text", "text": "What is it?"}
+INPUTS = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+UNREAD = {
+    "the image is None": [{"type": "image", "image": None}, QUESTION],
+    "the path is None": [{"type": "image", "path": None}, QUESTION],
+    "all sources are None": [{"type": "image", "image": None, "url": None, "text": None}, QUESTION],
+    "OpenAI's part without a URL": [{"type": "image_url", "image_url": None}, QUESTION],
+    "OpenAI's part with an empty dict": [{"type": "image_url", "image_url": {}}, QUESTION],
+    "OpenAI's part with the wrong key": [{"type": "image_url", "url": "x.png"}, QUESTION],
+    "an image under the wrong key": [{"type": "image", "image_url": "x.png"}, QUESTION],
+    "two sources": [{"type": "image", "path": "x.png", "url": "y.png"}, QUESTION],
+    "input_image": [{"type": "input_image", "image_url": "x.png"}, QUESTION],
+    "input_text": [{"type": "image", "image": tiny_image()}, {"type": "input_text", "text": "What?"}],
+    "parts without a type": [{"image": tiny_image()}, {"text": "What is it?"}],
+    "an image beside a text": [{"type": "text", "text": "What is it?", "image": tiny_image()}],
+    "a text that is None": [{"type": "image", "image": tiny_image()}, {"type": "text", "text": None}],
+    "a text that is a number": [{"type": "text", "text": 5}],
+    "a text in upper case": [{"type": "TEXT", "text": "What?"}],
+    "video": [{"type": "video", "video": "x.mp4"}, QUESTION],
+    "audio": [{"type": "audio", "audio": "x.wav"}, QUESTION],
+    "a bare text in the list": ["What is it?"],
+    "a bare image in the list": [tiny_image(), QUESTION],
+    "one part": QUESTION,
+    "None": None,
+    "a number": 5,
+    "no parts": [],
+    "no text": "",
+}
+
+
+@pytest.mark.parametrize("tokenize", [True, False])
+@pytest.mark.parametrize("content", UNREAD.values(), ids=UNREAD)
+def test_what_pheye_does_not_read_in_a_message_is_refused(processor, content, tokenize):
+    options = INPUTS if tokenize else {}
+    with pytest.raises(
+        ValueError, match=r'message 0.*\{"type": "text", "text": \.\.\.\}, or \{"type": "image"|Message 0'
+    ):
+        processor.apply_chat_template([{"role": "user", "content": content}], **options)
+
+
+@pytest.mark.parametrize("key", ["images", "image", "videos", "audio"])
+def test_what_stands_beside_the_content_of_a_message_is_refused(processor, key):
+    with pytest.raises(ValueError, match=f"'{key}' beside its content"):
+        processor.apply_chat_template([{"role": "user", "content": "What?", key: [tiny_image()]}])
+    assert processor.apply_chat_template([{"role": "user", "content": "What?", key: []}])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image"}, {"type": "image", "text": None, "index": 0}, {"type": "image", "src": "x.png"}],
+    ids=str,
+)
+def test_an_image_part_without_an_image_is_a_placeholder_that_needs_one(processor, part):
+    conversation = [{"role": "user", "content": [part, QUESTION]}]
+    with pytest.raises(ValueError, match="speak of an image, but do not have it"):
+        processor.apply_chat_template(conversation, **INPUTS)
+    text = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    with pytest.raises(ValueError, match=r"Text 0 was made of messages that speak of an image.*give `images`"):
+        processor(text=text)
+    with pytest.raises(ValueError, match=r"Text 1 was made of messages that speak of an image"):
+        processor(text=["a", text])
+    assert set(processor(images=tiny_image(), text=text)) == {"input_ids", "attention_mask", "pixel_values"}
+    assert pickle.loads(pickle.dumps(text)) == text and type(pickle.loads(pickle.dumps(text))) is str
+
+
+def test_an_image_in_the_messages_does_not_come_with_the_text_alone(processor):
+    conversations = [[user("a")], [user(tiny_image(), "b")]]
+    for conversation in (conversations[1], conversations):
+        with pytest.raises(ValueError, match="speak of an image, but no image is given"):
+            processor(text=processor.apply_chat_template(conversation))
+        with pytest.raises(ValueError, match="return_dict=True"):
+            processor.apply_chat_template(conversation, tokenize=True)
+    assert processor.apply_chat_template(conversations[0], tokenize=True)
+
+
+def test_text_made_by_another_copy_of_the_code_still_needs_its_image(processor, model_folder):
+    trusted = AutoProcessor.from_pretrained(model_folder, trust_remote_code=True)
+    assert type(trusted) is not type(processor)
+    for maker, user_of in ((trusted, processor), (processor, trusted)):
+        with pytest.raises(ValueError, match="speak of an image, but no image is given"):
+            user_of(text=maker.apply_chat_template([user(tiny_image(), "a")]))
+
+
+def test_a_tokenizer_does_not_lose_an_image(processor):
+    options = {"chat_template": CHAT_TEMPLATE, "tokenize": False, "add_generation_prompt": True}
+    apply = processor.tokenizer.apply_chat_template
+    assert apply([user("a")], **options) == processor.apply_chat_template([user("a")], add_generation_prompt=True)
+    with pytest.raises(TemplateError, match="A tokenizer would lose the message's image"):
+        apply([user(tiny_image(), "a")], **options)
+    for content in UNREAD.values():
+        if content not in ([], ""):
+            with pytest.raises(TemplateError):
+                apply([{"role": "user", "content": content}], **options)
+
+
+def test_images_may_come_beside_messages_with_placeholders_only(processor):
+    placeholder = [{"role": "user", "content": [{"type": "image"}, QUESTION]}]
+    for conversation, options in (
+        ([user(tiny_image(), "a")], INPUTS),
+        (placeholder, {}),
+    ):
+        with pytest.raises(ValueError, match="`images` goes with tokenize=True"):
+            processor.apply_chat_template(conversation, processor_kwargs={"images": tiny_image()}, **options)
+
+
+SOURCES = {
+    "image": lambda path: {"type": "image", "image": tiny_image()},
+    "path": lambda path: {"type": "image", "path": path},
+    "path as text": lambda path: {"type": "image", "path": str(path)},
+    "base64": lambda path: {"type": "image", "base64": base64.b64encode(path.read_bytes()).decode()},
+    "OpenAI": lambda path: {"type": "image_url", "image_url": {"url": data_url(path)}},
+    "OpenAI, bare": lambda path: {"type": "image_url", "image_url": data_url(path)},
+    "columns that are None": lambda path: {
+        "type": "image",
+        "image": None,
+        "path": str(path),
+        "url": None,
+        "text": None,
+    },
+}
+
+
+def data_url(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+@pytest.mark.parametrize("container", [list, tuple])
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_spelling_that_is_known_brings_the_image(processor, tmp_path, source, container):
+    tiny_image().save(tmp_path / "a.png")
+    parts = container([SOURCES[source](tmp_path / "a.png"), {**QUESTION, "image": None}])
+    conversation = [{"role": "user", "content": parts}]
+    expected = processor(
+        images=tiny_image(), text=f"{SYSTEM}\n\nInstruction: What is it?\nOutput:", return_tensors="pt"
+    )
+    for given in (conversation, tuple(conversation), [conversation], iter(conversation)):
+        inputs = processor.apply_chat_template(given, **INPUTS)
+        assert set(inputs) == set(expected)
+        assert all(torch.equal(inputs[name], expected[name]) for name in inputs)
+    assert conversation == [{"role": "user", "content": parts}]  # as the user gave it
+
+
+def test_messages_may_be_objects(processor):
+    @dataclasses.dataclass
+    class Message:
+        role: str
+        content: list
+
+    class Answer:  # as OpenAI's client gives it
+        def model_dump(self):
+            return {"role": "assistant", "content": "So.", "audio": None, "tool_calls": None}
+
+    objects = [
+        Message("user", [{"type": "image", "image": tiny_image()}, QUESTION]),
+        Answer(),
+        Message("user", "Why?"),
+    ]
+    inputs = processor.apply_chat_template(objects, **INPUTS)
+    assert "pixel_values" in inputs
+    assert text_of(inputs["input_ids"][0], processor).endswith(f"Output: So.{END}\n\nInstruction: Why?\nOutput:")
+
+
+@pytest.mark.parametrize(
+    "conversation", [None, 5, "text", b"x", {}, [], [[]], [None], [[None]], [[user("a")], []], ["x"]]
+)
+def test_what_is_no_conversation_is_refused(processor, conversation):
+    for options in (INPUTS, {}):
+        with pytest.raises(ValueError, match=r"A conversation is a list|Message 0 must be a dict"):
+            processor.apply_chat_template(conversation, **options)
+
+
+def test_arguments_that_would_be_left_out_are_refused_by_name(processor):
+    image = tiny_image()
+    for name, value in {"prompt": "What?", "image": image, "question": "?", "videos": [image], "audio": [0.0]}.items():
+        with pytest.raises(TypeError, match=rf"^{name} is no argument of PheyeProcessor.*`images`, `text`"):
+            processor(images=image, text="a", **{name: value})
+    known = {"videos": None, "text_kwargs": {"padding": False}, "images_kwargs": {"do_rescale": True}, "max_length": 9}
+    assert processor(images=image, text="a", **known, truncation=True)
+
+
+def image_texts(path: Path) -> list[str]:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return [str(path), "missing.jpg", "a/b/MISSING.HEIC", "https://host/x", "HTTP://host/y", data_url(path), data]
+
+
+def test_text_that_is_the_place_of_an_image_is_refused_without_one(processor, tmp_path):
+    for name in ("a.png", "my sign.png", "no suffix"):
+        tiny_image().save(tmp_path / name, "PNG")
+        for text in image_texts(tmp_path / name):
+            with pytest.raises(ValueError, match=r"Text 1 is the place of an image, not a question.*`images`"):
+                processor(text=["a", text])
+            assert processor(images=tiny_image(), text=text)
+    for text in ("What is in photo.jpg", "See https://host/x", "ACGT" * 40, "a" * 5000, str(tmp_path)):
+        assert processor(text=text)
+
+
 # --- Saving ---
+
+
+def test_the_shipped_template_is_the_processors():
+    assert (ROOT / "checkpoints" / "pheye-nano" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+def test_loading_says_nothing(caplog):
+    with caplog.at_level("WARNING", logger="transformers"):
+        logging.getLogger("transformers").addHandler(caplog.handler)
+        PheyeProcessor.from_pretrained(ROOT / "checkpoints" / "pheye-nano")
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("own_template", [None, "{{ messages[0]['content'][0]['text'] }}!"])

@@ -9,6 +9,7 @@ questions, beams or samples of one image are adjacent), T text tokens, H heads, 
 import functools
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,11 +34,17 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
 
-from .blocks_pheye import PheyeCrossAttentionBlock, PheyeImageCache, image_caches
-from .configuration_pheye import PheyeConfig
+from .blocks_pheye import (
+    PheyeCrossAttentionBlock,
+    PheyeImageCache,
+    check_no_text_without_image,
+    image_caches,
+    text_in,
+)
+from .configuration_pheye import PheyeConfig, learned_positions
 from .vision_pheye import PheyeLora, PheyeViewEncoding, add_view_lora, last_norms
 
 if TYPE_CHECKING:  # never run, but it makes every saved model carry these files too
@@ -46,7 +53,9 @@ if TYPE_CHECKING:  # never run, but it makes every saved model carry these files
     from .processing_pheye import PheyeProcessor  # noqa: F401
 
 IMAGE_INPUTS = ("pixel_values", "image_hidden_states")
+MEDIA = ("pixel", "image", "video", "audio", "input_features")  # how names of inputs begin that text models pass over
 
+logger = logging.get_logger(__name__)
 
 # What models take and give back as their cache: "cache" since transformers 5.24, "past_key_values" before. Arguments
 # here are called `cache` on every release, and `takes_cache` accepts the older name too, with the library's own
@@ -215,6 +224,15 @@ class PheyePreTrainedModel(PreTrainedModel):
         if enable:
             put_before_checkpoints(self.base_model.decoder_layers(), self.base_model.run_block)
 
+    @staticmethod
+    def _load_pretrained_model(model, *args, **kwargs):
+        loading_info, offload_index = PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
+        if model._hf_peft_config_loaded:
+            # `load_adapter` takes every name with "lora" for the adapter's, and would call these missing and new.
+            own = re.compile(r"(global|local)_lora\.\w+\.(original_module\.)?[AB]$")
+            loading_info.missing_keys = {name for name in loading_info.missing_keys if not own.search(name)}
+        return loading_info, offload_index
+
     # Gradient checkpointing asks for these. In the vision tower they would keep the activations of frozen layers for
     # a gradient that nobody needs; where LoRA trains there, the patch embedding's begins the graph.
 
@@ -268,6 +286,7 @@ class PheyeModel(PheyePreTrainedModel):
         self._block_before = {layer: block for block, layer in enumerate(config.cross_attention_layers)}
         self._adapt_vision_tower()
         put_before(self.decoder_layers(), self.run_block)
+        self._hooked = [self]  # whom the hooks call; in a list, so that it is no part of itself
         self.post_init()
 
     # --- Image: views through the vision tower ---
@@ -299,6 +318,17 @@ class PheyeModel(PheyePreTrainedModel):
         if global_lora is None and local_lora is None:
             return output
         return add_view_lora(output, args[0], global_lora, local_lora, self.config.views_per_image)
+
+    def _check_hooks(self):
+        """A copy of a module's attributes shares its hooks, which go on to use the original's LoRA and blocks; refuse
+        to run as such a copy."""
+        if self._hooked[0] is not self:
+            raise ValueError(
+                "This model is a copy that would compute with the weights of the model it was copied from. If "
+                "nn.DataParallel made it, as Trainer does in one process with several GPUs, start a process per GPU "
+                "(`accelerate launch`, `torchrun`), or let the process see one GPU by CUDA_VISIBLE_DEVICES. In other "
+                "cases use copy.deepcopy."
+            )
 
     def _check_lora(self):
         """Quantizers put other modules in the place of linears, without the hooks; refuse to run without LoRA."""
@@ -333,6 +363,7 @@ class PheyeModel(PheyePreTrainedModel):
                 "Make it with this model's own processor."
             )
         if not torch.compiler.is_compiling():
+            self._check_hooks()
             self._check_lora()
         outputs = self.vision_tower(pixel_values.flatten(0, 1), return_dict=True, **kwargs)
         tokens = outputs.last_hidden_state.shape[1]
@@ -389,6 +420,31 @@ class PheyeModel(PheyePreTrainedModel):
         """The part of a cache that holds the image, one layer per block."""
         return image_caches(cache, self.config.text_config.num_hidden_layers, len(self.cross_attention_blocks))
 
+    def image_features(
+        self, pixel_values: torch.Tensor | None, image_hidden_states: torch.Tensor | None, cache: Cache | None
+    ) -> torch.Tensor | None:
+        """The features (B, N, D) of the image that a call is given, if it is: as pixels, or encoded beforehand.
+
+        Raises:
+            ValueError: if both are given, if the features are not of this model's shape, or if `cache` holds text
+                that was read without an image.
+        """
+        if pixel_values is None and image_hidden_states is None:
+            return None
+        if cache is not None and not torch.compiler.is_compiling():
+            check_no_text_without_image(cache, self.image_caches(cache))
+        if image_hidden_states is None:
+            return self.get_image_features(pixel_values, return_dict=True).last_hidden_state
+        if pixel_values is not None:
+            raise ValueError("Give one of pixel_values and image_hidden_states, not both.")
+        tokens, width = self.config.tokens_per_image, self.config.vision_config.hidden_size
+        if image_hidden_states.ndim != 3 or image_hidden_states.shape[1:] != (tokens, width):
+            raise ValueError(
+                f"image_hidden_states has shape {tuple(image_hidden_states.shape)}, but this model reads (images, "
+                f"{tokens}, {width}). Make it with this model's own get_image_features."
+            )
+        return image_hidden_states.to(next(self.view_encoding.parameters()).dtype)  # as if it had been encoded here
+
     def prepare(
         self,
         text: torch.Tensor,
@@ -397,18 +453,16 @@ class PheyeModel(PheyePreTrainedModel):
         cache: Cache | None,
         use_cache: bool | None,
         output_cross_attentions: bool | None,
-        output_attentions: bool | None = None,
+        others: dict,
     ) -> Call:
         """What a call of the language model on this text (ids or embeddings), and on the image of this call or of its
-        cache, begins with.
+        cache, begins with. `others` are the arguments that go on to the language model.
 
         Raises:
             ValueError: if text and image do not fit each other or the model.
         """
-        if pixel_values is not None:
-            if image_hidden_states is not None:
-                raise ValueError("Give one of pixel_values and image_hidden_states, not both.")
-            image_hidden_states = self.get_image_features(pixel_values).last_hidden_state
+        self._check_arguments(text, cache, others)
+        image_hidden_states = self.image_features(pixel_values, image_hidden_states, cache)
         if image_hidden_states is not None and (not len(image_hidden_states) or len(text) % len(image_hidden_states)):
             raise ValueError(
                 f"There are {len(text)} rows of text for {len(image_hidden_states)} images; give each image the same "
@@ -421,7 +475,8 @@ class PheyeModel(PheyePreTrainedModel):
         caches = None if cache is None else self.image_caches(cache)
         has_image = image_hidden_states is not None or bool(caches and caches[0].is_initialized)
         if output_cross_attentions is None:
-            wanted = self.config.output_attentions if output_attentions is None else output_attentions
+            wanted = others.get("output_attentions")
+            wanted = self.config.output_attentions if wanted is None else wanted
             output_cross_attentions = wanted and self.config._attn_implementation == "eager"
         skips_layers = self.training and getattr(self.config.text_config, "layerdrop", 0) > 0
         return Call(
@@ -434,6 +489,28 @@ class PheyeModel(PheyePreTrainedModel):
             steps_due=len(self.cross_attention_blocks) if has_image and not skips_layers else 0,
             language_model=type(self.language_model).__name__,
         )
+
+    def _check_arguments(self, text: torch.Tensor, cache: Cache | None, others: dict):
+        unknown = [name for name, value in others.items() if value is not None and name.startswith(MEDIA)]
+        if unknown:
+            raise ValueError(f"Pheye has no input {unknown[0]}; the image goes into pixel_values.")
+        if torch.compiler.is_compiling():
+            return
+        self._check_hooks()
+        self.positions_left(text.shape[1] + text_in(cache))
+
+    def positions_left(self, length: int) -> int | None:
+        """The language model's positions behind a text of this length, whether cached or not; None if all are left.
+
+        Raises:
+            ValueError: if the text alone has too many tokens.
+        """
+        positions = self.config.text_positions
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"The text has {length} tokens, but the language model has {positions} positions; shorten the prompt."
+            )
+        return None if positions is None else positions - length
 
     @takes_cache
     @can_return_tuple
@@ -458,7 +535,7 @@ class PheyeModel(PheyePreTrainedModel):
             cache,
             use_cache,
             output_cross_attentions,
-            kwargs.get("output_attentions"),
+            kwargs,
         )
         outputs = self.language_model.base_model(
             input_ids=input_ids,
@@ -569,7 +646,6 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
                 f"All labels (shape {tuple(labels.shape)}) are -100 after the first position, so there is nothing to "
                 "learn; was the answer cut off or masked whole?"
             )
-        self._check_length(given_text(input_ids, inputs_embeds).shape[1])
         call = self.pheye.prepare(
             given_text(input_ids, inputs_embeds),
             pixel_values,
@@ -577,7 +653,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
             cache,
             use_cache,
             output_cross_attentions,
-            kwargs.get("output_attentions"),
+            kwargs,
         )
         outputs = self.pheye.language_model(
             input_ids=input_ids,
@@ -604,15 +680,6 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _check_length(self, length: int):
-        config = self.config.text_config
-        positions = getattr(config, "max_position_embeddings", None)
-        is_scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
-        if positions is not None and length > positions and not is_scaled:
-            raise ValueError(
-                f"The text has {length} tokens, but the language model has {positions} positions; shorten the prompt."
-            )
-
     # --- generate: the image is encoded once and keeps one row, and only the first forward pass of a turn sees it ---
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, **model_kwargs):
@@ -622,18 +689,39 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         )
         return input_ids, {**model_kwargs, **images}
 
+    def _prepare_generated_length(self, **kwargs):
+        generation_config = super()._prepare_generated_length(**kwargs)
+        generation_config._text_length = kwargs["input_ids_length"]  # of the text that `max_length` counts
+        return generation_config
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        self._end_at_last_position(generation_config, model_kwargs)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         chunked = generation_config.prefill_chunk_size is not None
-        if model_kwargs.get("pixel_values") is not None and (chunked or generation_config.use_cache is False):
-            # Without a cache every step needs the image, and prefill in chunks takes no pixels: encode it beforehand.
-            pixel_values = model_kwargs.pop("pixel_values")
-            model_kwargs["image_hidden_states"] = self.get_image_features(pixel_values).last_hidden_state
-        if model_kwargs.get("image_hidden_states") is not None and chunked:
-            image_hidden_states = model_kwargs.pop("image_hidden_states")
-            caches = self.pheye.image_caches(model_kwargs[CACHE])
-            for block, cache in zip(self.pheye.cross_attention_blocks, caches, strict=True):
-                cache.update(*block.project(image_hidden_states))
+        if not chunked and generation_config.use_cache is not False:
+            return
+        # Without a cache every step needs the image, and prefill in chunks takes no pixels: encode it beforehand.
+        cache = model_kwargs.get(CACHE)
+        features = self.pheye.image_features(*(model_kwargs.pop(name, None) for name in IMAGE_INPUTS), cache)
+        if features is not None and chunked and cache is not None:
+            caches = self.pheye.image_caches(cache)
+            for block, image_cache in zip(self.pheye.cross_attention_blocks, caches, strict=True):
+                image_cache.update(*block.project(features))
+        elif features is not None:
+            model_kwargs["image_hidden_states"] = features
+
+    def _end_at_last_position(self, generation_config, model_kwargs: dict):
+        """The library would go on, to an index error or to positions that the language model never saw."""
+        left = self.pheye.positions_left(model_kwargs["position_ids"].shape[-1])
+        if left is None:
+            return
+        longest = generation_config._text_length + max(left, 1)  # the last token needs no position
+        if generation_config.max_length > longest:
+            logger.warning_once(
+                f"The answer ends after {max(left, 1)} tokens at the latest: the language model has "
+                f"{self.config.text_positions} positions."
+            )
+            generation_config.max_length = longest
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads the names that it may take
     def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool = False, **kwargs):
@@ -645,11 +733,21 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
                 inputs.pop(name, None)
         return inputs
 
-    def _get_candidate_generator(self, model_kwargs, assistant_model=None, **kwargs):
+    def _get_candidate_generator(self, generation_config, model_kwargs, assistant_model=None, **kwargs):
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError("Pheye cannot leave its language model early: assistant_early_exit must be None.")
+        positions = None if assistant_model is None else learned_positions(assistant_model.config.get_text_config())
+        if positions is not None and positions < generation_config.max_length:
+            raise ValueError(
+                f"The assistant has {positions} positions, but the text may get {generation_config.max_length} tokens "
+                "long; give a smaller max_new_tokens, or another assistant."
+            )
         if assistant_model is not None and "image" not in assistant_model.input_modalities:
             # An assistant that only reads text guesses without the image; this model corrects it.
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IMAGE_INPUTS}
-        return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
+        return super()._get_candidate_generator(
+            generation_config=generation_config, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
 
 
 PheyeModel.register_for_auto_class("AutoModel")

@@ -11,6 +11,7 @@ from transformers import Pipeline
 from .processing_pheye import CAPTION_INSTRUCTION
 
 DEFAULT_MAX_NEW_TOKENS = 256
+QUESTIONS = ("question", "questions", "text", "texts", "prompts", "query")  # as other pipelines call a prompt
 SINGLE = (str, bytes, Image.Image, np.ndarray, torch.Tensor)
 
 
@@ -43,8 +44,19 @@ class PheyeImageToTextPipeline(Pipeline):
     _load_feature_extractor = False
 
     def _sanitize_parameters(
-        self, prompt: str | None = None, max_new_tokens: int | None = None, generate_kwargs: dict | None = None
+        self,
+        prompt: str | None = None,
+        max_new_tokens: int | None = None,
+        generate_kwargs: dict | None = None,
+        **others,
     ):
+        for name, value in others.items():
+            use = (
+                "prompt=..." if name in QUESTIONS else f"generate_kwargs={{{name!r}: {value!r}}} if generate takes it"
+            )
+            raise TypeError(f"The image-to-text pipeline has no option {name}; use {use}.")
+        if generate_kwargs is not None and not isinstance(generate_kwargs, dict):
+            raise TypeError(f"generate_kwargs={generate_kwargs!r} must be a dict of what `generate` takes.")
         generate_kwargs = dict(generate_kwargs or {})
         if max_new_tokens is not None:
             if "max_new_tokens" in generate_kwargs:
