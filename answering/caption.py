@@ -14,6 +14,7 @@ import sys
 import torch
 
 from ..common.command import Parser, add_model_options, at_least, exit_status, process_state
+from ..common.tables import IMAGE_SOURCES
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
 from ..processing_pheye import CAPTION_INSTRUCTION
 from .engine import answer, default_workers, open_model
@@ -115,6 +116,12 @@ def parse(argv: list[str] | None) -> dict:
     dataset.add_argument("--split", help="(default: train)")
     dataset.add_argument("--image_column", help="(default: image)")
     dataset.add_argument("--id_column", help="texts or integers, each once (default: the number of the row)")
+    dataset.add_argument(
+        "--image_sources",
+        choices=IMAGE_SOURCES,
+        help="where names in the column may lead: to files in the working directory and the table's folder (folder, "
+        "the default), to all files (local), or to URLs as well (any)",
+    )
     dataset.add_argument("--config", help="configuration of the data set, where it has several")
     dataset.add_argument("--data_files", help="files or pattern, where SOURCE is a loader such as parquet")
     options = vars(parser.parse_args(argv))

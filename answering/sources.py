@@ -14,10 +14,10 @@ from PIL import Image
 
 from ..common.command import InputError, process_state
 from ..common.json_lines import split_lines
-from ..common.tables import FILES, holds_tables, images_of, is_saved, load_table, reader_of
+from ..common.tables import FILES, ImageColumn, holds_tables, is_saved, load_table
+from ..image_opening_pheye import WEB
 from .rows import Request, check_requests
 
-URL = ("http://", "https://")
 UNREADABLE = {"MPEG", "BUFR", "GRIB", "HDF5"}  # what Pillow knows by sight alone
 CONVERTED_FIRST = (  # pictures of telephones, cameras and others that Pillow does not read
     {".heic", ".heif", ".jxl", ".svg"} | {".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raf", ".rw2", ".pef"}
@@ -59,6 +59,10 @@ def image_suffixes() -> frozenset[str]:
     """Suffixes of the files that Pillow can open."""
     kinds = Image.registered_extensions()
     return frozenset(suffix for suffix, kind in kinds.items() if kind in Image.OPEN and kind not in UNREADABLE)
+
+
+def is_url(text: str) -> bool:
+    return text[:8].lower().startswith(WEB)
 
 
 def is_image(path: str) -> bool:
@@ -150,7 +154,7 @@ def list_requests(file: Path, text: str, prompt: str) -> list[Request]:
     entries = [entry for entry in entries if entry]
     if not entries:
         raise InputError(f"{file} is empty; write a path or URL into each line.")
-    if not any(entry.startswith(URL) or os.path.isfile(entry) for entry in entries):
+    if not any(is_url(entry) or os.path.isfile(entry) for entry in entries):
         raise InputError(
             f"No line of {file} is a URL or an existing file, beginning with {entries[0]!r}; paths are looked up from "
             "the working directory."
@@ -160,14 +164,19 @@ def list_requests(file: Path, text: str, prompt: str) -> list[Request]:
 
 def place_request(place: str, prompt: str) -> Request:
     """About a path or URL."""
-    return Request(place, place if place.startswith(URL) else Path(place), prompt, {"image": place})
+    return Request(place, place if is_url(place) else Path(place), prompt, {"image": place})
 
 
 # --- Data sets ---
 
 
 def dataset_requests(
-    source: str | Sequence[str], prompt: str, image_column: str | None, id_column: str | None, **where
+    source: str | Sequence[str],
+    prompt: str,
+    image_column: str | None,
+    id_column: str | None,
+    image_sources: str | None,
+    **where,
 ) -> list[Request]:
     """One request per row of a data set; the id is the row's number, unless a column holds ids."""
     with process_state().main_process_first():  # the others find it downloaded
@@ -176,11 +185,11 @@ def dataset_requests(
     for name in filter(None, (column, id_column)):
         if name not in table.column_names:
             raise InputError(f"{source} has no column {name!r}; its columns are {', '.join(table.column_names)}.")
-    images = images_of(table, column, str(source))
+    images = ImageColumn(table, column, source, image_sources)
     ids = list(table[id_column]) if id_column else range(len(table))
-    read = reader_of(source, where.get("data_files"))
     return [
-        Request(row_id, functools.partial(read, images, row), prompt, {"image": row}) for row, row_id in enumerate(ids)
+        Request(row_id, functools.partial(images.__getitem__, row), prompt, {"image": row})
+        for row, row_id in enumerate(ids)
     ]
 
 
@@ -188,7 +197,7 @@ def dataset_requests(
 
 
 def is_pattern(source: str) -> bool:
-    return not source.startswith(URL) and not os.path.lexists(source) and any(sign in source for sign in "*?[")
+    return not is_url(source) and not os.path.lexists(source) and any(sign in source for sign in "*?[")
 
 
 def matches(pattern: str, passed_over: PassedOver) -> list[str]:
@@ -214,7 +223,7 @@ def is_data_set(source: str) -> bool:
     if os.path.lexists(path):
         return path.suffix.lower() in FILES
     looks_local = path.is_absolute() or source.count("/") > 1 or path.suffix == ".txt" or is_image(source)
-    return not looks_local and not source.startswith(URL)
+    return not looks_local and not is_url(source)
 
 
 def find_requests(images: Sequence[str], prompt: str, **dataset_options) -> tuple[list[Request], PassedOver]:
@@ -241,7 +250,7 @@ def find_requests(images: Sequence[str], prompt: str, **dataset_options) -> tupl
 
 
 def source_requests(source: str, prompt: str, passed_over: PassedOver, *, is_alone: bool) -> list[Request]:
-    if source.startswith(URL):
+    if is_url(source):
         return [place_request(source, prompt)]
     path = Path(source)
     if path.is_dir():

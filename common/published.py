@@ -7,10 +7,11 @@ PAPER_URL = "https://arxiv.org/abs/2501.02584"
 
 @dataclass(frozen=True)
 class Published:
-    """Scores by model on one split of a benchmark, in percent (CIDEr: times 100)."""
+    """Scores by model on one split of a benchmark, in percent (CIDEr: times 100); samples: how many it has."""
 
     benchmark: str
     split: str
+    samples: int
     metric: str
     scores: dict[str, float]
 
@@ -23,6 +24,7 @@ PUBLISHED = {
     "vqav2": Published(
         "VQAv2",
         "test-dev",
+        107_394,
         "accuracy",
         {
             "Pheye-x4-448": 75.2,
@@ -36,6 +38,7 @@ PUBLISHED = {
     "nocaps": Published(
         "NoCaps",
         "val",
+        4_500,
         "CIDEr",
         {
             "Pheye-x4-448": 110.1,
@@ -48,6 +51,7 @@ PUBLISHED = {
     "textvqa": Published(
         "TextVQA",
         "val",
+        5_000,
         "accuracy",
         {
             "Pheye-x4-448": 45.9,
@@ -61,6 +65,7 @@ PUBLISHED = {
     "textcaps": Published(
         "TextCaps",
         "test",
+        3_289,
         "CIDEr",
         {
             "Pheye-x4-448": 106.4,

@@ -1,15 +1,15 @@
 """Tables with images: a folder, files or a Hub id as rows whose images stay encoded, whoever wrote them."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from ..image_opening_pheye import load_image
+from ..image_opening_pheye import LONGEST_PATH, WEB, is_inside
 from .command import InputError, require
 
 FILES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}  # suffix, and what `load_dataset` calls it
+IMAGE_SOURCES = ("folder", "local", "any")
+IMAGES_CHECKED = 100  # before a model is loaded
 TEXTS_AND_BYTES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
@@ -157,40 +157,52 @@ def _undecoded(feature):
     return inner and ([inner] if isinstance(feature, list) else type(feature)(inner))
 
 
-def images_of(table, column: str, source: str):
-    """The one `column` of `table`, its images undecoded.
+class ImageColumn:
+    """The images in one column of a table, by the number of the row.
 
     Raises:
-        InputError: if it does not hold images, paths, URLs or bytes.
+        InputError: if it does not hold images, paths, URLs or bytes, or none of the first may be opened.
     """
-    return undecoded(table.select_columns([column]), column, source)
 
+    def __init__(self, table, column: str, source: str | Sequence[str], image_sources: str | None = None):
+        """image_sources: where names in the column may lead, for others may have written them: to files in the working
+        directory and in the folder that the table lies in ("folder", the default), to all files ("local"), or to URLs
+        as well ("any")."""
+        paths = [source] if isinstance(source, str) else source
+        self.images = undecoded(table.select_columns([column]), column, ", ".join(paths))
+        self.image_sources = image_sources or "folder"
+        self.folders = list(dict.fromkeys([".", *(os.path.dirname(os.path.normpath(path)) or "." for path in paths)]))
+        first = [self.error(row) for row in range(min(IMAGES_CHECKED, len(table)))]
+        if first and all(first):
+            raise InputError(f"None of the first {len(first)} images of {paths[0]} may be opened: {first[0]}")
 
-def encoded_image(images, row: int) -> str | bytes | None:
-    """The image in a row of what `images_of` gave: encoded, or its path or URL.
+    def __getitem__(self, row: int) -> str | bytes | None:
+        """Encoded, or the path or URL.
 
-    Raises:
-        ValueError: if the row has several.
-    """
-    [cell] = images[row].values()
-    return encoded(cell)
+        Raises:
+            ValueError: if the row has several, or names one that may not be opened.
+        """
+        [cell] = self.images[row].values()
+        image = encoded(cell)
+        if isinstance(image, str) and len(image) <= LONGEST_PATH:  # or else it is base64
+            self.check(image)
+        return image
 
+    def error(self, row: int) -> str | None:
+        try:
+            self[row]
+        except ValueError as error:
+            return str(error)
 
-def opened_image(images, row: int) -> Image.Image | bytes | None:
-    """The image in a row of what `images_of` gave, if others wrote the table: no file of this machine, and no address
-    inside the house.
-
-    Raises:
-        ValueError: if the row has several, or the image cannot be opened.
-    """
-    cell = encoded_image(images, row)
-    return load_image(cell, sources="remote") if isinstance(cell, str) else cell
-
-
-def reader_of(source: str | Sequence[str], data_files: str | None) -> Callable:
-    """How the images of a table are read: `encoded_image`, or `opened_image` where it is on the Hub."""
-    on_this_disk = data_files is not None or not isinstance(source, str) or os.path.exists(source)
-    return encoded_image if on_this_disk else opened_image
+    def check(self, name: str):
+        if name[:8].lower().startswith(WEB):
+            if self.image_sources != "any":
+                raise ValueError(f"{name!r} is a URL; --image_sources any fetches images.")
+        elif self.image_sources == "folder" and not any(is_inside(folder, name) for folder in self.folders):
+            raise ValueError(
+                f"{name!r} leads out of the working directory and of the table's own folder; --image_sources local "
+                "lets names lead anywhere."
+            )
 
 
 def as_list(cell):

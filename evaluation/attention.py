@@ -5,18 +5,21 @@
 
 The first draws the image with its crops and, for each word of the answer, heat maps over the global view and over
 the crops. The second draws, for many samples, the mean share of the global view per block (the paper's Figure 4): each
-line of FILE.jsonl has `image` (a path, from the file's folder), `prompt` and, for a curve per tertile, `boxes_area`
-(the answer's box over the image) or `tertile` (small, medium or large). Both write a JSON beside OUT.png.
+line of FILE.jsonl has `image` (a path inside the file's folder, or inside `--images`), `prompt` and, for a curve per
+tertile, `boxes_area` (the answer's box over the image) or `tertile` (small, medium or large). Both write a JSON beside
+OUT.png.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from ..answering.engine import open_model
 from ..common.command import InputError, Parser, add_model_options, at_least, default_device, exit_status, require
 from ..common.files import write_atomically
+from ..common.images import inside
 from ..common.json_lines import read_lines
 from ..common.machine import versions
 from ..image_opening_pheye import load_image
@@ -29,21 +32,28 @@ from .word_attention import global_shares
 # --- Figure 4 ---
 
 
-def read_prompts(path: Path) -> list[dict]:
+def read_prompts(path: Path, images: Path | None = None) -> list[dict]:
     """Samples with `image` as a path that exists, `prompt`, and `tertile`: small, medium, large, or None in all.
+
+    images: the folder in which the images' names begin, and stay; by default the file's own.
 
     Raises:
         InputError: if a line cannot be used; nothing has been computed by then.
     """
-    rows = read_lines(path)
+    rows, folder = read_lines(path), images or path.parent
     for row in rows:
         where = f"Line {row['_line']} of {path}"
         for name in ("image", "prompt"):
             if not isinstance(row.get(name), str) or not row[name].strip():
                 raise InputError(f"{where} has no `{name}`; each line needs `image` and `prompt`.")
-        row["image"] = path.parent / row["image"]
-        if not row["image"].is_file():
-            raise InputError(f"{where}: there is no image {row['image']}; paths begin at the folder of {path.name}.")
+        try:
+            row["image"] = Path(inside(folder, row["image"]))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if not os.path.isfile(row["image"]):
+            raise InputError(
+                f"{where}: there is no image {row['image']}; give the folder in which their names begin as --images."
+            )
     names = [name for name in ("tertile", "boxes_area") if name in rows[0]]
     for row in rows:
         if names and names[0] not in row:
@@ -89,6 +99,7 @@ def attention(
     image: str | None,
     prompt: str | None,
     data: Path | None,
+    images: Path | None,
     max_new_tokens: int,
     revision: str | None,
     dtype: str,
@@ -97,7 +108,7 @@ def attention(
     """Answer, draw and write; the arguments are the command's options."""
     if data:
         require("matplotlib")
-        samples = read_prompts(data)
+        samples = read_prompts(data, images)
     else:
         try:
             opened = to_rgb(load_image(image))
@@ -130,12 +141,15 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--image", metavar="FILE", help="with --prompt")
     parser.add_argument("--prompt", help="what to ask about the image")
     parser.add_argument("--data", type=Path, metavar="FILE.jsonl", help="many samples, for the mean share per block")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="with --data (default: the folder of the file)")
     parser.add_argument("--output", required=True, type=Path, metavar="OUT.png", help="a .json goes beside it")
     parser.add_argument("--max_new_tokens", type=at_least(1), default=30, help="(default: %(default)s)")
     options = vars(parser.parse_args(argv))
     image, prompt, output = options["image"], options["prompt"], options["output"]
     if (options["data"] is None) == (image is None) or (image is None) != (prompt is None):
         parser.error("give --image and --prompt, or --data alone")
+    if options["images"] is not None and options["data"] is None:
+        parser.error("--images goes with --data; --image names a single one")
     if prompt is not None and not prompt.strip():
         parser.error("--prompt is empty")
     if output.suffix != ".png":

@@ -13,38 +13,64 @@ import hashlib
 import json
 import platform
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from ..answering.engine import answer, default_workers, open_model
 from ..answering.rows import Request, encode
-from ..common.command import InputError, Parser, add_model_options, at_least, exit_status, process_state, require
+from ..common.command import (
+    InputError,
+    Interrupted,
+    Parser,
+    add_model_options,
+    at_least,
+    exit_status,
+    process_state,
+    require,
+)
 from ..common.files import write_atomically
-from ..common.json_lines import read_rows
+from ..common.json_lines import parse_json, read_rows
 from ..common.machine import versions
+from ..common.published import Published
+from ..common.tables import IMAGE_SOURCES
 from .boxes import Boxes, accuracy_by_box, answer_areas, read_boxes
 from .formats import found_images
 from .metrics.bootstrap import confidence_interval
 from .samples import ROWS, Sample
 from .sources import read_samples
-from .tasks import TASKS, Task
+from .tasks import METRICS, OWN, TASKS, VQA, Task
 from .tertiles import tertiles
 
 LEVEL = 0.95  # of the confidence interval
+VQA_REFERENCES = 4  # with fewer, no answer could be wholly right
 RESULT, SERVER_FILE = "result.json", "server.json"
 
 # --- What is asked ---
 
 
-def find_task(name: str) -> Task:
+def find_task(name: str, prompt: str | None = None, metric: str | None = None) -> Task:
+    """The task of this name; that for data of one's own with this prompt and metric, where they are given."""
     if name not in TASKS:
         raise InputError(f"There is no task {name!r}; choose --task from {', '.join(TASKS)}.")
-    return TASKS[name]
+    task = TASKS[name]
+    if name != OWN:
+        given = {"prompt": prompt, "metric": metric}
+        if unused := [f"--{option}" for option, value in given.items() if value is not None]:
+            raise InputError(
+                f"--task {name} has a prompt and a metric of its own: leave {', '.join(unused)} out, or take --task "
+                f"{OWN}, which reads the same data."
+            )
+        return task
+    if prompt is not None and not prompt.strip():
+        raise InputError("--prompt is empty; leave it out to ask the questions as they are.")
+    return replace(task, prompt=prompt or task.prompt, metric=METRICS[metric] if metric else task.metric)
 
 
 def fields_of(sample: Sample) -> dict:
     """What a row repeats of its sample."""
     fields = {
-        "image": sample.image.name if sample.names else None,
+        "image": sample.image.name if isinstance(sample.image, Path) else None,
         "image_id": sample.image_id,
         "question": sample.question,
         "options": sample.options,
@@ -54,15 +80,34 @@ def fields_of(sample: Sample) -> dict:
 
 
 def request_of(sample: Sample, task: Task) -> Request:
-    return Request(sample.id, sample.image, task.prompt_for(sample.question, sample.options), fields_of(sample))
+    prompt = task.prompt_for(sample.question, sample.options)
+    return Request(sample.id, sample.image, prompt, fields_of(sample), sample.system)
 
 
 def digest_of(samples: list[Sample], task: Task) -> str:
     """Changes if ids or prompts do, so that rows of other data are never taken for these."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(json.dumps([sample.id, task.prompt_for(sample.question, sample.options)]).encode())
+        system = [] if sample.system is None else [sample.system]
+        digest.update(json.dumps([sample.id, task.prompt_for(sample.question, sample.options), *system]).encode())
     return digest.hexdigest()
+
+
+def check_own(samples: list[Sample], task: Task, source: str):
+    """Say where a prompt and a metric that the user chose do not fit the data."""
+    if task.name != OWN:
+        return
+    asked = sum(bool(sample.question.strip()) for sample in samples)
+    if asked and not task.asks:
+        warnings.warn(
+            f"--prompt has no {{question}}, so the {asked} questions of {source} are not asked.", stacklevel=3
+        )
+    few = next((sample for sample in samples if len(sample.references) < VQA_REFERENCES), None)
+    if few is not None and task.metric is VQA:
+        raise InputError(
+            f"--metric vqa_accuracy compares with what several people answered, a third for each who agrees: sample "
+            f"{few.id!r} of {source} has {len(few.references)} answers, and needs {VQA_REFERENCES}. Choose another."
+        )
 
 
 # --- Scores ---
@@ -106,7 +151,9 @@ def server_entries(rows: list[dict], task: Task) -> list[dict]:
 def facts_of(settings: dict, decoding: dict, processes: int, arguments: dict) -> dict:
     """What a score depends on."""
     return {
-        **{name: settings[name] for name in ("split", "model", "revision", "dtype", "prompt")},
+        **{name: settings[name] for name in ("split", "model")},
+        "revision": settings["files of the model"],
+        **{name: settings[name] for name in ("dtype", "prompt")},
         "decoding": decoding,
         "versions": {**versions(), "python": platform.python_version()},
         "processes": processes,
@@ -140,11 +187,25 @@ def finish(task: Task, samples: list[Sample], total: int, folder: Path, boxes: B
     elif not partial:
         write_atomically(folder / SERVER_FILE, [as_json(server_entries(rows, task))])
         result["server_file"] = SERVER_FILE
-    published = task.published
-    scores = {"split": published.split, "scores": published.scores} if published else {"split": "", "scores": {}}
-    result |= {"published": scores, **facts}
+    result |= {"published": {"split": "", "scores": {}}, **facts}
+    if task.published:
+        result["published"] = {
+            "split": task.published.split,
+            "scores": task.published.scores,
+            "comparable": difference(result, task.published) is None,
+        }
     write_atomically(folder / RESULT, [as_json(result)])
     return result
+
+
+def difference(result: dict, published: Published) -> str | None:
+    """Why a score cannot be compared with the published ones, in words; None if it can."""
+    split = {"validation": "val"}.get(result["split"], result["split"])
+    if split != published.split:
+        return f"they are of {published.split}, and this is {split}"
+    if result["samples"] < published.samples:
+        return f"they are of all {published.samples:,} samples of {split}, and this is of {result['samples']:,}"
+    return None
 
 
 def report(result: dict, task: Task, folder: Path) -> str:
@@ -165,6 +226,8 @@ def report(result: dict, task: Task, folder: Path) -> str:
     if task.published:
         listed = ", ".join(f"{model} {score}" for model, score in task.published.scores.items())
         lines.append(f"published ({task.published.split}): {listed}")
+        if why := difference(result, task.published):
+            lines.append(f"Do not compare with the published scores: {why}.")
     return "\n".join(lines)
 
 
@@ -181,8 +244,13 @@ def check_output(folder: Path, limit: int | None):
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder.")
     result = folder / RESULT
-    if limit is not None and result.exists() and not json.loads(result.read_bytes())["partial"]:
-        raise InputError(f"{folder} holds the result of a whole run: leave --limit out, or choose another output.")
+    if limit is not None and result.exists():
+        try:
+            is_whole = not parse_json(result.read_bytes())["partial"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{result} was not written by this command: choose another output.") from error
+        if is_whole:
+            raise InputError(f"{folder} holds the result of a whole run: leave --limit out, or choose another output.")
 
 
 def with_images(samples: list[Sample], folder: Path) -> list[Sample]:
@@ -217,6 +285,8 @@ def evaluate(
     workers: int | None,
     revision: str | None,
     by_detail: str | None,
+    prompt: str | None,
+    metric: str | None,
     annotations: str | None,
     images: str | None,
     **dataset_options,
@@ -224,12 +294,13 @@ def evaluate(
     """Answer, score and write; the arguments are the command's options."""
     arguments = {**locals()}  # as the command was given them, in the order of the signature
     arguments |= arguments.pop("dataset_options")
-    task, folder = find_task(task), Path(output)
+    task, folder = find_task(task, prompt, metric), Path(output)
     check_output(folder, limit)
     for package in task.metric.packages:
         require(package)
     state = process_state(device)
     samples, split = read_samples(task, data, split=split, annotations=annotations, images=images, **dataset_options)
+    check_own(samples, task, data)
     chosen = with_images(samples[:limit], Path(images or Path(data).parent))
     boxes = find_boxes(by_detail, chosen, data, task)
     device = device or state.device
@@ -241,7 +312,7 @@ def evaluate(
     }
     settings = {
         "model": model,
-        "revision": identity,
+        "files of the model": identity,
         "dtype": dtype,
         "task": task.name,
         "split": split,
@@ -260,7 +331,12 @@ def evaluate(
     )
     if state.is_main_process:
         facts = facts_of(settings, decoding, state.num_processes, arguments)
-        print(report(finish(task, chosen, len(samples), folder, boxes, facts), task, folder))
+        try:
+            result = finish(task, chosen, len(samples), folder, boxes, facts)
+        except KeyboardInterrupt as stop:
+            kept = f"All answers are kept in {folder / ROWS}; give the same command again to score them."
+            raise Interrupted(kept) from stop
+        print(report(result, task, folder))
 
 
 def parse(argv: list[str] | None) -> dict:
@@ -272,8 +348,8 @@ def parse(argv: list[str] | None) -> dict:
         "--data",
         required=True,
         metavar="FILE_OR_DATASET",
-        help="the benchmark's official file, or a data set: a folder made by save_to_disk, a .parquet, .arrow or .csv "
-        "file, or what load_dataset takes",
+        help="the benchmark's official file, or a data set: a .parquet, .arrow or .csv file, a folder of them, one "
+        "made by save_to_disk, or what load_dataset takes; for --task own also a file of training data",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument("--split", help="(default: the file's only one, or the task's)")
@@ -291,7 +367,10 @@ def parse(argv: list[str] | None) -> dict:
         metavar="BOXES",
         help="also by the size of the answer's box; for the file see pheye detail --help",
     )
-    files = parser.add_argument_group("official files only")
+    own = parser.add_argument_group(f"--task {OWN} only")
+    own.add_argument("--prompt", help="with {question} where the question belongs (default: the question alone)")
+    own.add_argument("--metric", choices=METRICS, help="(default: exact_match)")
+    files = parser.add_argument_group("files that are no tables")
     files.add_argument("--annotations", metavar="FILE", help="answers to the questions of VQAv2 or OK-VQA")
     files.add_argument("--images", metavar="FOLDER", help="(default: the folder of the file)")
     dataset = parser.add_argument_group("data sets only")
@@ -302,6 +381,12 @@ def parse(argv: list[str] | None) -> dict:
         "--answers_column", help="(default: answers; for captions captions, for A-OKVQA correct_choice_idx)"
     )
     dataset.add_argument("--id_column", help="texts or integers, each once (default: the number of the row)")
+    dataset.add_argument(
+        "--image_sources",
+        choices=IMAGE_SOURCES,
+        help="where names in the column may lead: to files in the working directory and the table's folder (folder, "
+        "the default), to all files (local), or to URLs as well (any)",
+    )
     dataset.add_argument("--config", help="configuration of the data set, where it has several")
     dataset.add_argument("--data_files", help="files or pattern, where --data is a loader such as parquet")
     return vars(parser.parse_args(argv))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..common.command import InputError
+from ..common.images import inside
 from ..common.json_lines import parse_json, split_lines
 from .samples import Sample, right_option, texts
 from .tasks import Task
@@ -280,15 +281,16 @@ def load_json(path: Path) -> object:
         ) from error
 
 
-def file_samples(path: Path, task: Task, annotations: str | None) -> list[Sample]:
-    """All samples of a benchmark's official file."""
-    form, data = FORMATS[task.format], load_json(path)
+def file_samples(path: Path, task: Task, annotations: str | None, name: str | None = None) -> list[Sample]:
+    """All samples of a benchmark's official file, in the format of the task or that of this name."""
+    name = name or task.format
+    form, data = FORMATS[name], load_json(path)
     if not form.fits(data):
-        likely = [name for name, other in FORMATS.items() if other.fits(data)]
+        likely = [other for other, known in FORMATS.items() if known.fits(data)]
         hint = f" It looks like the format {likely[0]!r}: choose the --task that reads it." if likely else ""
         raise InputError(f"{path} is not in the format of --task {task.name}, which is {form.description}.{hint}")
     arguments = [data]
-    if task.format == "vqa":
+    if name == "vqa":
         arguments.append(vqa_annotations(annotations))
     elif annotations is not None:
         raise InputError(f"The file of --task {task.name} holds its answers: leave --annotations out.")
@@ -316,12 +318,16 @@ def vqa_annotations(path: str | None) -> dict | None:
 
 
 def found_images(samples: list[Sample], folder: Path) -> list[Sample]:
-    """`samples` with the paths of their images in `folder`."""
+    """`samples` with the paths of their images in `folder`.
+
+    Raises:
+        InputError: if one is not there, or its name leads out of the folder.
+    """
     paths, missing = {}, []
     for sample in samples:
         if sample.names not in paths:
-            candidates = (folder / name for name in sample.names)
-            paths[sample.names] = next((path for path in candidates if path.is_file()), None)
+            candidates = (inside(folder, name) for name in sample.names)
+            paths[sample.names] = next((Path(path) for path in candidates if os.path.isfile(path)), None)
             if paths[sample.names] is None:
                 missing.append(sample.names[0])
     if missing:

@@ -16,17 +16,19 @@ class Sample:
     """What is asked, and what counts as right.
 
     names: where the image may be inside the folder of images, the likeliest first; image: its path, or a function
-    that gives it; references: None if they are not public; split: None where the file does not say.
+    that gives it; references: None if they are not public; split: None where the file does not say; system: message,
+    where the sample has one of its own.
     """
 
     id: str | int
     names: tuple[str, ...] = ()
-    image: Path | Callable | None = None
+    image: Path | str | bytes | Callable | None = None
     question: str = ""
     options: tuple[str, ...] = ()
     references: tuple[str, ...] | None = None
     split: str | None = None
     image_id: str | int | None = None
+    system: str | None = None
 
 
 def texts(answers: object) -> tuple[str, ...] | None:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from ..common.command import InputError, process_state
 from ..common.tables import FILES as TABLE_FILES
-from ..common.tables import holds_tables, images_of, load_split, reader_of
+from ..common.tables import ImageColumn, holds_tables, load_split
+from ..training.formats import TURNS_COLUMNS
 from .formats import FORMATS, SUFFIXES, file_samples
+from .own import LLAVA, own_file_samples, table_samples
 from .samples import Sample, check_samples, right_option, texts
-from .tasks import Task
+from .tasks import OWN, Task
 
 # --- Columns of a data set ---
 
@@ -48,6 +50,7 @@ def dataset_samples(
     split: str | None = None,
     config: str | None = None,
     data_files: str | None = None,
+    image_sources: str | None = None,
     **named: str | None,
 ) -> list[Sample]:
     """All rows of a data set; the id is the row's number, unless a column holds ids.
@@ -57,6 +60,10 @@ def dataset_samples(
     with process_state().main_process_first():  # the others find it downloaded
         where = {"config": config, "data_files": data_files}
         table, split = load_split(source, split=split, usual_split=task.split, **where)
+    named_turns = named.get("question_column") or named.get("answers_column")
+    if task.format == OWN and not named_turns and any(column in table.column_names for column in TURNS_COLUMNS):
+        where = {name: named.get(name) for name in ("image_column", "id_column")}
+        return table_samples(table, task, source, split, image_sources=image_sources, **where)
     columns = chosen_columns(task, named)
     if named.get("answers_column") is None and columns["answers"] not in table.column_names:
         columns["answers"] = None  # as in a test set without public answers
@@ -66,10 +73,10 @@ def dataset_samples(
                 f"{source} has no column {name!r}; its columns are {', '.join(table.column_names)}. Name the one of "
                 f"the {kind} by --{kind}_column."
             )
-    images = images_of(table, columns["image"], source)
-    samples, read = [], reader_of(source, data_files)
+    images = ImageColumn(table, columns["image"], source, image_sources)
+    samples = []
     for row, entry in enumerate(text_rows(table, columns)):
-        image = functools.partial(read, images, row)
+        image = functools.partial(images.__getitem__, row)
         samples.append(replace(row_sample(entry, task), id=entry.get("id", row), image=image, split=split))
     return samples
 
@@ -120,19 +127,31 @@ def read_samples(
         dataset_options: as `dataset_samples` takes them.
     """
     path = Path(source)
+    wanted = LLAVA if task.format == OWN else FORMATS[task.format].description
     if path.is_file() and path.suffix.lower() not in TABLE_FILES:
-        refuse_unused(f"{source} is a file", dataset_options)
-        samples = file_samples(path, task, annotations)
+        samples = file_samples_of(path, task, annotations, images, dataset_options)
     else:
         if path.is_dir() and not holds_tables(path):
-            raise InputError(f"{source} is a folder; give {FORMATS[task.format].description}.")
+            raise InputError(f"{source} is a folder; give {wanted}.")
         if not path.exists() and (path.suffix in SUFFIXES or path.is_absolute() or source.count("/") > 1):
-            raise InputError(f"There is no {source}; give {FORMATS[task.format].description}; or a data set.")
+            raise InputError(f"There is no {source}; give {wanted}; or a data set.")
         refuse_unused(f"{source} is a data set", {"annotations": annotations, "images": images})
         samples = dataset_samples(task, source, split=split, **dataset_options)
     samples, split = of_split(samples, split, source, task)
     check_samples(samples, split, source, task)
     return samples, split
+
+
+def file_samples_of(
+    path: Path, task: Task, annotations: str | None, images: str | None, dataset_options: dict
+) -> list[Sample]:
+    """All samples of a file that is no table."""
+    others = dict(dataset_options)
+    image_sources = others.pop("image_sources", None) if task.format == OWN else None
+    refuse_unused(f"{path} is a file", others)
+    if task.format == OWN:
+        return own_file_samples(path, task, images=images, annotations=annotations, image_sources=image_sources)
+    return file_samples(path, task, annotations)
 
 
 def refuse_unused(reason: str, options: dict[str, str | None]):

@@ -1,9 +1,11 @@
 """The benchmarks as records: prompt, decoding arguments, metric and file format (section 3 of the paper)."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..common.published import PUBLISHED, Published
+from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
 from ..processing_pheye import (
     CAPTION_INSTRUCTION,
     CAPTION_WITH_TEXT_INSTRUCTION,
@@ -55,6 +57,7 @@ ANLS = Metric("ANLS", one_by_one(anls))
 MATCH = Metric("exact match", one_by_one(exact_match))
 OPTION = Metric("multiple choice accuracy", one_by_one(option_accuracy))
 CIDER = Metric("CIDEr", cider_scores, {"BLEU-4": bleu}, ("sacrebleu",))
+METRICS = {"exact_match": MATCH, "vqa_accuracy": VQA, "anls": ANLS, "cider": CIDER}  # for data of one's own
 
 # --- Tasks ---
 
@@ -64,9 +67,9 @@ class Task:
     """One benchmark.
 
     split: what is evaluated where a data set has several and none is named; prompt: with places for a question and
-    options; format: a key of `formats.FORMATS`; server_keys: names of id and answer in the file that the benchmark's
-    evaluation server takes. The paper does not say how it decoded: these are greedy, as in the published script, and
-    long enough for the answers.
+    options; format: a key of `formats.FORMATS`, or `OWN`; server_keys: names of id and answer in the file that the
+    benchmark's evaluation server takes. The paper does not say how it decoded: these are greedy, as in the published
+    script, and long enough for the answers.
     """
 
     name: str
@@ -91,9 +94,10 @@ class Task:
         return PUBLISHED.get(self.name)
 
     def prompt_for(self, question: str, options: Sequence[str] = ()) -> str:
-        """The user's turn."""
+        """The user's turn. Other braces than those of the two places stay."""
         lines = [f"{letter}. {text}" for letter, text in zip(letters(len(options)), options, strict=True)]
-        return self.prompt.format(question=question.strip(), options="\n".join(lines))
+        parts = {"question": question.strip(), "options": "\n".join(lines)}
+        return re.sub(r"\{(question|options)\}", lambda place: parts[place[1]], self.prompt)
 
 
 def letters(count: int) -> list[str]:
@@ -103,6 +107,8 @@ def letters(count: int) -> list[str]:
 
 ANSWERS = ("question_id", "answer")
 CAPTIONS = ("image_id", "caption")
+
+OWN = "own"  # data of one's own, whose prompt and metric the user chooses
 
 TASKS = {
     task.name: task
@@ -125,5 +131,6 @@ TASKS = {
         Task("gqa", "testdev", ONE_WORD, MATCH, "gqa", max_new_tokens=32, server_keys=("questionId", "prediction")),
         Task("ocrvqa", "test", ONE_WORD, MATCH, "ocrvqa", max_new_tokens=64),
         Task("stvqa", "train", ONE_WORD, ANLS, "stvqa", max_new_tokens=32, server_keys=ANSWERS),
+        Task(OWN, "validation", "{question}", MATCH, OWN, max_new_tokens=DEFAULT_MAX_NEW_TOKENS),
     )
 }

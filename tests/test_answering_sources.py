@@ -12,7 +12,7 @@ from pheye.common.command import InputError
 from tiny import tiny_image
 
 pytestmark = pytest.mark.once
-OPTIONS = ("split", "image_column", "id_column", "config", "data_files")
+OPTIONS = ("split", "image_column", "id_column", "config", "data_files", "image_sources")
 
 
 @pytest.fixture(autouse=True)
@@ -247,12 +247,13 @@ def test_data_sets_are_given_by_themselves(tables):
     assert "the files must be of one kind" in refused(tables[0], "tables/0.csv")
 
 
-def test_a_table_of_the_hub_names_no_file_of_this_machine(tables, monkeypatch):
-    table = datasets.Dataset.from_dict({"image": [os.path.abspath("photos/a.jpg"), "http://127.0.0.1:9/a.png", None]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
+def test_names_in_a_table_lead_where_they_may(tables, tmp_path, monkeypatch):
+    names = ["photos/a.jpg", "/etc/a.jpg", "http://127.0.0.1:9/a.png", None]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_dict({"image": names}))
     requests, _ = find("owner/name")
-    with pytest.raises(ValueError, match="is no image"):
-        requests[0].image()
-    with pytest.raises(ValueError, match="which is no public address"):
-        requests[1].image()
-    assert requests[2].image() is None
+    assert (requests[0].image(), requests[3].image()) == (names[0], None)
+    for request in requests[1:3]:
+        with pytest.raises(ValueError, match="--image_sources"):
+            request.image()
+    requests, _ = find("owner/name", image_sources="any")
+    assert [request.image() for request in requests] == names

@@ -71,12 +71,21 @@ def test_tertiles_may_be_given_or_left_out(tmp_path):
     assert plain[0]["image"] == tmp_path / "0.png"
 
 
+def test_images_may_be_in_another_folder(tmp_path):
+    path = samples_file(tmp_path, [{"image": "x.png"}])
+    (tmp_path / "images").mkdir()
+    tiny_image().save(tmp_path / "images" / "x.png")
+    assert read_prompts(path, tmp_path / "images")[0]["image"] == tmp_path / "images" / "x.png"
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"prompt": ""}], "no `prompt`"),
         ([{"image": 5}], "no `image`"),
-        ([{"image": "none.png"}], r"no image .*none\.png"),
+        ([{"image": "none.png"}], r"no image .*none\.png; give the folder"),
+        ([{"image": "../a.png"}], r"Line 1 .*'\.\./a\.png' leads out of the folder"),
+        ([{"image": "/etc/passwd"}], r"Line 1 .*leads out of the folder"),
         ([{"boxes_area": 0.1}, {}], "Line 2 .* has no `boxes_area`, but line 1 has"),
         ([{"boxes_area": 12}] * 3, "boxes_area is 12"),
         ([{"boxes_area": 0.1}] * 2, "at least 3"),
@@ -125,6 +134,7 @@ def test_command_draws_the_figure_and_goes_on_after_a_broken_image(tmp_path, mod
         (["--image", "a.png", "--prompt", "What?", "--data", "b.jsonl"], "--image and --prompt, or --data"),
         (["--image", "a.png", "--prompt", " "], "--prompt is empty"),
         (["--data", "b.jsonl", "--output", "out.jpg"], "must end in .png"),
+        (["--image", "a.png", "--prompt", "What?", "--images", "b"], "--images goes with --data"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(arguments, message, capsys):

@@ -160,7 +160,7 @@ def test_saved_dataset(run, dataset, captions, tmp_path):
 def test_split_of_a_saved_dataset_with_paths(run, folder, captions, tmp_path):
     paths = datasets.Dataset.from_dict({"image": [str(folder / name) for name in SEEDS]})
     datasets.DatasetDict({"train": paths.select([0]), "val": paths}).save_to_disk(tmp_path / "saved")
-    _, rows, _ = run(tmp_path / "saved", "--split", "val")
+    _, rows, _ = run(tmp_path / "saved", "--split", "val", "--image_sources", "local")
     assert by_id(rows) == dict(enumerate(captions.values()))
 
 
@@ -201,7 +201,7 @@ def test_a_plain_struct_of_bytes_and_paths(run, folder, captions, tmp_path):
 def test_a_row_with_several_images_says_so(run, folder, captions, tmp_path):
     paths = [str(folder / name) for name in SEEDS]
     datasets.Dataset.from_dict({"image": [paths[:1], paths[:2], []]}).to_parquet(tmp_path / "rows.parquet")
-    _, rows, _ = run(tmp_path / "rows.parquet")
+    _, rows, _ = run(tmp_path / "rows.parquet", "--image_sources", "local")
     assert rows[0]["caption"] == captions["a.png"]
     assert "There are 2 images, but Pheye sees exactly one" in rows[1]["error"]
     assert rows[2]["error"] == "There is no image."

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from pheye.answering import engine
+from pheye.common.models import find_model
 from pheye.common.published import PUBLISHED
 from pheye.evaluation import evaluate
 from pheye.evaluation.metrics.bleu import bleu
@@ -23,7 +24,8 @@ from pheye.evaluation.metrics.vqa import vqa_accuracy
 from pheye.evaluation.tasks import TASKS
 
 from hub_server import FakeHub
-from toys import TOYS, Toy, image_paths, nocaps_toy, textvqa_toy, vqa_toy, write
+from tiny import tiny_model
+from toys import TOYS, Toy, image_paths, nocaps_toy, own_toy, textvqa_toy, vqa_toy, write
 
 pytestmark = pytest.mark.once
 
@@ -171,12 +173,25 @@ def test_result_says_what_it_depends_on(run, answers, model_folder, tmp_path):
     _, result, _, _ = run("textvqa", *write(textvqa_toy(), tmp_path), "--num_beams", 3, "--dtype", "float32")
     assert result["decoding"] == {"max_new_tokens": 32, "num_beams": 3, "do_sample": False}
     assert result["prompt"] == "{question} Answer the question using a single word or phrase"
-    assert (result["model"], result["revision"], result["dtype"]) == (str(model_folder), None, "float32")
+    assert (result["model"], result["dtype"]) == (str(model_folder), "float32")
+    assert result["revision"] == find_model(str(model_folder))
     assert result["versions"]["torch"] == torch.__version__
     assert set(result["versions"]) == {"pheye", "torch", "transformers", "python"}
     assert (result["metric"], result["processes"]) == ("VQA accuracy", 1)
     assert result["arguments"]["num_beams"] == 3
-    assert result["published"] == {"split": PUBLISHED["textvqa"].split, "scores": PUBLISHED["textvqa"].scores}
+    published = PUBLISHED["textvqa"]
+    assert result["published"] == {"split": published.split, "scores": published.scores, "comparable": False}
+
+
+def test_a_part_of_a_benchmark_or_another_split_is_not_compared_with_the_published_scores(run, answers, tmp_path):
+    answers("red", "cat")
+    _, _, _, printed = run("textvqa", *write(textvqa_toy(), tmp_path))
+    assert "of all 5,000 samples of val, and this is of 3." in printed
+    whole, published = {"split": "val", "samples": 5000}, PUBLISHED["textvqa"]
+    assert evaluate.difference(whole, published) is None
+    assert evaluate.difference({**whole, "split": "validation"}, published) is None
+    assert evaluate.difference({**whole, "split": "test"}, published) == "they are of val, and this is test"
+    assert evaluate.difference({**whole, "samples": 4999}, published).endswith("and this is of 4,999")
 
 
 def test_interval_holds_what_sampling_gives(run, answers, tmp_path):
@@ -208,6 +223,52 @@ def textvqa_references() -> list[list[str]]:
 def test_a_broken_image_is_wrong_even_where_nothing_is_right():
     rows = [{"id": 1, "error": "broken", "references": [""]}, {"id": 2, "answer": "", "references": [""]}]
     assert evaluate.score_rows(rows, TASKS["gqa"]) == ([0.0, 1.0], {})
+
+
+# --- Data of one's own ---
+
+
+def test_own_data_with_a_prompt_and_a_metric_of_ones_own(run, answers, tmp_path):
+    options = write(own_toy(), tmp_path)
+    prompts = answers("cat", "twoo")
+    chosen = ("--prompt", "{question} In {a word}.", "--metric", "anls")
+    status, result, rows, printed = run("own", *options, *chosen)
+    assert status == 0, printed
+    assert sorted(prompts) == ["How many dogs? In {a word}.", "What is it? In {a word}."]
+    assert [100 * row["score"] for row in rows] == pytest.approx([50 + 100 / 6 - 200 / 3, 75, 0])
+    assert (result["metric"], result["prompt"]) == ("ANLS", "{question} In {a word}.")
+    assert result["published"] == {"split": "", "scores": {}} and "published" not in printed
+    assert [row["image"] for row in rows] == ["p0.jpg", "p1.jpg", "p2.jpg"]
+    answered = len(prompts)
+    _, result, _, _ = run("own", *options, "--prompt", "{question} In {a word}.", "--metric", "exact_match")
+    assert (len(prompts), result["metric"]) == (answered, "exact match")  # scored anew, and not asked again
+    status, _, _, printed = run("own", *options)
+    assert status == 1 and "prompt was '{question} In {a word}.' and is now '{question}'" in printed
+
+
+def test_the_files_of_other_tasks_with_a_prompt_of_ones_own(run, answers, tmp_path):
+    prompts = answers("red", "two")
+    options = write(textvqa_toy(), tmp_path)
+    status, result, _, printed = run("own", *options, "--metric", "vqa_accuracy")
+    assert status == 0, printed
+    assert sorted(prompts) == ["What is 0?", "What is 1?"]
+    assert (result["score"], result["split"]) == (pytest.approx(130 / 3), "val")
+    assert "leave --prompt, --metric out, or take --task own, which reads" in run(
+        "textvqa", *options, "--prompt", "{question}", "--metric", "anls"
+    )[-1]  # fmt: skip
+
+
+def test_a_system_message_of_a_sample_is_the_models(run, tmp_path, monkeypatch):
+    toy = own_toy()
+    toy.content[0]["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    conversations = []
+    monkeypatch.setattr(engine, "generate", lambda model, processor, asked, *_: conversations.extend(asked) or asked)
+    monkeypatch.setattr(evaluate, "finish", lambda *args: {})
+    monkeypatch.setattr(evaluate, "report", lambda *args: "")
+    monkeypatch.setattr("pheye.answering.rows.row", lambda *args: {})
+    run("own", *write(toy, tmp_path))
+    turns = [{"role": "user", "content": question} for question in ("How many dogs?", "What is it?")]
+    assert conversations == [[turns[0]], [{"role": "system", "content": "Be brief."}, turns[1]]]
 
 
 # --- Secret answers, and parts ---
@@ -285,6 +346,44 @@ def test_a_part_becomes_the_whole(run, answers, tmp_path):
 
 
 # --- Again ---
+
+
+def test_a_model_that_was_trained_anew_under_its_name_is_another(run, answers, model, processor, tmp_path):
+    own, (whole, changed) = tmp_path / "model", (model, tiny_model())
+    with torch.no_grad():
+        next(changed.parameters()).add_(1)
+    options = [*write(textvqa_toy(), tmp_path), "--model", own]
+    processor.save_pretrained(own)
+    answers("red", "cat")
+    for saved, status in ((whole, 0), (whole, 0), (changed, 1)):
+        saved.save_pretrained(own)
+        found, _, _, printed = run("textvqa", *options)
+        assert found == status
+    assert "files of the model was " in printed and "choose another output, or remove" in printed
+
+
+def test_who_stops_the_scoring_hears_that_the_answers_are_kept(run, answers, monkeypatch, tmp_path):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    prompts = answers("red", "cat")
+    options = write(textvqa_toy(), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "finish", stopped)
+        status, result, _, printed = run("textvqa", *options)
+    assert (status, result) == (130, None)
+    assert "interrupted. All answers are kept in" in printed and "again to score them" in printed
+    assert run("textvqa", *options)[0] == 0
+    assert len(prompts) == 2  # of the first run
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"{", b"[" * 100_000])
+def test_a_result_that_is_none_of_this_command(refused, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "result.json").write_bytes(content)
+    status = evaluate.main(["--model", "m", "--task", "gqa", "--data", "x.json", "--output", str(tmp_path / "out"),
+                            "--limit", "3"])  # fmt: skip
+    assert status == 1
 
 
 def test_an_interrupted_run_goes_on(run, answers, monkeypatch, tmp_path):
@@ -478,7 +577,7 @@ def test_commit_of_a_model_on_the_hub_is_recorded(model_folder, tmp_path):
         assert finished.returncode == 0, finished.stderr[-3000:]
         commit = hub.repos["your-name/tiny"].branches["main"]
     assert json_of(tmp_path / "out" / "result.json")["revision"] == commit
-    assert json_of(tmp_path / "out" / "rows.jsonl.run.json")["settings"]["revision"] == commit
+    assert json_of(tmp_path / "out" / "rows.jsonl.run.json")["settings"]["files of the model"] == commit
 
 
 def test_two_processes_write_what_one_writes(run, model_folder, tmp_path):

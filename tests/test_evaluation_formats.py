@@ -7,7 +7,7 @@ from accelerate import PartialState
 
 from pheye.common.command import InputError
 from pheye.evaluation.formats import found_images
-from pheye.evaluation.tasks import TASKS
+from pheye.evaluation.tasks import OWN, TASKS
 
 from toys import TOYS, aokvqa_toy, docci_toy, nocaps_toy, ocrvqa_toy, read, refused, textvqa_toy, vqa_toy, write
 
@@ -22,7 +22,10 @@ def fresh_state():
     PartialState._reset_state()
 
 
-@pytest.mark.parametrize("task", TASKS)
+BENCHMARKS = [task for task in TASKS if task != OWN]
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
 def test_official_file(task, tmp_path):
     toy = TOYS[task]()
     samples, split = read(task, *write(toy, tmp_path))
@@ -54,7 +57,7 @@ def test_files_whose_answers_are_secret(tmp_path):
         assert split == "test"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", BENCHMARKS)
 def test_a_file_of_another_task_is_named(task, tmp_path):
     other = "gqa" if task != "gqa" else "textvqa"
     message = refused(task, *write(TOYS[other](), tmp_path))
@@ -144,6 +147,40 @@ def test_annotations_that_are_none(tmp_path):
     assert "There is no file" in refused("vqav2", *options[:3], "none.json")
     options = write(textvqa_toy(), tmp_path)
     assert "leave --annotations out" in refused("textvqa", *options, "--annotations", options[1])
+
+
+@pytest.mark.parametrize("name", ["../private/a", "{outside}/a", "link/a"])
+@pytest.mark.parametrize("task", ["textvqa", "gqa", "nocaps", "ocrvqa", "stvqa", "docci"])
+def test_names_lead_to_no_image_outside_of_the_folder(task, name, tmp_path):
+    folder, outside = tmp_path / "set", tmp_path / "private"
+    for place in (folder, outside):
+        place.mkdir()
+        for suffix in ("", ".jpg", ".gif"):
+            (place / f"a{suffix}").write_bytes(b"secret")
+    (folder / "link").symlink_to(outside)
+    name, toy = name.format(outside=outside), TOYS[task]()
+    toy.images = ("a.png", "b.png", "c.png")
+    entries = toy.content
+    if isinstance(entries, dict):
+        entries = next((entries[key] for key in ("data", "images") if key in entries), entries)
+    field = {"textvqa": "image_id", "gqa": "imageId", "nocaps": "file_name", "stvqa": "file_path",
+             "docci": "image_file", "ocrvqa": None}[task]  # fmt: skip
+    if field is None:
+        toy.content = {name: toy.content["0761"]}
+    else:
+        entries[0 if isinstance(entries, list) else "00"][field] = name
+    samples, _ = read(task, *write(toy, folder))
+    with pytest.raises(InputError, match=r"leads out of the folder .*Give a folder that holds all images"):
+        found_images(samples, folder)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 5000, "a\0b"])
+def test_names_that_no_file_can_have(name, tmp_path):
+    toy = textvqa_toy()
+    toy.content["data"][0]["image_id"] = name
+    samples, _ = read("textvqa", *write(toy, tmp_path))
+    with pytest.raises(InputError):
+        found_images(samples, tmp_path)
 
 
 def test_images_that_are_missing(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pheye.common.command import InputError
-from pheye.common.tables import encoded, encoded_image, holds_tables, images_of, is_saved, load_table, undecoded
+from pheye.common.tables import ImageColumn, encoded, holds_tables, is_saved, load_table, undecoded
 
 from tiny import tiny_image
 
@@ -106,16 +106,40 @@ def test_images_stay_encoded_in_columns_and_in_lists(table):
     assert undecoded(table, "name", "it").features == table.features
 
 
-def test_the_images_of_a_column_are_bytes_paths_or_nothing(table):
-    images = images_of(table, "image", "the data")
-    assert images.column_names == ["image"]
-    assert encoded_image(images, 1).endswith("1.png")
-    assert encoded_image(images_of(table, "images", "the data"), 1).endswith("1.png")
-    assert encoded_image(images_of(table, "name", "the data"), 2) == "c"  # paths or URLs
+def test_the_images_of_a_column_are_bytes_paths_or_nothing(table, tmp_path):
+    images = ImageColumn(table, "image", str(tmp_path))
+    assert images.images.column_names == ["image"]
+    assert images[1].endswith("1.png")
+    assert ImageColumn(table, "images", str(tmp_path))[1].endswith("1.png")
+    assert ImageColumn(table, "name", "the data")[2] == "c"  # paths or URLs
     with pytest.raises(InputError, match=r"Column 'number' of the data holds .*it must hold images, paths"):
-        images_of(table, "number", "the data")
+        ImageColumn(table, "number", "the data")
     assert encoded({"bytes": b"x", "path": "y"}) == b"x" and encoded({"bytes": None, "path": "y"}) == "y"
     assert encoded(None) is None and encoded(b"x") == b"x"
+
+
+OUTSIDE = ["/etc/a.png", "../a.png", "inside/../../a.png", "link/a.png"]
+IN_THE_WEB = ["http://127.0.0.1:9/a.png", "HTTPS://example.org/a.png"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE + IN_THE_WEB)
+def test_names_in_a_column_lead_no_farther_than_they_are_allowed(tmp_path, monkeypatch, name):
+    (tmp_path / "work" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "work" / "link").symlink_to(tmp_path)
+    tables = tmp_path / "tables"
+    inside = ["a.png", "inside/b.png", str(tables / "c.png"), "data:image/png;base64,AAAA", "A" * 5000]
+    table = datasets.Dataset.from_dict({"image": [*inside, name]})
+    images = ImageColumn(table, "image", str(tables / "x.parquet"))
+    assert [images[row] for row in range(5)] == inside
+    with pytest.raises(ValueError, match="is a URL; --image_" if name in IN_THE_WEB else "leads out of"):
+        images[5]
+    if name in OUTSIDE:
+        assert ImageColumn(table, "image", "x", "local")[5] == name
+    assert ImageColumn(table, "image", "x", "any")[5] == name
+    alone = datasets.Dataset.from_dict({"image": [name, name]})
+    with pytest.raises(InputError, match=r"None of the first 2 images of x may be opened: .*--image_sources"):
+        ImageColumn(alone, "image", "x")
 
 
 def column(kind: str, data: bytes):
@@ -138,15 +162,15 @@ def column(kind: str, data: bytes):
 def test_images_that_other_tools_wrote(tmp_path, kind):
     data = b"\x89PNG"
     pyarrow.parquet.write_table(pyarrow.table({"image": column(kind, data)}), tmp_path / "rows.parquet")
-    images = images_of(load_table(str(tmp_path / "rows.parquet")), "image", "it")
-    assert encoded_image(images, 0) == ("x.png" if "path" in kind else data)
-    assert encoded_image(images, 1) is None
+    images = ImageColumn(load_table(str(tmp_path / "rows.parquet")), "image", "it")
+    assert images[0] == ("x.png" if "path" in kind else data)
+    assert images[1] is None
     if kind.startswith("list"):
         with pytest.raises(ValueError, match="There are 2 images"):
-            encoded_image(images, 2)
+            images[2]
 
 
 @pytest.mark.parametrize("values", [[1], [[1.5]], [{"a": "x"}], [True], [None]])
 def test_columns_without_images_are_refused(values):
     with pytest.raises(InputError, match="it must hold images, paths, URLs or bytes"):
-        images_of(datasets.Dataset.from_dict({"image": values}), "image", "it")
+        ImageColumn(datasets.Dataset.from_dict({"image": values}), "image", "it")

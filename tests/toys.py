@@ -8,10 +8,9 @@ import pytest
 from PIL import Image
 
 from pheye.common.command import InputError
-from pheye.evaluation.evaluate import parse
+from pheye.evaluation.evaluate import find_task, parse
 from pheye.evaluation.samples import Sample
 from pheye.evaluation.sources import read_samples
-from pheye.evaluation.tasks import TASKS
 
 DARK, LIGHT, BROKEN = 40, 220, None  # images of one grey, and a file that is none
 
@@ -364,6 +363,32 @@ def stvqa_toy() -> Toy:
     )
 
 
+def own_toy() -> Toy:
+    """LLaVA's format, which training takes."""
+    turns = [("<image>\nWhat is it?", "A cat."), ("How many dogs?\n<image>", " two "), ("Which?", "none")]
+    rows = [
+        {
+            "id": f"row-{number}",
+            "image": f"p{number}.jpg",
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        }
+        for number, (question, answer) in enumerate(turns)
+    ]
+    asked = [("What is it?", "A cat."), ("How many dogs?", "two"), ("Which?", "none")]
+    return Toy(
+        "own-val.json",
+        rows,
+        ("images/p0.jpg", "images/p1.jpg", "images/p2.jpg"),
+        [
+            Sample(f"row-{number}", (), None, question, references=(answer,), split="own-val")
+            for number, (question, answer) in enumerate(asked)
+        ],
+        ("a CAT", "three"),
+        (100, 0, 0),
+        split="own-val",
+    )
+
+
 TOYS = {
     "vqav2": vqa_toy,
     "okvqa": vqa_toy,
@@ -375,6 +400,7 @@ TOYS = {
     "gqa": gqa_toy,
     "ocrvqa": ocrvqa_toy,
     "stvqa": stvqa_toy,
+    "own": own_toy,
 }
 
 
@@ -392,6 +418,8 @@ def write(toy: Toy, folder: Path) -> list[str]:
             image.write_bytes(b"no image")
         elif not image.exists():
             Image.new("RGB", (40, 30), (grey, grey, grey)).save(image)
+    if isinstance(toy.content, list) and "conversations" in toy.content[0]:
+        return ["--data", str(path), "--images", str(folder / "images")]
     if toy.annotations is None:
         return ["--data", str(path)]
     (folder / "annotations.json").write_text(json.dumps(toy.annotations))
@@ -408,8 +436,9 @@ def read(task: str, *options: str) -> tuple[list[Sample], str]:
     """What `pheye evaluate` reads with these options."""
     given = parse(["--model", "m", "--output", "o", "--task", task, *options])
     names = ["split", "annotations", "images", "config", "data_files"]
-    names += [f"{kind}_column" for kind in ("image", "question", "choices", "answers", "id")]
-    return read_samples(TASKS[task], given["data"], **{name: given[name] for name in names})
+    names += ["image_sources"] + [f"{kind}_column" for kind in ("image", "question", "choices", "answers", "id")]
+    task = find_task(task, given["prompt"], given["metric"])
+    return read_samples(task, given["data"], **{name: given[name] for name in names})
 
 
 def refused(task: str, *options: str) -> str:
