@@ -10,10 +10,20 @@ PYTEST := python -m pytest -n 2
 FIRST_USE := tests/test_docs.py tests/test_remote_code.py tests/test_modeling_pheye.py tests/test_generation.py \
 	tests/test_pipeline_pheye.py
 
-.PHONY: demo test slow kills conformance oldest newest gpu lint format always
+API := configuration_pheye image_opening_pheye image_processing_pheye processing_pheye modeling_pheye vision_pheye \
+	blocks_pheye pipeline_pheye answering.engine answering.rows conversion.rules training.formats training.mixture \
+	training.collator training.stages training.trained training.trainer evaluation.tasks evaluation.word_attention \
+	evaluation.heatmaps evaluation.metrics.anls evaluation.metrics.bleu evaluation.metrics.cider \
+	evaluation.metrics.vqa
+
+.PHONY: demo docs test slow kills conformance oldest newest gpu lint format always
 
 demo: $(PINNED)/.installed
 	$(PINNED)/bin/python examples/demo.py
+
+# The reference of what is meant to be imported, from the docstrings.
+docs: $(PINNED)/.installed
+	$(PINNED)/bin/pdoc --docformat google --output-directory site $(addprefix pheye.,$(API))
 
 test: $(PINNED)/.installed
 	$(PINNED)/bin/$(PYTEST) -m "not slow"

@@ -14,6 +14,7 @@ TEST = [
     "accelerate>=1.1",
     "datasets>=3.0",
     "parameterized>=0.9",
+    "pdoc>=15",
     "pycocoevalcap>=1.2",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
