@@ -1,20 +1,28 @@
 """The folder of a run: who may write there, what a finished run leaves in it, and how that reaches the Hub."""
 
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from peft import LoraModel
 
 from ..common.command import InputError
-from ..common.files import LOCK_FILE, RUN_FILE, lock, read_folder_record, write_record
+from ..common.files import LOCK_FILE, RUN_FILE, fingerprint, lock, read_folder_record, write_record
+from ..common.images import tried
 from ..common.machine import versions
+from ..image_opening_pheye import load_image
 from .checkpoints import clear
-from .formats import Source
+from .formats import Row, Source
+from .mixture import Mixture, Stream
 from .report import plot_log, write_model_card
 from .skipped import SKIPPED_FILE
 from .trained import TRAINED_FILE
 from .trainer import UNFINISHED, PheyeTrainer
+
+IMAGES = 100  # of a run, that are looked at before it goes on
+DIGITS = 16  # of a fingerprint, enough to tell by
 
 
 def claim(output: Path, settings: dict) -> bool:
@@ -28,12 +36,12 @@ def claim(output: Path, settings: dict) -> bool:
     return record is not None and record.get("finished") is True and written
 
 
-def begin(output: Path, settings: dict) -> BinaryIO:
+def begin(output: Path, settings: dict, data: Mixture | Stream) -> BinaryIO:
     """Record that a run with `settings` goes on in `output`, which no other process may write to while what is
     returned is open.
 
     Raises:
-        InputError: if another process writes there, or has finished another run there.
+        InputError: if another process writes there, or has finished the run, or if images have changed since it began.
     """
     output.mkdir(parents=True, exist_ok=True)
     file = (output / LOCK_FILE).open("ab")
@@ -41,16 +49,44 @@ def begin(output: Path, settings: dict) -> BinaryIO:
     try:
         if claim(output, settings):
             raise InputError(f"{output} was finished by another process just now. There is nothing to do.")
-        note(output, settings, finished=False)
+        record = read_folder_record(output, settings) or {}
+        images = dict(record.get("images") or some_images(data))
+        check_unchanged(images, output)
+        write_record(output / RUN_FILE, settings, finished=False, versions=versions(), images=images)
     except BaseException:
         file.close()
         raise
     return file
 
 
-def note(output: Path, settings: dict, finished: bool):
-    """Record that a run with `settings` began in `output`, or that it is finished."""
-    write_record(output / RUN_FILE, settings, finished=finished, versions=versions())
+def some_images(data: Mixture | Stream) -> dict[str, str]:
+    """Fingerprints of some images that are files and can be read, by their paths; broken ones may still be mended."""
+    sources = data.rows if isinstance(data, Mixture) else []
+    rows = [row for rows in sources for row in spread(rows, max(1, IMAGES // len(sources)))]
+    paths = {row.image for row in rows if isinstance(row.image, str) and os.path.isfile(row.image)}
+    readable = [path for path in sorted(paths) if tried(partial(load_image, path))[1] is None]
+    return {path: fingerprint(Path(path))[:DIGITS] for path in readable}
+
+
+def spread(rows, most: int) -> Iterator[Row]:
+    """At most so many rows, at even distances."""
+    count = min(most, len(rows))
+    return (rows[number * len(rows) // count] for number in range(count))
+
+
+def check_unchanged(images: dict[str, str], output: Path):
+    for path, known in images.items():
+        if not os.path.isfile(path) or fingerprint(Path(path))[:DIGITS] != known:
+            raise InputError(
+                f"The image {path} has changed since the run in {output} began. Put the images back as they were, or "
+                f"choose another output, or remove {output}."
+            )
+
+
+def finish(output: Path, settings: dict):
+    """Record that the run in `output` is finished."""
+    record = read_folder_record(output, settings) or {}
+    write_record(output / RUN_FILE, **{**record, "settings": settings, "finished": True, "versions": versions()})
 
 
 def save_result(

@@ -30,13 +30,11 @@ from .inspection import show_samples
 from .mixture import Mixture, Stream, read_mixture
 from .options import PheyeTrainingArguments, check_installed, parse_options, refused_options, settings_that_matter
 from .rows import fingerprint_of
-from .run_folder import begin, claim, note, open_repo, push, save_result
+from .run_folder import DIGITS, begin, claim, finish, open_repo, push, save_result
 from .skipped import print_skipped
 from .stages import STAGES, completed, stage_sources
 from .trained import add_language_model_lora, choose_trained, describe_trained
 from .trainer import PheyeTrainer
-
-DIGITS = 16  # of a fingerprint, enough to tell by
 
 
 def parse(argv: list[str] | None = None):
@@ -233,7 +231,7 @@ def run(argv: list[str] | None = None) -> PheyeTrainer | None:
     check_installed(training)
     training.distributed_state.wait_for_everyone()  # all have looked into the folder before one writes there
     with training.main_process_first():
-        held = begin(output, settings) if training.should_save else contextlib.nullcontext()
+        held = begin(output, settings, data) if training.should_save else contextlib.nullcontext()
     with held, interruptible(output):
         pushes = training.push_to_hub and training.should_save
         repo = (
@@ -252,7 +250,7 @@ def run(argv: list[str] | None = None) -> PheyeTrainer | None:
             trained_only=of_run.trained_only, repo=repo,
         )  # fmt: skip
         if training.should_save:
-            note(output, settings, finished=True)
+            finish(output, settings)
             print_skipped(output)
             print(last_words(trainer, output, base, of_run.trained_only))
         if repo is not None:
