@@ -28,7 +28,7 @@ from huggingface_hub import HfApi
 
 from pheye.common.command import InputError, Interrupted, Parser, exit_status
 from pheye.common.files import appear_whole
-from pheye.conversion.archive import check_storages, hash_and_check, list_records
+from pheye.conversion.archive import check_storages, hash_and_check, list_records, state_of
 from pheye.conversion.card import write_card
 from pheye.conversion.errors import one_line, refusing
 from pheye.conversion.processor import write_processor
@@ -111,6 +111,7 @@ def convert(
         appear_whole(output, force) as folder,
     ):
         checkpoint = find_checkpoint(source, replacements)
+        state = state_of(checkpoint.weights)
         hashing = Background(hash_and_check, checkpoint.weights, list_records(checkpoint.weights))
         tensors = read_tensors(checkpoint.weights)
         plan, stop = Plan(tensors, checkpoint.settings), threading.Event()
@@ -126,6 +127,8 @@ def convert(
             writing.join()
         sha256, sizes = hashing.result()
         check_storages(checkpoint.weights, tensors, sizes)
+        if state_of(checkpoint.weights) != state:
+            raise InputError(f"{checkpoint.weights} was changed while it was read; give the same command again.")
         report(plan)
         write_card(folder, model or output.name, conversion, sha256)
         if verify:
@@ -210,7 +213,7 @@ def convert_and_push(
         try:
             push(output, push_to_hub, private, revision)
         except KeyboardInterrupt as error:
-            raise Interrupted(f"{output} is whole, but not pushed.") from error
+            raise Interrupted(f"{output} is whole; to push it, give `hf upload {push_to_hub} {output}`.") from error
         except Exception as error:  # of the network, of any kind
             raise InputError(f"{output} is whole, but pushing it failed: {one_line(error)}") from error
 

@@ -32,12 +32,20 @@ class Record(NamedTuple):
     crc: int
 
 
+def state_of(path: Path) -> tuple[int, int, int]:
+    """Another one if the file is changed, or if another file takes its place."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def list_records(path: Path) -> list[Record]:
     """What the directory at the end of the zip tells.
 
     Raises:
         InputError: if it is no zip, or none that can be mapped into memory.
     """
+    with refusing(f"{path} could not be read", "Mend this."):
+        path.open("rb").close()
     remedy = "Download it again; if it was saved by torch before 1.6, load it with weights_only=True and save it anew."
     with refusing(f"{path} is no whole checkpoint in torch's zip format", remedy), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast, pipeline
 
 from pheye import convert_checkpoint as converter
 from pheye.conversion import rules, writing
@@ -235,6 +235,32 @@ def test_a_full_disk_leaves_nothing_and_a_rerun_works(tmp_path, tensors, capsys,
     assert converter.main([str(source), str(tmp_path / "out"), "--verify"]) == 0
 
 
+def test_an_error_of_another_language_is_told_in_a_line(tmp_path, tensors, capsys, monkeypatch):
+    """tokenizers and safetensors raise errors of their own kinds on a full disk."""
+    source = write(tmp_path / "source", tensors)
+
+    def fail(*args, **kwargs):
+        raise Exception("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
+        error = refuse(capsys, source, tmp_path / "out")
+    assert f"{tmp_path / 'out'} could not be written: No space left on device (os error 28). Mend this" in error
+    assert error.count("\n") == 2
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path, tensors, capsys, monkeypatch):
+    source, write_configs = write(tmp_path / "source", tensors), converter.write_configs
+
+    def change(*args):
+        write_configs(*args)
+        (source / "other").write_bytes((source / "checkpoint.pt").read_bytes())
+        (source / "other").rename(source / "checkpoint.pt")
+
+    monkeypatch.setattr(converter, "write_configs", change)
+    assert "was changed while it was read" in refuse(capsys, source, tmp_path / "out")
+
+
 def test_a_failed_replacement_keeps_what_was_there(tmp_path, tensors, capsys, monkeypatch):
     source, output = write(tmp_path / "source", tensors), tmp_path / "out"
     converter.convert(str(source), output)
@@ -430,8 +456,8 @@ def test_options_that_mean_nothing_are_refused(options, capsys):
 
 
 FROM_HUB_TO_HUB = """
-import sys
-from huggingface_hub import HfApi
+import sys, torch
+from huggingface_hub import HfApi, snapshot_download
 from pheye.convert_checkpoint import main
 golden, api = sys.argv[1], HfApi()
 api.create_repo("miguelcarv/Pheye-x2-448")
@@ -444,6 +470,11 @@ assert main(["out", "again", "--push_to_hub", "me/converted"]) == 1
 from transformers import AutoModelForImageTextToText, pipeline
 pipe = pipeline("image-to-text", model="me/converted", revision="first/try", trust_remote_code=True)
 print(pipe(golden + "/image0.png", prompt="What is written on the sign?", max_new_tokens=12))
+path = snapshot_download("miguelcarv/Pheye-x2-448", allow_patterns="checkpoint.pt") + "/checkpoint.pt"
+tensors = torch.load(path, weights_only=True)
+tensors["lang_encoder.lm_head.bias"] += 1
+torch.save(tensors, path)
+assert main(["miguelcarv/Pheye-x2-448", "other"]) == 1
 """
 
 
@@ -460,6 +491,8 @@ def test_a_repo_on_the_hub_becomes_a_repo_on_the_hub(tmp_path):
     assert set(files) == {path.name for path in (tmp_path / "out").iterdir()}  # the old weights are gone
     assert list(pushed.commits[pushed.branches["main"]].files) == ["model.safetensors"]
     assert "lacks encoder" in done.stderr  # a converted folder is no source
+    assert "checkpoint.pt is not the file that the Hub holds" in done.stderr
+    assert not (tmp_path / "other").exists()
     # The card tells where it came from, and how well the published model does.
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert published.branches["main"] in card.text
