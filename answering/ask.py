@@ -14,7 +14,7 @@ from ..common.command import InputError, Parser, add_loading_options, at_least, 
 from ..image_opening_pheye import load_image
 from ..image_processing_pheye import to_rgb
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
-from .engine import open_model
+from .engine import is_cut, open_model
 from .rows import Request
 
 
@@ -59,13 +59,8 @@ def ask(
         return_dict_in_generate=False,
         streamer=Answer(processor.tokenizer),
     )
-    if is_cut(ids[0, inputs["input_ids"].shape[1] :].tolist(), max_new_tokens, loaded.generation_config.eos_token_id):
+    if is_cut(loaded, ids[0, inputs["input_ids"].shape[1] :], max_new_tokens):
         print(f"(cut after {max_new_tokens} tokens; --max_new_tokens gives more)", file=sys.stderr)
-
-
-def is_cut(ids: list[int], max_new_tokens: int, ends: int | list[int] | None) -> bool:
-    """Whether an answer, the ids of its tokens, has been ended by its length alone."""
-    return len(ids) == max_new_tokens and ids[-1] not in (ends if isinstance(ends, list) else [ends])
 
 
 def parse(argv: list[str] | None) -> dict:

@@ -212,3 +212,9 @@ def generate(
     ids = model.generate(**inputs, **image_inputs, **generate_kwargs, return_dict_in_generate=False)
     answers = processor.post_process_image_text_to_text(ids[:, inputs["input_ids"].shape[1] :])
     return [answer.lstrip() for answer in answers]
+
+
+def is_cut(model, ids: torch.Tensor, max_new_tokens: int) -> bool:
+    """Whether an answer, the ids of its tokens, has been ended by its length alone."""
+    ends = model.generation_config.eos_token_id
+    return len(ids) == max_new_tokens and ids[-1].item() not in (ends if isinstance(ends, list) else [ends])

@@ -85,7 +85,7 @@ def plot_shares(result: dict, path: Path):
     axes.set_xticks(result["layers"])
     axes.set_xlabel("layer of the language model behind the block")
     axes.set_ylabel("attention on the global view in %")
-    axes.legend(title="area of the answer's box")
+    figure.legend(loc="outside right upper", title="area of the answer's box")
     figure.savefig(path, dpi=150)
 
 

@@ -14,6 +14,14 @@ from ..image_processing_pheye import crop_boxes, resize, to_rgb
 from .word_attention import answer_with_attention, attention_by_word, view_shares
 
 DRAWN_WORDS = 60  # the JSON has them all
+FEW_WORDS = 4  # are drawn larger
+LONGEST_WORD = 20  # that is drawn whole
+ROW_LABEL, COLUMN_LABEL = 46, 20  # room for them, in pixels
+LINES = ((0, 0, 0, 110), 3), ((255, 255, 255, 255), 1)  # colour and width: white between dark, to be seen on anything
+GRAYS = 50, 235  # of the image under the heat
+GAMMAS = 0.4, 1.6
+HEATS = 0, 0.25, 0.5, 0.75, 1
+COLOURS = (120, 30, 160, 0), (150, 30, 150, 0.3), (225, 50, 80, 0.5), (250, 140, 20, 0.6), (255, 235, 60, 0.7)
 
 # --- Weights of image tokens to pixels ---
 
@@ -35,9 +43,9 @@ def heat_maps(weights: np.ndarray, tiles_per_side: int, patches_per_side: int) -
 def to_pixels(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A map of the whole image, which views show stretched to a square, at the image's `size` (width, height).
 
-    Every pixel gets the value of the patch that its centre lies in; where patches are smaller than pixels, their mean.
+    Smooth: the centre of a patch has its value, and between centres it changes evenly.
     """
-    return np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BOX))  # (height, width)
+    return np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))  # (H, W)
 
 
 # --- Drawings ---
@@ -50,27 +58,48 @@ def fit(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def draw_crops(image: Image.Image, tiles_per_side: int, side: int = 480) -> Image.Image:
-    """The image, its crops outlined and numbered in the order in which the model reads them."""
+    """The image with thin lines between its crops, whose columns and rows are named outside of it."""
     width, height = fit(image.size, side)
-    canvas = resize(image, (width, height), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(canvas)
-    for number, box in enumerate(crop_boxes(tiles_per_side, 1, 1), start=1):
-        left, right = (x * width / tiles_per_side for x in box[::2])
-        top, bottom = (y * height / tiles_per_side for y in box[1::2])
-        draw.rectangle((left, top, right - 1, bottom - 1), outline="red", width=2)
-        draw.text((left + 6, top + 4), str(number), fill="red", font_size=20)
+    canvas = Image.new("RGB", (width + ROW_LABEL, height + COLUMN_LABEL), "white")
+    canvas.paste(resize(image, (width, height), Image.Resampling.BICUBIC), (ROW_LABEL, COLUMN_LABEL))
+    draw = ImageDraw.Draw(canvas, "RGBA")
+    for number in range(1, tiles_per_side):
+        x, y = (
+            ROW_LABEL + round(number * width / tiles_per_side),
+            COLUMN_LABEL + round(number * height / tiles_per_side),
+        )
+        for colour, line in LINES:
+            draw.line((x, COLUMN_LABEL, x, COLUMN_LABEL + height - 1), colour, line)
+            draw.line((ROW_LABEL, y, ROW_LABEL + width - 1, y), colour, line)
+    for number in range(tiles_per_side):
+        centre = (number + 0.5) / tiles_per_side
+        label = {"fill": "black", "font_size": 13}
+        draw.text((ROW_LABEL + centre * width, COLUMN_LABEL / 2), f"column {number + 1}", anchor="mm", **label)
+        draw.text((0, COLUMN_LABEL + centre * height), f"row {number + 1}", anchor="lm", **label)
     return canvas
 
 
+def stretched_gray(image: Image.Image) -> np.ndarray:
+    """The image in gray (height, width), so that a dark one can be seen too: from dark to light gray whatever its own
+    range is, with its middle in the middle."""
+    gray = np.asarray(image.convert("L"), np.float32)
+    low, high = np.percentile(gray, (1, 99))
+    if high - low < 1:
+        return np.full_like(gray, sum(GRAYS) / 2)
+    gray = np.clip((gray - low) / (high - low), 0, 1)
+    gamma = np.clip(math.log(0.5) / math.log(np.clip(np.median(gray), 0.01, 0.99)), *GAMMAS)
+    return GRAYS[0] + (GRAYS[1] - GRAYS[0]) * gray**gamma
+
+
 def draw_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The image in gray under colours from dark (no attention) to yellow (the most in `heat`)."""
+    """The image in gray under colours that cover it more, the more attention there is: from none to yellow, the most
+    in `heat`."""
     heat = to_pixels(heat, image.size)
     heat = heat / max(heat.max(), np.finfo(np.float32).tiny)
-    stops = [0, 0.25, 0.5, 0.75, 1]
-    channels = [[0, 90, 190, 245, 255], [0, 20, 55, 130, 255], [40, 110, 85, 10, 120]]
-    colour = np.stack([np.interp(heat, stops, channel) for channel in channels], axis=-1)  # (height, width, 3)
-    gray = np.asarray(image.convert("L"), np.float32)[..., None]
-    return Image.fromarray(np.rint(0.4 * gray + 0.6 * colour).astype(np.uint8))
+    red, green, blue, cover = (np.interp(heat, HEATS, channel)[..., None] for channel in zip(*COLOURS, strict=True))
+    colour = np.concatenate([red, green, blue], axis=-1)  # (height, width, 3)
+    gray = stretched_gray(image)[..., None]
+    return Image.fromarray(np.rint((1 - cover) * gray + cover * colour).astype(np.uint8))
 
 
 class Page:
@@ -79,10 +108,10 @@ class Page:
     GAP, LABEL, WIDTH = 12, 22, 1200
 
     def __init__(self, image: Image.Image, tiles_per_side: int, prompt: str, answer_text: str, words: int):
-        self.thumbnail = resize(image, fit(image.size, 200), Image.Resampling.BICUBIC)
+        drawn = min(words, DRAWN_WORDS)
+        self.thumbnail = resize(image, fit(image.size, 320 if drawn <= FEW_WORDS else 200), Image.Resampling.BICUBIC)
         top = draw_crops(image, tiles_per_side, 400)
         lines = [*textwrap.wrap(prompt, 50), "", *textwrap.wrap(answer_text, 50)]
-        drawn = min(words, DRAWN_WORDS)
         which = "Per word" if drawn == words else f"For the first {drawn} of {words} words"
         lines += ["", f"{which}: global view, crops.", "Yellow is the most in each."]
         self.cell = 2 * self.thumbnail.width + 3 * self.GAP, self.thumbnail.height + self.LABEL + self.GAP
@@ -100,7 +129,8 @@ class Page:
             return
         row, column = divmod(self.count, self.columns)
         left, top = column * self.cell[0] + self.GAP, self.top + row * self.cell[1]
-        labels = (f"{word[:20]}   global {global_share:.0%}", f"crops {1 - global_share:.0%}")
+        word = word if len(word) <= LONGEST_WORD else f"{word[: LONGEST_WORD - 1]}…"
+        labels = (f"{word}   global {global_share:.0%}", f"crops {1 - global_share:.0%}")
         for label, heat in zip(labels, heats, strict=True):
             self.draw.text((left, top + 2), label, fill="black", font_size=14)
             self.canvas.paste(draw_heat(self.thumbnail, heat), (left, top + self.LABEL))
@@ -123,7 +153,7 @@ def explain(model, processor, image: Image.Image, prompt: str, max_new_tokens: i
     patches = config.vision_config.image_size // config.vision_config.patch_size
     image = to_rgb(image)
     answer = answer_with_attention(model, processor, image, prompt, max_new_tokens)
-    page = Page(image, crops, prompt, answer.text, len(answer.words))
+    page = Page(image, crops, prompt, f"{answer.text} …" if answer.is_cut else answer.text, len(answer.words))
     rows, total, tokens = [], 0, 0
     for word, count, weights in attention_by_word(answer):
         shares = view_shares(weights, views)  # (L, V)

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from ..answering.engine import is_cut
 from ..common.command import InputError
 from ..image_opening_pheye import load_image
 from ..image_processing_pheye import to_rgb
@@ -63,7 +64,8 @@ def common_length(first: str, second: str) -> int:
 
 @dataclass
 class AttendedAnswer:
-    """An answer, its words with the places of their tokens, and the attention (L, N) of each token, one after another.
+    """An answer, its words with the places of their tokens, and the attention (L, N) of each token, one after another;
+    and whether its length alone has ended it.
 
     The attention is computed while it is read, and can be read once.
     """
@@ -71,6 +73,7 @@ class AttendedAnswer:
     text: str
     words: list[tuple[str, list[int]]]
     attention: Iterator[np.ndarray]
+    is_cut: bool = False
 
 
 @torch.no_grad()
@@ -95,6 +98,7 @@ def answer_with_attention(model, processor, image: Image.Image, prompt: str, max
         processor.post_process_image_text_to_text(ids)[0].strip(),
         words,
         token_attention(model, prompt_ids, image_hidden_states, ids),
+        is_cut(model, ids[0], max_new_tokens),
     )
 
 

@@ -1,9 +1,12 @@
 """The engine behind captions and evaluation: answers as one by one."""
 
 import functools
+import types
 
 import pytest
+import torch
 
+from pheye.answering.engine import is_cut
 from pheye.answering.rows import Request
 from pheye.common.command import InputError
 
@@ -86,6 +89,14 @@ def test_names_that_are_not_unicode_and_texts_of_any_language_become_lines(start
     assert [row["id"] for row in read(output)] == names
     assert "写真".encode() in output.read_bytes()
     start([Request(name, None, "What?") for name in names])  # and are found again
+
+
+@pytest.mark.parametrize("ends", [6, [6, 7], None])
+def test_an_answer_is_cut_where_its_length_alone_has_ended_it(ends):
+    model = types.SimpleNamespace(generation_config=types.SimpleNamespace(eos_token_id=ends))
+    assert is_cut(model, torch.tensor([6, 5]), 2)
+    assert not is_cut(model, torch.tensor([5]), 2)
+    assert is_cut(model, torch.tensor([5, 6]), 2) == (ends is None)
 
 
 @pytest.mark.parametrize("bad", [{"batch_size": 0}, {"workers": -1}, {"generate_kwargs": {"num_return_sequences": 2}}])

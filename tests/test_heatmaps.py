@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pheye import blocks_pheye
 from pheye.evaluation import heatmaps
 from pheye.evaluation.heatmaps import (
+    COLUMN_LABEL,
+    ROW_LABEL,
     draw_crops,
+    draw_heat,
     explain,
     heat_maps,
     to_pixels,
@@ -38,28 +41,36 @@ def one_hot(size, index):
     return weights
 
 
-@pytest.mark.parametrize("size", [WIDE, TALL])
 @pytest.mark.parametrize(("tiles", "patches", "extra"), [(1, 4, 1), (2, 3, 0), (3, 2, 5)])
-def test_each_pixel_gets_the_weight_of_the_patch_it_lies_in(size, tiles, patches, extra):
+def test_each_patch_has_its_weight_at_its_place(tiles, patches, extra):
     tokens = extra + patches**2
     weights = np.random.default_rng(tiles).random((1 + tiles**2) * tokens)
-    global_map, crop_map = (to_pixels(heat, size) for heat in heat_maps(weights, tiles, patches))
-    width, height = size
-    assert global_map.shape == crop_map.shape == (height, width)
-    for y in range(height):
-        for x in range(width):
-            u, v = (x + 0.5) / width, (y + 0.5) / height
-            patch = int(v * patches) * patches + int(u * patches)
-            assert global_map[y, x] == np.float32(weights[extra + patch])
-            column, row = int(u * tiles), int(v * tiles)
-            patch = int((v * tiles - row) * patches) * patches + int((u * tiles - column) * patches)
-            view = 1 + column * tiles + row  # column by column
-            assert crop_map[y, x] == np.float32(weights[view * tokens + extra + patch])
+    global_map, crop_map = heat_maps(weights, tiles, patches)
+    assert (global_map.shape, crop_map.shape) == ((patches, patches), (tiles * patches, tiles * patches))
+    for y in range(patches):
+        for x in range(patches):
+            assert global_map[y, x] == weights[extra + y * patches + x]
+            for column in range(tiles):
+                for row in range(tiles):
+                    view = 1 + column * tiles + row  # column by column
+                    found = crop_map[row * patches + y, column * patches + x]
+                    assert found == weights[view * tokens + extra + y * patches + x]
 
 
-def test_where_patches_are_smaller_than_pixels_their_mean_counts():
-    heat = np.arange(16.0).reshape(4, 4)
-    assert np.array_equal(to_pixels(heat, (2, 2)), heat.reshape(2, 2, 2, 2).mean((1, 3)))
+@pytest.mark.parametrize("size", [WIDE, TALL])
+@pytest.mark.parametrize("cells", [1, 4, 12])
+def test_maps_are_smooth_as_torch_enlarges_them(size, cells):
+    heat = np.random.default_rng(0).random((cells, cells)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(torch.tensor(heat)[None, None], size[::-1], mode="bilinear")[0, 0]
+    assert to_pixels(heat, size) == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_where_patches_are_smaller_than_pixels_none_is_left_out():
+    heat = np.zeros((64, 64))
+    heat[21, 42] = 1
+    small = to_pixels(heat, (8, 8))
+    assert small.sum() == pytest.approx(1 / 64, rel=0.1)
+    assert np.unravel_index(small.argmax(), small.shape) == (2, 5)
 
 
 @pytest.mark.parametrize("size", [WIDE, TALL])
@@ -87,13 +98,11 @@ def test_attention_on_the_patches_that_show_a_spot_peaks_at_the_spots_pixels(mon
     found = answer_with_attention(model, processor, image, "What?", 2)
     _, _, attended = next(attention_by_word(found))
     for heat, cells, share in zip(heat_maps(attended.mean(0), tiles, patches), (4, 12), (0.25, 0.75), strict=True):
-        heat = to_pixels(heat, size)
-        rows, columns = np.nonzero(heat == heat.max())
         assert heat.max() == pytest.approx(share)
-        assert len(rows) < (width / cells + 1) * (height / cells + 1)  # one patch
-        # The brightest patch holds a part of the spot.
-        assert columns.min() < spot[2] and columns.max() >= spot[0]
-        assert rows.min() < spot[3] and rows.max() >= spot[1]
+        row, column = np.unravel_index(to_pixels(heat, size).argmax(), size[::-1])
+        # The centre of the brightest patch, which holds a part of the spot.
+        assert spot[0] - width / cells / 2 - 1 <= column <= spot[2] + width / cells / 2
+        assert spot[1] - height / cells / 2 - 1 <= row <= spot[3] + height / cells / 2
 
 
 # --- The drawing and its numbers ---
@@ -147,7 +156,7 @@ def test_every_word_gets_its_heat_maps(model, processor, monkeypatch):
     width, height = drawn[0][0]
     assert width / height == pytest.approx(2, rel=0.02)  # as the image, not as the square views
     pixels = np.asarray(canvas).astype(int)
-    yellow = (pixels[..., 0] > 200) & (pixels[..., 1] > 150) & (pixels[..., 2] < 180)
+    yellow = (pixels[..., 0] > 190) & (pixels[..., 1] > 150) & (pixels[..., 2] < 140)
     last_rows = np.nonzero(yellow.any(1))[0].max()
     assert canvas.height - height < last_rows < canvas.height
 
@@ -172,10 +181,80 @@ def test_an_answer_without_words_gives_the_crops_alone(model, processor, monkeyp
     assert (result["words"], result["overall"]) == ([], None)
 
 
+# --- Fit to be shown ---
+
+
 @pytest.mark.parametrize("size", [WIDE, TALL])
-def test_the_grid_is_drawn_in_the_images_own_shape(size):
-    canvas = draw_crops(Image.new("RGB", size), 2, side=200)
-    assert canvas.width / canvas.height == pytest.approx(size[0] / size[1], rel=0.05)
-    red = (np.asarray(canvas)[..., 0] > 200).mean(0)
-    assert red[canvas.width // 2] == pytest.approx(1, abs=0.05)  # the line between the columns
-    assert red[canvas.width // 4] < 0.5
+@pytest.mark.parametrize("colour", ["black", "white", "red", (127, 127, 127)])
+def test_lines_between_crops_are_thin_seen_on_anything_and_all_that_lies_on_the_image(size, colour):
+    image = Image.new("RGB", size, colour)
+    drawn = np.asarray(draw_crops(image, 3, side=240)).astype(int)[COLUMN_LABEL:, ROW_LABEL:]
+    height, width = drawn.shape[:2]
+    assert width / height == pytest.approx(size[0] / size[1], rel=0.05)
+    changed = (drawn != np.asarray(image)[0, 0]).any(-1)  # (height, width)
+    columns, rows = np.nonzero(changed.mean(0) > 0.9)[0], np.nonzero(changed.mean(1) > 0.9)[0]
+    for found, length in ((columns, width), (rows, height)):
+        assert 2 <= len(found) <= 2 * 3
+        for third in (1, 2):
+            assert np.abs(found - third * length / 3).min() <= 1
+    assert not np.delete(np.delete(changed, columns, 1), rows, 0).any()
+    line = drawn[:, columns].reshape(-1, 3).sum(-1)
+    beside = drawn[0, 0].sum()
+    assert max(abs(line - beside)) > 150  # all of white, or of the dark beside it
+
+
+def test_columns_and_rows_are_named_beside_the_image():
+    drawn = np.asarray(draw_crops(Image.new("RGB", (300, 300), "black"), 3, side=300)).astype(int)
+    for label in (drawn[:COLUMN_LABEL, ROW_LABEL:], drawn[COLUMN_LABEL:, :ROW_LABEL]):
+        assert label.min() < 100 < label.max()
+    assert drawn[:COLUMN_LABEL, :ROW_LABEL].min() == 255
+
+
+def photograph(low: int, high: int) -> Image.Image:
+    """Mostly from `low` to `high`, with a light in it."""
+    pixels = np.random.default_rng(0).integers(low, high, (60, 80)).astype(np.uint8)
+    pixels[:3, :3] = 255
+    return Image.fromarray(pixels).convert("RGB")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 12), (0, 60), (200, 256), (0, 256)])
+def test_an_image_can_be_seen_under_its_heat_however_dark_it_is(low, high):
+    image = photograph(low, high)
+    heat = np.zeros((4, 4))
+    heat[:, 0] = 1
+    drawn = np.asarray(draw_heat(image, heat).convert("L")).astype(int)
+    plain = np.asarray(image.convert("L")).astype(int)
+    for part, least in ((np.s_[:, 40:], 25), (np.s_[5:, :8], 8)):  # where no attention is, and under the most
+        assert drawn[part].std() > least
+        assert np.corrcoef(drawn[part].ravel(), plain[part].ravel())[0, 1] > 0.8
+    assert 90 < np.median(drawn[:, 40:]) < 190
+
+
+def test_an_even_image_is_gray_where_no_attention_is():
+    drawn = np.asarray(draw_heat(Image.new("RGB", (40, 40)), np.eye(2)))
+    assert drawn[1, 38].tolist() == pytest.approx([142] * 3, abs=2)
+
+
+def test_an_answer_that_was_cut_ends_in_an_ellipsis_in_the_drawing_alone(model, processor, monkeypatch):
+    def text(self, place, words, **kwargs):
+        drawn.append(words)
+        return original(self, place, words, **kwargs)
+
+    drawn, original = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    for is_cut in (False, True):
+        words = [("a-word-of-very-many-letters", [0])]
+        weights = np.full((1, 2, model.config.tokens_per_image), 1 / model.config.tokens_per_image)
+        found = AttendedAnswer("so long", words, iter(weights), is_cut)
+        monkeypatch.setattr(heatmaps, "answer_with_attention", lambda *args, found=found: found)
+        drawn.clear()
+        _, result = explain(model, processor, tiny_image(), "What?")
+        assert any("so long …" in text for text in drawn) == is_cut
+        assert any(text.startswith("a-word-of-very-many…") for text in drawn)
+        assert (result["answer"], result["words"][0]["word"]) == ("so long", "a-word-of-very-many-letters")
+
+
+def test_an_answer_knows_whether_it_was_cut(model, processor):
+    for count in (1, 200):
+        found = answer_with_attention(model, processor, tiny_image(), "What?", count)
+        assert found.is_cut == (len(list(found.attention)) == count)
