@@ -264,12 +264,66 @@ def test_bad_tiles_per_side_is_refused_by_name(value):
         {"do_convert_rgb": False},
         {"size": {"shortest_edge": 32}},
         {"data_format": "channels_last"},
+        {"crop_size": {"height": 16, "width": 16}},
+        {"pad_size": {"height": 16, "width": 16}},
+        {"disable_grouping": True},
+        {"device": "cuda"},
+        {"input_data_format": "channels_middle"},
     ],
     ids=lambda option: next(iter(option)),
 )
 def test_options_without_meaning_are_refused_by_name(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         small_processor()(images=tiny_image(), return_tensors="pt", **option)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        small_processor(**option)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *[("tiles_per_side", value) for value in (1000, 10**6, 10**30)],
+        *[("size", {"height": side, "width": side}) for side in (0, -1, 10**5, 2.5, "32", True, None)],
+        *[("size", value) for value in ({"longest_edge": 32}, "x")],
+        *[("image_mean", (value, 0.5, 0.5)) for value in (NAN, INF, -INF, 1e308, 10**400, "0.5", None, True)],
+        *[("image_mean", value) for value in ((), (0.5,), (0.5, 0.5), (0.5,) * 4, 0.5, "abc")],
+        *[("image_std", (value, 0.5, 0.5)) for value in (0, 0.0, -1, NAN, INF, 1e-30, 1e308, "0.5", False)],
+        *[("image_std", value) for value in ((), (0.5,), (0.5,) * 4, 0.5, 0, "abc")],
+        *[("rescale_factor", value) for value in (0.0, -1.0, NAN, INF, 1e-320, 1e300, 10**400, "1", True)],
+        *[("resample", value) for value in (-1, 99, 2.5, "bicubic", True)],
+        *[(name, "no") for name in ("do_rescale", "do_normalize", "do_resize", "do_convert_rgb")],
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_numbers_that_can_only_be_mistakes_are_refused_at_construction_and_at_the_call(option, value, tmp_path):
+    refusal = (ValueError, StrictDataclassFieldValidationError)  # the library checks an argument's type
+    with pytest.raises(ValueError, match=option):
+        small_processor(**{option: value})
+    with pytest.raises(refusal, match=option):
+        small_processor()(images=tiny_image(), **{option: value})
+    if isinstance(value, int) and value > 2**64:
+        return
+    small_processor().save_pretrained(tmp_path)
+    written = tmp_path / "preprocessor_config.json"
+    written.write_text(json.dumps({**json.loads(written.read_text()), option: value}))
+    with pytest.raises(ValueError, match=option):
+        PheyeImageProcessor.from_pretrained(tmp_path)
+
+
+def test_numbers_of_an_option_that_is_off_do_not_matter():
+    values = pixels(tiny_image(), do_normalize=False, image_mean=(0.5,), do_rescale=False, rescale_factor=0.0)
+    assert torch.equal(values, pixels(tiny_image(), do_normalize=False, do_rescale=False))
+
+
+def test_numbers_at_the_edge_are_accepted():
+    edges = {"image_mean": [0.0, 1.0, 0.5], "image_std": [1.0, 0.001, 2.0], "rescale_factor": 1 / 65535}
+    for option, value in edges.items():
+        assert pixels(tiny_image(), **{option: value}).isfinite().all()
+    for mean in (np.array([0.4, 0.5, 0.6]), [np.float32(0.5)] * 3, [0, 1, 0]):
+        assert small_processor(image_mean=mean)(tiny_image())["pixel_values"][0].shape == (5, 3, 32, 32)
 
 
 def test_unknown_options_are_refused_by_name():
@@ -622,6 +676,24 @@ def test_input_data_format_settles_shapes_that_could_be_either(channels):
     )
 
 
+@pytest.mark.parametrize("last", [1, 3, 4])
+@pytest.mark.parametrize("first", [1, 3, 4])
+def test_shapes_that_could_be_either_are_refused_with_the_remedy(first, last):
+    thin = np.zeros((first, 50, last), np.uint8)
+    for image in (thin, torch.from_numpy(thin), [thin]):
+        message = rf"\({first}, 50, {last}\) could have its channels first or last; say which by input_data_format"
+        with pytest.raises(ValueError, match=message):
+            pixels(image)
+    assert pixels(thin, input_data_format="channels_last").shape == (1, 5, 3, 32, 32)
+
+
+def test_lines_of_a_page_are_those_that_pillow_sees():
+    for height in (1, 2, 3, 4, 5):
+        line = noise(50, height)
+        options = {} if height in (2, 5) else {"input_data_format": "channels_last"}
+        assert torch.equal(pixels(line, **options), pixels(Image.fromarray(line)))
+
+
 def test_input_data_format_that_the_array_contradicts_is_refused():
     with pytest.raises(ValueError, match=r"\(3, 7, 9\)"):
         pixels(np.zeros((3, 7, 9), np.uint8), input_data_format="channels_last")
@@ -681,7 +753,7 @@ def test_broken_files_are_refused_by_name(name, tmp_path):
 
 
 def test_a_truncated_picture_that_was_opened_elsewhere_is_refused(tmp_path):
-    with pytest.raises((ValueError, OSError), match="truncated"):
+    with pytest.raises(ValueError, match="truncated"):
         pixels(Image.open(io.BytesIO(broken_files()["truncated.png"])))
 
 
@@ -783,13 +855,54 @@ def test_empty_pictures_are_refused(size):
 )
 def test_things_that_are_no_image_are_refused_with_what_would_be(thing):
     for images in (thing, [thing], [tiny_image(), thing]):
-        with pytest.raises((TypeError, ValueError), match=rf"{type(thing).__name__}.*PIL image"):
+        with pytest.raises(ValueError, match=rf"{type(thing).__name__}.*PIL image"):
             pixels(images)
+
+
+ODD_TENSORS = {
+    "meta": lambda: torch.empty(6, 9, 3, device="meta"),
+    "sparse": lambda: torch.zeros(6, 9).to_sparse(),
+    "sparse batch": lambda: torch.zeros(2, 6, 9, 3).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(2, 4)]),
+    "conjugate": lambda: torch.zeros(6, 9, dtype=torch.complex64).conj(),
+    "float8": lambda: torch.zeros(6, 9).to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+def test_odd_tensors_are_refused_in_words(kind):
+    with pytest.raises(ValueError, match=r"The image .*(Give a PIL image|numbers or truth values)"):
+        pixels(ODD_TENSORS[kind]())
+
+
+def test_a_tensor_with_the_negative_bit_is_read():
+    values = torch.from_numpy(noise() / 255)
+    negative = torch.complex(torch.zeros_like(values), values).conj().imag.neg()
+    assert torch.equal(pixels(negative), pixels(values))
+
+
+def test_masked_values_are_refused_with_the_remedy():
+    values = noise()
+    with pytest.raises(ValueError, match=r"masked.*filled"):
+        pixels(np.ma.masked_array(values, values > 100))
+    assert torch.equal(pixels(np.ma.masked_array(values)), pixels(values))
+
+
+def test_lists_that_hold_themselves_or_are_nested_without_end_are_refused():
+    endless, deep = [], tiny_image()
+    endless.append(endless)
+    endless.append(endless)
+    for _ in range(900):
+        deep = [deep]
+    for images in (endless, deep):
+        for use in (pixels, small_processor().fetch_images):
+            with pytest.raises(ValueError, match="nested more than 8 deep"):
+                use(images)
 
 
 @pytest.mark.parametrize("dtype", [object, complex, "U3"])
 def test_arrays_of_what_is_no_number_are_refused_by_type(dtype):
-    with pytest.raises((TypeError, ValueError), match=str(np.dtype(dtype))):
+    with pytest.raises(ValueError, match=str(np.dtype(dtype))):
         pixels(np.zeros((6, 9, 3)).astype(dtype))
 
 

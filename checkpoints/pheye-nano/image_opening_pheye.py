@@ -67,7 +67,7 @@ def naming(image, before: str = "") -> Iterator[None]:
 
 def name_of(image) -> str:
     if isinstance(image, bytes):
-        return "the given bytes"
+        return "the image in the given bytes"
     if isinstance(image, (str, os.PathLike)):
         return repr(str(image)[:200])
     return repr(str(image.filename)) if getattr(image, "filename", "") else "The image"
@@ -342,9 +342,8 @@ class Download:
                 connection.close()
 
     def watch(self, event: str, info: dict):
-        """Called by httpx for all that it does; raises before a connection that may not be, and before a request."""
-        if time.monotonic() > self.end:
-            raise TimeoutError
+        """Called by httpx for all that it does: raises before a connection that may not be made, and right after it,
+        when nothing has been asked yet."""
         if event.endswith("connect_tcp.started") and self.only_public:
             for *_, address in socket.getaddrinfo(info["host"], info["port"], type=socket.SOCK_STREAM):
                 check_public(address[0])
@@ -353,6 +352,8 @@ class Download:
             self.sockets.append(stream.get_extra_info("socket").dup())
             if self.only_public:  # names may lead elsewhere when they are looked up again
                 check_public(stream.get_extra_info("server_addr")[0])
+            if time.monotonic() > self.end:  # too late for `hang_up`
+                raise TimeoutError
 
     def read(self, response) -> bytes:
         if not response.is_success:
