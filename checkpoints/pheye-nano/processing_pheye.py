@@ -144,7 +144,7 @@ def _read_part(number: int, part) -> dict:
         url = given.get("image_url")
         sources = {"url": url.get("url") if isinstance(url, Mapping) else url}
     is_placeholder = kind == "image" and not part.keys() & {*IMAGE_SOURCES, "image_url"}
-    if len(sources) > 1 or None in sources.values() or not (sources or is_placeholder):
+    if len(sources) > 1 or any(value is None for value in sources.values()) or not (sources or is_placeholder):
         raise ValueError(
             f"Message {number} speaks of an image, but does not say where it is, or twice: {_shown(part)}. A part is "
             f"{PARTS}."
@@ -286,6 +286,11 @@ class PheyeProcessor(ProcessorMixin):
         if is_list and not images:
             raise ValueError("`images` is an empty list; leave it out for text without an image.")
         return super().__call__(images=images, text=text, **kwargs)
+
+    def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs) -> tuple:
+        """Images stay closed: the image processor opens each by itself, and knows what may be opened (`sources`)."""
+        _, *others = super().prepare_inputs_layout(**kwargs)
+        return images, *others
 
     def _check_arguments(self, arguments: dict):
         """The library would leave out what it does not know."""
