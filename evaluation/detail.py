@@ -19,6 +19,7 @@ from .boxes import BOX_FILES, Boxes, answer_areas, answer_texts, read_boxes
 from .samples import ROWS
 from .tertiles import accuracy_by_tertile, scores_by_id
 
+NO_CHANGE = "No change can be given where the first accuracy is 0."
 SUFFIXES = (".md", ".png", ".pdf", ".svg")
 
 # --- Accuracy ---
@@ -114,10 +115,16 @@ def plot_change(comparison: dict, path: Path, names: Sequence[str] = ("before", 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.add_subplot()
     labels = [f"{group['tertile']}\n({group['samples']})" for group in groups]
-    bars = axes.bar(labels, [group["change"] or 0 for group in groups], width=0.6)
-    axes.bar_label(bars, [format_change(group["change"]) for group in groups], padding=2)
+    changes = [group["change"] for group in groups]
+    bars = axes.bar(labels, [change or 0 for change in changes], width=0.6)
+    axes.bar_label(bars, ["no change" if change is None else format_change(change) for change in changes], padding=2)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.margins(y=0.15)
+    if not any(changes):  # an axis would be of rounding errors
+        axes.set_ylim(-1, 1)
+        axes.set_yticks([0])
+    if None in changes:
+        axes.text(0.5, 0.98, NO_CHANGE, transform=axes.transAxes, ha="center", va="top", fontsize=9)
     axes.set_xlabel("area of the answer's box (samples)")
     axes.set_ylabel("relative change of accuracy in %")
     axes.set_title(f"{names[0]} to {names[1]}", fontsize=10)
@@ -144,6 +151,8 @@ def detail(before: Path, after: Path, *, boxes: Path, questions: Path | None, ou
     ):
         if count:
             print(f"{count} samples {what} and are left out.", file=sys.stderr)
+    if any(group["change"] is None for group in comparison["tertiles"]):
+        print(NO_CHANGE, file=sys.stderr)
     for path in output:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".md":

@@ -3,14 +3,17 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pheye.common.command import InputError
 from pheye.evaluation.boxes import read_boxes
 from pheye.evaluation.detail import (
+    NO_CHANGE,
     compare,
     main,
     markdown,
+    plot_change,
     read_questions,
     read_results,
     relative_change,
@@ -107,6 +110,37 @@ def test_command_looks_images_up_in_the_question_file(tmp_path, capsys):
     assert "--questions" in capsys.readouterr().err
     assert main([*arguments, "--questions", str(tmp_path / "questions.json")]) == 0
     assert "| small | 1 | 1 % to 1 % | 50.0 | 50.0 | +0.0 % |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels", "is_told"),
+    [
+        ([None, None, None], ["no change"] * 3, True),
+        ([None, 0.0, 50.0], ["no change", "+0.0 %", "+50.0 %"], True),
+        ([0.0, 0.0, 0.0], ["+0.0 %"] * 3, False),
+        ([10.0, -20.0, 1e-3], ["+10.0 %", "-20.0 %", "+0.0 %"], False),
+    ],
+)
+def test_a_plot_says_where_no_change_can_be_given(tmp_path, monkeypatch, changes, labels, is_told):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: figures.append(self) or save(self, *args, **kw))
+    groups = [{"tertile": name, "samples": 1, "change": change} for name, change in zip("abc", changes, strict=True)]
+    plot_change({"tertiles": groups}, tmp_path / "plot.png")
+    [axes] = figures[0].axes
+    texts = [text.get_text() for text in axes.texts]
+    assert texts[:3] == labels
+    assert (texts[3:] == [NO_CHANGE]) == is_told
+    low, high = axes.get_ylim()
+    assert high - low >= 1 and low <= 0 <= high
+
+
+def test_no_change_is_said_on_the_screen_too(tmp_path, capsys):
+    paths = [write(tmp_path / f"{name}.jsonl", *rows_of(dict.fromkeys(range(3), score)))
+             for name, score in (("a", 0.0), ("b", 1.0))]  # fmt: skip
+    boxes = write(tmp_path / "boxes.jsonl", *({"question_id": number, "area": 0.1 * number} for number in range(3)))
+    assert main([*map(str, paths), "--boxes", str(boxes), "--output", str(tmp_path / "plot.png")]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"{NO_CHANGE}\n" and "| 0.0 | 100.0 | - |" in printed.out
 
 
 def test_command_says_what_is_wrong(tmp_path, capsys):
