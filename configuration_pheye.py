@@ -27,6 +27,12 @@ MOST_TILES = 64
 MOST_LAYERS = 10_000
 HIGHEST_ALPHA = 1e6
 
+# Where FILA joins its convolutional branch to a ViT of 24 layers, counted from 0 as "before this layer" (arXiv
+# 2412.08378, by two accounts that agree); towers of other depths get the same shares.
+FILA_LAYERS, FILA_DEPTH = (2, 6, 12, 20), 24
+
+HIGH_RES_STRIDE = 32  # of a backbone's last map, in pixels: one cell of it for each patch of a view
+
 HEAD_WIDTH = 64  # nominal: the paper divides the wider of the two hidden sizes by 64 to count heads
 
 AUTO_MAP = {
@@ -66,13 +72,17 @@ class PheyeConfig(PreTrainedConfig):
         global_lora_rank, global_lora_alpha: LoRA set of the global view; rank 0 leaves it to the bare vision tower.
         local_lora_rank, local_lora_alpha: LoRA set of the crops.
         lora_dropout: dropout on the input of both LoRA sets while training.
+        high_res_vision_config: config (or its dict) of a backbone with stages, such as ConvNeXt's, that sees the whole
+            image at high resolution beside the vision transformer (after FILA, arXiv 2412.08378); None for no branch.
+        high_res_fusion_layers: before which layers of the vision transformer the maps of the backbone's last stages
+            join it, one each, ascending; by default FILA's, scaled to the transformer's depth.
 
     Raises:
         ValueError: if numbers contradict each other; the message names them.
     """
 
     model_type = "pheye"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "high_res_vision_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]  # Trainer's predictions: logits
     image_token_id = -1  # no token stands for the image; TRL's GRPO, RLOO and distillation keep this one from answers
 
@@ -87,6 +97,8 @@ class PheyeConfig(PreTrainedConfig):
     local_lora_rank: int = 16
     local_lora_alpha: float = 32.0
     lora_dropout: float = 0.05
+    high_res_vision_config: dict | PreTrainedConfig | None = None
+    high_res_fusion_layers: list[int] | tuple[int, ...] | None = None
 
     def __post_init__(self, **kwargs):
         for name in kwargs:
@@ -99,11 +111,21 @@ class PheyeConfig(PreTrainedConfig):
             self.text_config = phi_1_5_config()
         self.vision_config = _resolve(self.vision_config, "vision_config")
         self.text_config = _resolve(self.text_config, "text_config")
+        if self.high_res_vision_config is not None:
+            self.high_res_vision_config = _resolve(self.high_res_vision_config, "high_res_vision_config")
+            if self.high_res_fusion_layers is None:
+                depth = self.vision_config.num_hidden_layers
+                self.high_res_fusion_layers = sorted(
+                    {min(max(1, round(layer * depth / FILA_DEPTH)), depth - 1) for layer in FILA_LAYERS}
+                )
         super().__post_init__(**kwargs)
         # Both travel with every saved model, so that a fine-tuned one loads and runs in pipelines like its source.
         self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
         self.custom_pipelines = {**CUSTOM_PIPELINES, **(getattr(self, "custom_pipelines", None) or {})}
         self._check()
+        if self.high_res_vision_config is not None:
+            stages = self.high_res_vision_config.stage_names[-len(self.high_res_fusion_layers) :]
+            self.high_res_vision_config.out_features = stages
 
     @classmethod
     def from_variant(cls, variant: str, **kwargs) -> "PheyeConfig":
@@ -124,10 +146,20 @@ class PheyeConfig(PreTrainedConfig):
     @property
     def tokens_per_view(self) -> int:
         """Tokens that the vision tower gives for one view: patches, class token and register tokens."""
-        patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        patches = self.patches_per_side**2
         if self.vision_config.model_type in NO_CLASS_TOKEN:
             return patches
         return patches + 1 + getattr(self.vision_config, "num_register_tokens", 0)
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along each side of a view."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def high_res_tile_size(self) -> int | None:
+        """Pixels along each side of what the branch sees of a crop; None without a branch."""
+        return None if self.high_res_vision_config is None else HIGH_RES_STRIDE * self.patches_per_side
 
     @property
     def tokens_per_image(self) -> int:
@@ -160,7 +192,9 @@ class PheyeConfig(PreTrainedConfig):
     @property
     def modules_to_not_quantize(self) -> list[str]:
         """For transformers' quantization configs: full names of all but the language model's layers."""
-        parts = ("vision_tower", "global_lora", "local_lora", "view_encoding", "cross_attention_blocks")
+        parts = ["vision_tower", "global_lora", "local_lora", "view_encoding", "cross_attention_blocks"]
+        if self.high_res_vision_config is not None:
+            parts += ["high_res_tower", "fusion_blocks"]
         return [f"pheye.{name}" for name in (*parts, "language_model.lm_head")]
 
     @property
@@ -224,6 +258,35 @@ class PheyeConfig(PreTrainedConfig):
                 f"vision_config needs one integer image_size and one patch_size no larger than it; "
                 f"got image_size={image_size} and patch_size={patch_size}."
             )
+        self._check_branch()
+
+    def _check_branch(self):
+        """Raise ValueError where the high-resolution branch and its fusion layers contradict each other."""
+        layers = self.high_res_fusion_layers
+        if self.high_res_vision_config is None:
+            if layers:
+                raise ValueError(
+                    f"high_res_fusion_layers={layers} needs a branch: give high_res_vision_config, or leave them out."
+                )
+            return
+        depth = self.vision_config.num_hidden_layers
+        is_integers = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
+        if (
+            not layers
+            or not is_integers
+            or list(layers) != sorted(set(layers))
+            or not 1 <= layers[0] <= layers[-1] < depth
+        ):
+            raise ValueError(
+                f"high_res_fusion_layers={layers} must be ascending integers from 1 to {depth - 1}, since the vision "
+                f"transformer has {depth} layers."
+            )
+        stages = [name for name in self.high_res_vision_config.stage_names if name != "stem"]
+        if len(layers) > len(stages):
+            raise ValueError(
+                f"high_res_fusion_layers={layers} are {len(layers)}, but the backbone has {len(stages)} stages; name "
+                "no more layers than that."
+            )
 
 
 def learned_positions(text_config: PreTrainedConfig) -> int | None:
@@ -274,6 +337,13 @@ def phi_1_5_config() -> PhiConfig:
     )
 
 
+PARTS = {
+    "vision_config": "vision transformer",
+    "text_config": "causal language model",
+    "high_res_vision_config": "backbone with stages, such as ConvNeXt",
+}
+
+
 def _resolve(config: dict | PreTrainedConfig, name: str) -> PreTrainedConfig:
     """A sub-config as an object; where it holds a vision tower beside a text tower, the vision tower's."""
     if isinstance(config, dict):
@@ -289,12 +359,13 @@ def _resolve(config: dict | PreTrainedConfig, name: str) -> PreTrainedConfig:
     needed = {
         "vision_config": ("hidden_size", "num_hidden_layers", "image_size", "patch_size"),
         "text_config": ("hidden_size", "num_hidden_layers", "vocab_size"),
+        "high_res_vision_config": ("stage_names", "out_features"),
     }[name]
     missing = [number for number in needed if not hasattr(config, number)]
     if missing:
         raise ValueError(
             f"{name} is a {type(config).__name__}, which has no {', '.join(missing)}; give the config of a "
-            f"{'vision transformer' if name == 'vision_config' else 'causal language model'}, or its dict."
+            f"{PARTS[name]}, or its dict."
         )
     return config
 

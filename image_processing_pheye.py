@@ -17,6 +17,8 @@ require_version("transformers>=5.17.0", "Upgrade it: pip install --upgrade trans
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
     ChannelDimension,
@@ -38,6 +40,7 @@ UPRIGHT = {  # what undoes each orientation
     8: Image.Transpose.ROTATE_90,
 }
 REDUCED_JPEG_GAP = 2  # a JPEG decoded at reduced scale keeps at least this many times the pixels along each side
+HIGH_RES_OPTIONS = ("high_res_tile_size", "high_res_image_mean", "high_res_image_std")
 MOST_VIEW_PIXELS = 2**26  # of the enlarged image: 8192 x 8192
 LARGEST_VALUE = 1e4  # no vision tower is trained on values that come near
 DEEPEST_LIST = 8
@@ -68,6 +71,15 @@ def crop_boxes(tiles_per_side: int, height: int, width: int) -> list[tuple[int, 
     ]
 
 
+def cut_crops(
+    image: Image.Image, tiles_per_side: int, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC
+) -> list[np.ndarray]:
+    """The k x k crops of an RGB image that is brought to k * `size` (height, width), each (height, width, 3)."""
+    height, width = size
+    enlarged = np.asarray(resize(image, (width * tiles_per_side, height * tiles_per_side), resample))
+    return [enlarged[top:bottom, left:right] for left, top, right, bottom in crop_boxes(tiles_per_side, height, width)]
+
+
 def cut_views(
     image: Image.Image, tiles_per_side: int, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC
 ) -> np.ndarray:
@@ -77,11 +89,7 @@ def cut_views(
     """
     height, width = size
     global_view = np.asarray(resize(image, (width, height), resample))
-    enlarged = np.asarray(resize(image, (width * tiles_per_side, height * tiles_per_side), resample))
-    crops = [
-        enlarged[top:bottom, left:right] for left, top, right, bottom in crop_boxes(tiles_per_side, height, width)
-    ]
-    return np.stack([global_view, *crops])
+    return np.stack([global_view, *cut_crops(image, tiles_per_side, size, resample)])
 
 
 def to_rgb(image: "Image.Image | np.ndarray | torch.Tensor", input_data_format: str | None = None) -> Image.Image:
@@ -241,15 +249,24 @@ def _check_depth(depth: int):
 class PheyeImageProcessorKwargs(ImagesKwargs, total=False):
     """
     tiles_per_side (`int`, *optional*): k, the number of crops along each side of the image.
+    high_res_tile_size (`int`, *optional*): pixels along each side of a tile for the model's high-resolution branch; a
+        tile shows what a crop shows. None where the model has no branch.
+    high_res_image_mean, high_res_image_std (`list[float]`, *optional*): those of the branch's own preprocessor.
     sources (`str` or `os.PathLike`, *optional*): what may be opened; see `load_image`. It is not saved.
     """
 
     tiles_per_side: int
+    high_res_tile_size: int | None
+    high_res_image_mean: list[float] | None
+    high_res_image_std: list[float] | None
     sources: str | os.PathLike
 
 
 class PheyeImageProcessor(PilBackend):
     """Turns images into `pixel_values` (B, 1 + k * k, 3, height, width), float32: global view, then crops by column.
+
+    With `high_res_tile_size` T also into `high_res_pixel_values` (B, k * k, 3, T, T): the whole image at k * T pixels
+    a side, as tiles in the crops' order. Both are resized from the original; an image that is smaller is enlarged.
 
     `size` is that of one view; `image_mean` and `image_std` are those of the vision tower's own preprocessor. An image
     may be a path, a URL, base64 text, encoded bytes, a PIL image, an array or a tensor; see `to_rgb` for modes.
@@ -269,6 +286,9 @@ class PheyeImageProcessor(PilBackend):
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
+    high_res_tile_size = None
+    high_res_image_mean = IMAGENET_DEFAULT_MEAN
+    high_res_image_std = IMAGENET_DEFAULT_STD
     do_resize = True
     do_rescale = True
     do_normalize = True
@@ -281,9 +301,16 @@ class PheyeImageProcessor(PilBackend):
         options = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
         self._validate_preprocess_kwargs(**self._standardize_kwargs(**options))
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that images become."""
+        return ["pixel_values"] + ["high_res_pixel_values"] * (self.high_res_tile_size is not None)
+
     def to_dict(self) -> dict:
-        """What is saved: all but `sources`, which is a matter of the machine and not of the model."""
-        return {name: value for name, value in super().to_dict().items() if name != "sources"}
+        """What is saved: all but `sources`, which is a matter of the machine and not of the model, and settings of a
+        branch where there is none."""
+        left_out = ("sources",) if self.high_res_tile_size is not None else ("sources", *HIGH_RES_OPTIONS)
+        return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
     def fetch_images(self, images, depth: int = 0):
         """Every path, URL, base64 text or bytes in `images` opened; nesting and everything else stays as it is."""
@@ -291,34 +318,49 @@ class PheyeImageProcessor(PilBackend):
             _check_depth(depth)
             return _map(partial(self.fetch_images, depth=depth + 1), images)
         if isinstance(images, (str, bytes, os.PathLike)):
-            return load_image(images, self._least_side(self.tiles_per_side, self.size), self.sources)
+            return load_image(
+                images, self._least_side(self.tiles_per_side, self.size, self.high_res_tile_size), self.sources
+            )
         return images
 
-    def _least_side(self, tiles_per_side: int, size: SizeDict) -> int | None:
-        return REDUCED_JPEG_GAP * tiles_per_side * max(size.height, size.width) if self.reduce_jpegs else None
+    def _least_side(self, tiles_per_side: int, size: SizeDict, high_res_tile_size: int | None) -> int | None:
+        side = max(size.height, size.width, high_res_tile_size or 0)
+        return REDUCED_JPEG_GAP * tiles_per_side * side if self.reduce_jpegs else None
 
     def _validate_preprocess_kwargs(
-        self, size: SizeDict, tiles_per_side: int, sources: str | os.PathLike = "any", **kwargs
+        self,
+        size: SizeDict,
+        tiles_per_side: int,
+        high_res_tile_size: int | None = None,
+        high_res_image_mean: list[float] | None = None,
+        high_res_image_std: list[float] | None = None,
+        sources: str | os.PathLike = "any",
+        **kwargs,
     ):
         check_sources(sources)
         _check_shape(tiles_per_side, size)
         _check_meaning(**kwargs)
         super()._validate_preprocess_kwargs(size=size, **kwargs)
         _check_numbers(**kwargs)
+        if high_res_tile_size is not None:
+            _check_shape(tiles_per_side, SizeDict(height=high_res_tile_size, width=high_res_tile_size))
+            _check_numbers(**{**kwargs, "image_mean": high_res_image_mean, "image_std": high_res_image_std})
 
     def _preprocess_image_like_inputs(self, images, *args, return_tensors=None, **options) -> BatchFeature:
         """Each image goes all the way to its views by itself, so that a thread holds one whole image at a time."""
         found = _flatten(images)
 
-        def views_of(place: int) -> np.ndarray:
+        def inputs_of(place: int) -> dict[str, np.ndarray]:
             image = found[place]
             has_name = len(found) == 1 or isinstance(image, (str, os.PathLike))
             with naming(image, "" if has_name else f"Image {place + 1} of {len(found)}: "):
-                return self.pixels_of(image, **options)
+                return self.inputs_of(image, **options)
 
-        return BatchFeature({"pixel_values": _map(views_of, range(len(found)))}, tensor_type=return_tensors)
+        rows = _map(inputs_of, range(len(found)))
+        names = rows[0] if rows else self.model_input_names
+        return BatchFeature({name: [row[name] for row in rows] for name in names}, tensor_type=return_tensors)
 
-    def pixels_of(
+    def inputs_of(
         self,
         image,
         tiles_per_side: int,
@@ -331,21 +373,33 @@ class PheyeImageProcessor(PilBackend):
         image_std: tuple[float, ...],
         input_data_format: str | None,
         sources: str | os.PathLike,
+        high_res_tile_size: int | None = None,
+        high_res_image_mean: tuple[float, ...] | None = None,
+        high_res_image_std: tuple[float, ...] | None = None,
         **kwargs,
-    ) -> np.ndarray:
-        """The views of one image, whatever it is given as: (V, 3, H, W), float32."""
-        columns = tiles_per_side * size.width
+    ) -> dict[str, np.ndarray]:
+        """What one image becomes, whatever it is given as: (V, 3, H, W) and, for a branch, (k * k, 3, T, T)."""
+
+        def to_pixels(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+            views = np.ascontiguousarray(views.transpose(0, 3, 1, 2)).astype(np.float32)  # (V, 3, H, W)
+            if do_rescale:
+                views /= np.float32(1 / rescale_factor)  # value / 255, which rounds better than value * (1 / 255)
+            if do_normalize:
+                views -= np.array(mean, np.float32)[:, None, None]
+                views /= np.array(std, np.float32)[:, None, None]
+            return views
+
+        columns = tiles_per_side * max(size.width, high_res_tile_size or 0)
         if isinstance(image, (str, bytes, os.PathLike)):
-            image = open_image(image, self._least_side(tiles_per_side, size), sources, columns)
+            least_side = self._least_side(tiles_per_side, size, high_res_tile_size)
+            image = open_image(image, least_side, sources, columns)
         image = upright_rgb(image, input_data_format, columns)
         views = cut_views(image, tiles_per_side, (size.height, size.width), resample)  # (V, H, W, 3)
-        views = np.ascontiguousarray(views.transpose(0, 3, 1, 2)).astype(np.float32)  # (V, 3, H, W)
-        if do_rescale:
-            views /= np.float32(1 / rescale_factor)  # value / 255, which rounds better than value * (1 / 255)
-        if do_normalize:
-            views -= np.array(image_mean, np.float32)[:, None, None]
-            views /= np.array(image_std, np.float32)[:, None, None]
-        return views
+        inputs = {"pixel_values": to_pixels(views, image_mean, image_std)}
+        if high_res_tile_size is not None:
+            tiles = np.stack(cut_crops(image, tiles_per_side, (high_res_tile_size,) * 2, resample))
+            inputs["high_res_pixel_values"] = to_pixels(tiles, high_res_image_mean, high_res_image_std)
+        return inputs
 
 
 # --- Options that can only be mistakes ---

@@ -6,6 +6,7 @@ Shapes: B images, V views per image, N tokens (of one view, or of all views of a
 questions, beams or samples of one image are adjacent), T text tokens, H heads, D width.
 """
 
+import copy
 import functools
 import math
 import os
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -44,15 +46,24 @@ from .blocks_pheye import (
     image_caches,
     text_in,
 )
-from .configuration_pheye import PheyeConfig, learned_positions
-from .vision_pheye import PheyeLora, PheyeViewEncoding, add_view_lora, last_norms
+from .configuration_pheye import HIGH_RES_STRIDE, PheyeConfig, learned_positions
+from .vision_pheye import (
+    PheyeFusionBlock,
+    PheyeLora,
+    PheyeViewEncoding,
+    add_view_lora,
+    join_tiles,
+    last_norms,
+    view_maps,
+)
 
 if TYPE_CHECKING:  # never run, but it makes every saved model carry these files too
     from .image_processing_pheye import PheyeImageProcessor  # noqa: F401
     from .pipeline_pheye import PheyeImageToTextPipeline  # noqa: F401
     from .processing_pheye import PheyeProcessor  # noqa: F401
 
-IMAGE_INPUTS = ("pixel_values", "image_hidden_states")
+PIXELS = ("pixel_values", "high_res_pixel_values")
+IMAGE_INPUTS = (*PIXELS, "image_hidden_states")
 MEDIA = ("pixel", "image", "video", "audio", "input_features")  # how names of inputs begin that text models pass over
 
 logger = logging.get_logger(__name__)
@@ -90,48 +101,78 @@ class PheyeCausalLMOutputWithPast(CausalLMOutputWithPast):
 # --- What is put between layers ---
 
 # What the hooks amount to:
+#     for l, layer in enumerate(vision layers):
+#         x = fuse[l](x, maps) if l in high_res_fusion_layers else x
+#         x = layer(x)
 #     for l, layer in enumerate(text layers):
 #         h = block[l](h, image) if l in cross_attention_layers else h
 #         h = layer(h)
-# They leave the language model's names, tensor-parallel plan and initialisation alone, and any family will do.
+# They leave both models' names, tensor-parallel plan and initialisation alone, and any family will do.
 
 CALL = "pheye_call"  # the keyword that carries a `Call` to the layers
 
 
 class Call:
-    """What one call gives to the steps before layers, and what these give back.
+    """What one call of a tower gives to the steps before its layers, and what these give back.
 
-    It travels as a keyword through the language model's layers, so that nothing about a call is left on a module and
-    threads may share a model. No dataclass: FSDP copies those on the way, and what steps give back would be lost.
+    It travels as a keyword to the layers, so that nothing about a call is left on a module and threads may share a
+    model. No dataclass: FSDP copies those on the way, and what steps give back would be lost.
     """
+
+    kind: str  # of tower
+    steps: str  # their name, and what they see
+
+    def __init__(self, tower: PreTrainedModel, steps_due: int):
+        self.tower, self.steps_due, self.steps_run = type(tower).__name__, steps_due, 0
+
+    def check(self):
+        """Some models drop keywords on the way to their layers, and the image with them; refuse those."""
+        if self.steps_run < self.steps_due:
+            raise ValueError(
+                f"{self.tower} cannot be Pheye's {self.kind}: it does not pass keyword arguments on to its layers, so "
+                f"{self.steps_due - self.steps_run} of {self.steps_due} {self.steps}."
+            )
+
+
+class ViewCall(Call):
+    """Of the vision tower: `maps`, one (B * V, G * G, C) per fusion block."""
+
+    kind, steps = "vision tower", "fusion blocks did not see the high-resolution image"
+
+    def __init__(self, tower: PreTrainedModel, maps: list[torch.Tensor]):
+        super().__init__(tower, steps_due=len(maps))
+        self.maps = maps
+
+
+class TextCall(Call):
+    """Of the language model: features and caches of the image; the blocks' weights come back."""
+
+    kind, steps = "language model", "cross-attention blocks did not see the image"
 
     def __init__(
         self,
+        tower: PreTrainedModel,
+        steps_due: int,
         image_hidden_states: torch.Tensor | None,
         image_caches: list[PheyeImageCache] | None,
         cache: Cache | None,
         use_cache: bool,
-        has_image: bool,
         output_cross_attentions: bool,
-        steps_due: int,
-        language_model: str,
     ):
+        super().__init__(tower, steps_due)
         # What goes in.
         self.image_hidden_states = image_hidden_states
         self.image_caches = image_caches
         self.cache = cache
         self.use_cache = use_cache
-        self.has_image = has_image
         self.output_cross_attentions = output_cross_attentions
-        self.steps_due = steps_due
-        self.language_model = language_model
         # What comes out.
         self.cross_attentions: list[torch.Tensor] = []
-        self.steps_run = 0
 
     def keywords(self) -> dict:
         """What the language model is called with beside its text: the cache and, where there is an image, this."""
-        carried = {CALL: self} if self.has_image else {}
+        in_cache = bool(self.image_caches and self.image_caches[0].is_initialized)
+        carried = {CALL: self} if self.image_hidden_states is not None or in_cache else {}
         return {"use_cache": self.use_cache, CACHE: self.cache, **carried}
 
     def outputs(self) -> dict:
@@ -140,15 +181,6 @@ class Call:
             "cross_attentions": tuple(self.cross_attentions) or None,
             "image_hidden_states": self.image_hidden_states,
         }
-
-    def check(self):
-        """Some language models drop keywords on the way to their layers, and the image with them; refuse those."""
-        if self.steps_run < self.steps_due:
-            raise ValueError(
-                f"{self.language_model} cannot be Pheye's language model: it does not pass keyword arguments on to "
-                f"its layers, so {self.steps_due - self.steps_run} of {self.steps_due} cross-attention blocks did not "
-                "see the image."
-            )
 
 
 Step = Callable[[int, torch.Tensor, Call], torch.Tensor]
@@ -211,7 +243,7 @@ class PheyePreTrainedModel(PreTrainedModel):
     base_model_prefix = "pheye"  # not "model": transformers 5.23 renames `model.language_model.model` on loading
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PheyeCrossAttentionBlock", "PheyeViewEncoding", "PheyeLora"]
+    _no_split_modules = ["PheyeCrossAttentionBlock", "PheyeFusionBlock", "PheyeViewEncoding", "PheyeLora"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -222,7 +254,13 @@ class PheyePreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs):
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
         if enable:
-            put_before_checkpoints(self.base_model.decoder_layers(), self.base_model.run_block)
+            self.base_model.put_before_all(put_before_checkpoints)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+        if isinstance(attn_implementation, str):  # of all parts but the branch: most backbones refuse any but eager
+            parts = dict.fromkeys(("", "vision_config", "text_config"), attn_implementation)
+            attn_implementation = {**parts, "high_res_vision_config": "eager"}
+        super().set_attn_implementation(attn_implementation, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, *args, **kwargs):
@@ -252,10 +290,30 @@ class PheyePreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear):
             depth = max(self.config.text_config.num_hidden_layers, 36)
             scale = math.sqrt(2 * depth) if getattr(module, "ends_residual", False) else 1
-            init.normal_(module.weight, std=0.01 / scale)
+            init.normal_(module.weight, std=0 if getattr(module, "starts_at_zero", False) else 0.01 / scale)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.02)
+
+
+def check_grids(config: PheyeConfig) -> list[int]:
+    """Channels of the maps that the branch gives to each fusion block.
+
+    Raises:
+        ValueError: if its last map has not one cell per patch of a view, or another does not divide into patches.
+    """
+    size, patches = config.high_res_tile_size, config.patches_per_side
+    with torch.device("meta"):
+        backbone = AutoBackbone.from_config(copy.deepcopy(config.high_res_vision_config), attn_implementation="eager")
+        maps = backbone(torch.empty(1, 3, size, size)).feature_maps
+    grids = [tuple(one.shape[-2:]) for one in maps]
+    if grids[-1] != (patches, patches) or any(side % patches for grid in grids for side in grid):
+        raise ValueError(
+            f"The backbone's last map has {grids[-1][0]} x {grids[-1][1]} cells for a tile of {size} pixels, but a "
+            f"view has {patches} x {patches} patches (all maps: {grids}); take a backbone whose last stride is "
+            f"{HIGH_RES_STRIDE}."
+        )
+    return [one.shape[1] for one in maps]
 
 
 class PheyeModel(PheyePreTrainedModel):
@@ -272,6 +330,7 @@ class PheyeModel(PheyePreTrainedModel):
         config: PheyeConfig,
         vision_tower: PreTrainedModel | None = None,
         language_model: PreTrainedModel | None = None,
+        high_res_tower: PreTrainedModel | None = None,
     ):
         super().__init__(config)
         dtype = torch.get_default_dtype()  # one for all parts, whatever their own configs were saved with
@@ -283,18 +342,47 @@ class PheyeModel(PheyePreTrainedModel):
         self.cross_attention_blocks = nn.ModuleList(
             PheyeCrossAttentionBlock(config) for _ in config.cross_attention_layers
         )
+        self.high_res_tower = self.fusion_blocks = None
+        if config.high_res_vision_config is not None:
+            channels = check_grids(config)
+            self.high_res_tower = high_res_tower or AutoBackbone.from_config(
+                config.high_res_vision_config, dtype=dtype, attn_implementation="eager"
+            )
+            self.fusion_blocks = nn.ModuleList(
+                PheyeFusionBlock(config.vision_config.hidden_size, channels) for channels in channels
+            )
+            self._fusion_before = {layer: block for block, layer in enumerate(config.high_res_fusion_layers)}
         self._block_before = {layer: block for block, layer in enumerate(config.cross_attention_layers)}
         self._adapt_vision_tower()
-        put_before(self.decoder_layers(), self.run_block)
+        self.put_before_all(put_before)
         self._hooked = [self]  # whom the hooks call; in a list, so that it is no part of itself
         self.post_init()
 
+    def put_before_all(self, put: Callable[[nn.ModuleList, Step], None]):
+        """`put` the steps before the layers of both towers."""
+        put(self.decoder_layers(), self.run_block)
+        if self.high_res_tower is not None:
+            put(self.vision_layers(), self.run_fusion)
+
+    def train(self, mode: bool = True) -> "PheyeModel":
+        """A frozen branch stays as it was trained: no statistics move in it, and nothing is dropped."""
+        super().train(mode)
+        if self.high_res_tower is not None and not any(
+            part.requires_grad for part in self.high_res_tower.parameters()
+        ):
+            self.high_res_tower.eval()
+        return self
+
     # --- Image: views through the vision tower ---
+
+    def vision_layers(self) -> nn.ModuleList:
+        """The vision tower's layers."""
+        return transformer_layers(self.vision_tower, self.config.vision_config.num_hidden_layers, "vision tower")
 
     def _adapt_vision_tower(self):
         """Give LoRA to the patch embedding and to all linears of the encoder layers, and read out the last layer."""
         config, tower = self.config, self.vision_tower
-        layers = transformer_layers(tower, config.vision_config.num_hidden_layers, "vision tower")
+        layers = self.vision_layers()
         adapted = {module for module in layers.modules() if isinstance(module, nn.Linear)}
         adapted.add(next(module for module in tower.modules() if isinstance(module, nn.Conv2d)))
         for name, module in tower.named_modules():
@@ -341,12 +429,57 @@ class PheyeModel(PheyePreTrainedModel):
                 '`modules_to_not_quantize` of this model\'s config ("pheye.vision_tower" and others).'
             )
 
-    def encode_views(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
+    def run_fusion(self, layer: int, hidden_states: torch.Tensor, call: ViewCall) -> torch.Tensor:
+        """The step before each layer of the vision tower: the fusion block that stands there, if one does."""
+        block = self._fusion_before.get(layer)
+        if block is None:
+            return hidden_states
+        call.steps_run += 1
+        return self.fusion_blocks[block](hidden_states, call.maps[block])
+
+    def encode_high_res(self, high_res_pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """The branch on whole images: for each fusion block what each view shows of its map, (B * V, G * G, C).
+
+        Args:
+            high_res_pixel_values: (B, k * k, 3, T, T), the image as tiles in the crops' order.
+
+        Raises:
+            ValueError: if they have another rank, number of tiles or size.
+        """
+        config = self.config
+        size, tiles = config.high_res_tile_size, config.tiles_per_side
+        shape = tuple(high_res_pixel_values.shape)
+        if shape[1:] != (tiles * tiles, 3, size, size):
+            raise ValueError(
+                f"high_res_pixel_values has shape {shape}, but this model takes (images, {tiles * tiles}, 3, {size}, "
+                f"{size}): {tiles} x {tiles} tiles of {size} pixels. Make it with this model's own processor."
+            )
+        maps = self.high_res_tower(join_tiles(high_res_pixel_values)).feature_maps
+        return [view_maps(whole, tiles, config.patches_per_side) for whole in maps]
+
+    def _view_call(self, images: int, high_res_pixel_values: torch.Tensor | None) -> dict:
+        """What the vision tower is called with beside its pixels."""
+        if self.high_res_tower is None:
+            if high_res_pixel_values is not None:
+                raise ValueError("high_res_pixel_values is given, but this model has no high-resolution branch.")
+            return {}
+        if high_res_pixel_values is None or len(high_res_pixel_values) != images:
+            found = "is missing" if high_res_pixel_values is None else f"holds {len(high_res_pixel_values)} images"
+            raise ValueError(
+                f"high_res_pixel_values {found}, but this model's branch needs it for {images}. Make it with this "
+                "model's own processor."
+            )
+        return {CALL: ViewCall(self.vision_tower, self.encode_high_res(high_res_pixel_values))}
+
+    def encode_views(
+        self, pixel_values: torch.Tensor, high_res_pixel_values: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutput:
         """The vision tower on all views at once, each with the LoRA set of its kind (section 2.2): what the view
         encoding begins with, and all that depends on the image alone while LoRA does not train.
 
         Args:
             pixel_values: (B, V, 3, height, width), global view first.
+            high_res_pixel_values: (B, k * k, 3, T, T), where the model has a branch: the image as tiles.
 
         Returns:
             `last_hidden_state` (B * V, N, D), and what else the tower gives on request.
@@ -365,7 +498,10 @@ class PheyeModel(PheyePreTrainedModel):
         if not torch.compiler.is_compiling():
             self._check_hooks()
             self._check_lora()
-        outputs = self.vision_tower(pixel_values.flatten(0, 1), return_dict=True, **kwargs)
+        carried = self._view_call(len(pixel_values), high_res_pixel_values)
+        outputs = self.vision_tower(pixel_values.flatten(0, 1), return_dict=True, **carried, **kwargs)
+        if carried:
+            carried[CALL].check()
         tokens = outputs.last_hidden_state.shape[1]
         if tokens != self.config.tokens_per_view:
             raise ValueError(
@@ -375,11 +511,14 @@ class PheyeModel(PheyePreTrainedModel):
         return outputs
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, high_res_pixel_values: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """Encode images: `encode_views`, then the view encoding.
 
         Args:
             pixel_values: (B, V, 3, height, width), global view first.
+            high_res_pixel_values: (B, k * k, 3, T, T), where the model has a branch: the image as tiles.
 
         Returns:
             `last_hidden_state` (B, V * N, D); with `output_hidden_states` and `output_attentions` also the vision
@@ -388,7 +527,7 @@ class PheyeModel(PheyePreTrainedModel):
         Raises:
             ValueError: if `pixel_values` has another rank, number of views or size.
         """
-        outputs = self.encode_views(pixel_values, **kwargs)
+        outputs = self.encode_views(pixel_values, high_res_pixel_values, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=self.view_encoding(outputs.last_hidden_state),
             hidden_states=outputs.hidden_states,
@@ -401,7 +540,7 @@ class PheyeModel(PheyePreTrainedModel):
         """The language model's layers."""
         return transformer_layers(self.language_model, self.config.text_config.num_hidden_layers, "language model")
 
-    def run_block(self, layer: int, hidden_states: torch.Tensor, call: Call) -> torch.Tensor:
+    def run_block(self, layer: int, hidden_states: torch.Tensor, call: TextCall) -> torch.Tensor:
         """The step before each layer of the language model: the block that stands there, if one does."""
         block = self._block_before.get(layer)
         if block is None:
@@ -421,7 +560,11 @@ class PheyeModel(PheyePreTrainedModel):
         return image_caches(cache, self.config.text_config.num_hidden_layers, len(self.cross_attention_blocks))
 
     def image_features(
-        self, pixel_values: torch.Tensor | None, image_hidden_states: torch.Tensor | None, cache: Cache | None
+        self,
+        pixel_values: torch.Tensor | None,
+        high_res_pixel_values: torch.Tensor | None,
+        image_hidden_states: torch.Tensor | None,
+        cache: Cache | None,
     ) -> torch.Tensor | None:
         """The features (B, N, D) of the image that a call is given, if it is: as pixels, or encoded beforehand.
 
@@ -429,12 +572,14 @@ class PheyeModel(PheyePreTrainedModel):
             ValueError: if both are given, if the features are not of this model's shape, or if `cache` holds text
                 that was read without an image.
         """
+        if pixel_values is None and high_res_pixel_values is not None:
+            raise ValueError("high_res_pixel_values is given without pixel_values; give both.")
         if pixel_values is None and image_hidden_states is None:
             return None
         if cache is not None and not torch.compiler.is_compiling():
             check_no_text_without_image(cache, self.image_caches(cache))
         if image_hidden_states is None:
-            return self.get_image_features(pixel_values, return_dict=True).last_hidden_state
+            return self.get_image_features(pixel_values, high_res_pixel_values, return_dict=True).last_hidden_state
         if pixel_values is not None:
             raise ValueError("Give one of pixel_values and image_hidden_states, not both.")
         tokens, width = self.config.tokens_per_image, self.config.vision_config.hidden_size
@@ -449,12 +594,13 @@ class PheyeModel(PheyePreTrainedModel):
         self,
         text: torch.Tensor,
         pixel_values: torch.Tensor | None,
+        high_res_pixel_values: torch.Tensor | None,
         image_hidden_states: torch.Tensor | None,
         cache: Cache | None,
         use_cache: bool | None,
         output_cross_attentions: bool | None,
         others: dict,
-    ) -> Call:
+    ) -> TextCall:
         """What a call of the language model on this text (ids or embeddings), and on the image of this call or of its
         cache, begins with. `others` are the arguments that go on to the language model.
 
@@ -462,7 +608,7 @@ class PheyeModel(PheyePreTrainedModel):
             ValueError: if text and image do not fit each other or the model.
         """
         self._check_arguments(text, cache, others)
-        image_hidden_states = self.image_features(pixel_values, image_hidden_states, cache)
+        image_hidden_states = self.image_features(pixel_values, high_res_pixel_values, image_hidden_states, cache)
         if image_hidden_states is not None and (not len(image_hidden_states) or len(text) % len(image_hidden_states)):
             raise ValueError(
                 f"There are {len(text)} rows of text for {len(image_hidden_states)} images; give each image the same "
@@ -479,15 +625,14 @@ class PheyeModel(PheyePreTrainedModel):
             wanted = self.config.output_attentions if wanted is None else wanted
             output_cross_attentions = wanted and self.config._attn_implementation == "eager"
         skips_layers = self.training and getattr(self.config.text_config, "layerdrop", 0) > 0
-        return Call(
+        return TextCall(
+            self.language_model,
+            len(self.cross_attention_blocks) if has_image and not skips_layers else 0,
             image_hidden_states,
             caches,
             cache,
             use_cache,
-            has_image,
             output_cross_attentions,
-            steps_due=len(self.cross_attention_blocks) if has_image and not skips_layers else 0,
-            language_model=type(self.language_model).__name__,
         )
 
     def _check_arguments(self, text: torch.Tensor, cache: Cache | None, others: dict):
@@ -525,12 +670,14 @@ class PheyeModel(PheyePreTrainedModel):
         image_hidden_states: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_cross_attentions: bool | None = None,
+        high_res_pixel_values: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PheyeModelOutputWithPast:
         """Hidden states of text that may have an image; for the arguments see `PheyeForConditionalGeneration`."""
         call = self.prepare(
             given_text(input_ids, inputs_embeds),
             pixel_values,
+            high_res_pixel_values,
             image_hidden_states,
             cache,
             use_cache,
@@ -570,13 +717,19 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained_parts(
-        cls, vision: str | os.PathLike, language_model: str | os.PathLike, dtype: torch.dtype | None = None, **config
+        cls,
+        vision: str | os.PathLike,
+        language_model: str | os.PathLike,
+        high_res: str | os.PathLike | None = None,
+        dtype: torch.dtype | None = None,
+        **config,
     ) -> "PheyeForConditionalGeneration":
         """An untrained Pheye from a pretrained vision transformer and language model, each held in memory once.
 
         Args:
             vision: folder or Hub id of a vision transformer, or of a model such as CLIP that also has a text tower.
             language_model: folder or Hub id of a causal language model.
+            high_res: folder or Hub id of a backbone for the high-resolution branch, such as ConvNeXt.
             dtype: of all parts; by default that in which the language model was saved.
             config: fields of `PheyeConfig`, such as `tiles_per_side`.
         """
@@ -585,10 +738,19 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         vision_tower = AutoModel.from_pretrained(
             vision, config=getattr(vision_config, "vision_config", vision_config), dtype=language_model.dtype
         )
+        if high_res is not None:
+            config["high_res_vision_config"] = AutoConfig.from_pretrained(high_res)
         config = cls.config_class(vision_config=vision_tower.config, text_config=language_model.config, **config)
-        model = cls._from_config(
-            config, dtype=language_model.dtype, vision_tower=vision_tower, language_model=language_model
-        )
+        parts = {"vision_tower": vision_tower, "language_model": language_model}
+        if high_res is not None:
+            # Not by `AutoBackbone.from_pretrained`, which takes Hub ids but no folders.
+            with torch.device("meta"):
+                backbone = type(AutoBackbone.from_config(copy.deepcopy(config.high_res_vision_config)))
+            parts["high_res_tower"] = backbone.from_pretrained(
+                high_res, config=config.high_res_vision_config, dtype=language_model.dtype
+            )
+            config.high_res_vision_config = parts["high_res_tower"].config  # one object, as of the other parts
+        model = cls._from_config(config, dtype=language_model.dtype, **parts)
         # Making the config has cleared this setting of the parts, and their masks go by it.
         model.set_attn_implementation(model.config._attn_implementation)
         model.generation_config = language_model.generation_config
@@ -605,9 +767,11 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.pheye.language_model.set_output_embeddings(new_embeddings)
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, high_res_pixel_values: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """See `PheyeModel.get_image_features`."""
-        return self.pheye.get_image_features(pixel_values, **kwargs)
+        return self.pheye.get_image_features(pixel_values, high_res_pixel_values, **kwargs)
 
     @takes_cache
     @can_return_tuple
@@ -623,6 +787,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_cross_attentions: bool | None = None,
+        high_res_pixel_values: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PheyeCausalLMOutputWithPast:
@@ -632,6 +797,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
             input_ids: (R, T); R is a multiple of the number of images, rows of one image adjacent. Without an image,
                 here or in the cache, this is the bare language model.
             pixel_values: (B, V, 3, height, width), from the processor.
+            high_res_pixel_values: (B, k * k, 3, T, T), from the processor, where the model has a branch.
             image_hidden_states: (B, N, D), from `get_image_features`, in place of `pixel_values`.
             labels: (R, T), -100 where there is nothing to learn.
             output_cross_attentions: give the blocks' weights; for this call they attend eagerly, and the language
@@ -649,6 +815,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         call = self.pheye.prepare(
             given_text(input_ids, inputs_embeds),
             pixel_values,
+            high_res_pixel_values,
             image_hidden_states,
             cache,
             use_cache,

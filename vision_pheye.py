@@ -1,13 +1,19 @@
-"""How an image is seen: which views are which, LoRA for each kind of view, and the encoding that tells views apart.
+"""How an image is seen: which views are which, LoRA for each kind of view, the encoding that tells views apart, and
+the maps of a high-resolution branch that are fused into views.
 
-Source: "Efficient Architectures for High Resolution Vision-Language Models", arXiv 2501.02584, section 2.2.
+Sources: "Efficient Architectures for High Resolution Vision-Language Models", arXiv 2501.02584, section 2.2; the
+branch is after "FILA: Fine-Grained Vision Language Models", arXiv 2412.08378, whose details are not all known.
 
-Shapes: B images, V views per image (the global view first), N tokens of a view, D width.
+Shapes: B images, V views per image (the global view first), N tokens of a view, D width, k crops along each side of
+an image, G patches along each side of a view, C channels of a map.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_pheye import PheyeConfig
 
@@ -146,3 +152,46 @@ class PheyeViewEncoding(nn.Module):
         hidden_states = join_views(self.global_norm(global_view), self.local_norm(crops)).unflatten(0, (-1, views))
         vectors = self.view_embedding(torch.arange(views, device=hidden_states.device))  # (V, D)
         return (hidden_states + vectors[:, None]).flatten(1, 2)
+
+
+# --- The high-resolution branch (after FILA) ---
+
+
+def join_tiles(tiles: torch.Tensor) -> torch.Tensor:
+    """Tiles (B, k * k, C, T, T), column by column, to whole images (B, C, k * T, k * T)."""
+    side = math.isqrt(tiles.shape[1])
+    tiles = tiles.unflatten(1, (side, side))  # (B, columns, rows, C, T, T)
+    return tiles.permute(0, 3, 2, 4, 1, 5).flatten(4, 5).flatten(2, 3)
+
+
+def view_maps(whole: torch.Tensor, tiles_per_side: int, patches: int) -> torch.Tensor:
+    """What of a map (B, C, k * S, k * S) of the whole image each view shows, as means over its patches.
+
+    The global view shows all of it, a crop its window; no mean crosses a window's border.
+
+    Returns: (B * V, G * G, C), in the views' order.
+    """
+    global_view = F.avg_pool2d(whole, whole.shape[-1] // patches)[:, None]  # (B, 1, C, G, G)
+    fine = F.avg_pool2d(whole, whole.shape[-1] // (tiles_per_side * patches))  # (B, C, k * G, k * G)
+    crops = fine.unflatten(-1, (tiles_per_side, patches)).unflatten(2, (tiles_per_side, patches))
+    crops = crops.permute(0, 4, 2, 1, 3, 5).flatten(1, 2)  # (B, columns * rows, C, G, G)
+    return join_views(global_view, crops).flatten(2).transpose(1, 2)
+
+
+class PheyeFusionBlock(GradientCheckpointingLayer):
+    """Joins a map of the branch to the states of all views: both normed, concatenated along channels, and brought back
+    to the vision tower's width by an MLP whose result is added. Class and register tokens stay as they are."""
+
+    def __init__(self, size: int, channels: int):
+        super().__init__()
+        self.state_norm = nn.LayerNorm(size, eps=1e-5)  # apart, because some channels of a ViT are huge
+        self.map_norm = nn.LayerNorm(channels, eps=1e-5)
+        self.mlp_in = nn.Linear(size + channels, size)
+        self.mlp_out = nn.Linear(size, size)
+        self.mlp_out.starts_at_zero = True  # a new branch changes nothing
+
+    def forward(self, hidden_states: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """hidden_states (B * V, N, D), maps (B * V, G * G, C): the new states (B * V, N, D)."""
+        prefix, patches = hidden_states.split([hidden_states.shape[1] - maps.shape[1], maps.shape[1]], dim=1)
+        joined = torch.cat([self.state_norm(patches), self.map_norm(maps)], dim=-1)  # (B * V, G * G, D + C)
+        return torch.cat([prefix, patches + self.mlp_out(F.gelu(self.mlp_in(joined)))], dim=1)
