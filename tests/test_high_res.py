@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor, PheyeModel, PheyeProcessor
+from pheye.training.trained import choose_trained
 from pheye.vision_pheye import PheyeFusionBlock, join_tiles, view_maps
 
 from tiny import (
@@ -134,6 +135,12 @@ def test_gradients_begin_at_the_last_linear_and_none_reach_a_frozen_tower():
     optimizer.step()
     assert reached() == {name for name, _ in hybrid.pheye.fusion_blocks[0].named_parameters()}
     assert all(parameter.grad is None for parameter in hybrid.pheye.high_res_tower.parameters())
+
+
+def test_fusion_blocks_train_and_the_branch_only_if_asked():
+    parts = {name.split(".")[1] for name in choose_trained(hybrid_model())}
+    assert parts == {"cross_attention_blocks", "global_lora", "local_lora", "view_encoding", "fusion_blocks"}
+    assert any(".high_res_tower." in name for name in choose_trained(hybrid_model(), train=["high_res_tower"]))
 
 
 # --- What it adds ---

@@ -21,8 +21,9 @@ from ..modeling_pheye import PheyeForConditionalGeneration
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
 
-# The paper's choice (spec section 8): all that stands between the two pretrained models.
-PAPER_PATTERN = r"pheye\.(cross_attention_blocks|global_lora|local_lora|view_encoding)\."
+# The paper's choice (spec section 8): all that stands between the two pretrained models. Where there is a branch, what
+# joins it to the vision tower belongs to this; the branch itself is pretrained, too.
+PAPER_PATTERN = r"pheye\.(cross_attention_blocks|global_lora|local_lora|view_encoding|fusion_blocks)\."
 
 LORA_NAME = "default"
 
