@@ -16,7 +16,7 @@ API := configuration_pheye image_opening_pheye image_processing_pheye processing
 	evaluation.heatmaps evaluation.metrics.anls evaluation.metrics.bleu evaluation.metrics.cider \
 	evaluation.metrics.vqa
 
-.PHONY: demo docs test slow kills conformance oldest newest gpu lint format always
+.PHONY: demo docs test slow fuzz kills conformance oldest newest gpu lint format always
 
 demo: $(PINNED)/.installed
 	$(PINNED)/bin/python examples/demo.py
@@ -30,6 +30,10 @@ test: $(PINNED)/.installed
 
 slow: $(PINNED)/.installed
 	$(PINNED)/bin/$(PYTEST) -m slow
+
+# Inputs searched for that do harm, ten minutes for each test; `make slow` searches a minute.
+fuzz: $(PINNED)/.installed
+	FUZZ=600 $(PINNED)/bin/$(PYTEST) tests/fuzz
 
 # Runs that are killed at twenty random moments each; `make slow` tries three.
 kills: $(PINNED)/.installed

@@ -12,6 +12,7 @@ TRAIN = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.
 EVAL = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "sacrebleu>=2.3", "tqdm>=4.66"]
 TEST = [
     "accelerate>=1.1",
+    'atheris>=3.0; sys_platform == "linux" and platform_machine == "x86_64"',
     "datasets>=3.0",
     "parameterized>=0.9",
     "pdoc>=15",

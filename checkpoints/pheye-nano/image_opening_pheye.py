@@ -22,7 +22,7 @@ from PIL import Image
 from transformers.image_utils import httpx
 
 MOST_PIXELS = 89_478_485  # what Pillow allows by default without a warning; Pillow refuses twice as many, and so do we
-PIXELS_PER_COLUMN = 12  # that take as much memory as the weights of a resize for a column: 6 numbers of 8 bytes
+PIXELS_PER_COLUMN = 18  # that take as much memory as the weights of a resize for a column: 9 numbers of 8 bytes
 MOST_BYTES = 64 * 2**20  # of a download, or of an image as base64 text
 DOWNLOAD_SECONDS = 60  # for the whole of a download
 SILENCE_SECONDS = 5  # of a server
