@@ -6,6 +6,7 @@ What is passed over on the way is counted, so that nobody takes a part for the w
 import functools
 import glob
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -108,15 +109,23 @@ def images_in(folder: Path, passed_over: PassedOver) -> list[str]:
     return sorted(found)
 
 
-def folder_requests(folder: Path, prompt: str, passed_over: PassedOver, *, is_alone: bool = True) -> list[Request]:
+def folder_requests(
+    folder: Path, prompt: str, passed_over: PassedOver | None = None, *, is_alone: bool = True
+) -> list[Request]:
     """One request per image in and below `folder`; the id is the path inside the folder, or from the working
-    directory if the folder is not all that is asked for."""
-    names = images_in(folder, passed_over)
+    directory if the folder is not all that is asked for.
+
+    passed_over: adds to it; without it, what is passed over is printed.
+    """
+    counted = passed_over or PassedOver()
+    names = images_in(folder, counted)
     if not names:
         raise InputError(
             f"There are no images in {folder} (names that end in .jpg, .png and the like, hidden ones left out). "
-            f"{passed_over}".rstrip()
+            f"{counted}".rstrip()
         )
+    if passed_over is None and str(counted):
+        print(counted, file=sys.stderr)
     paths = [(name, folder / name) for name in names]
     return [Request(name if is_alone else str(path), path, prompt, {"image": str(path)}) for name, path in paths]
 

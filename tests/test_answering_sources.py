@@ -6,7 +6,7 @@ import datasets
 import pytest
 from accelerate import PartialState
 
-from pheye.answering.sources import find_requests
+from pheye.answering.sources import find_requests, folder_requests
 from pheye.common.command import InputError
 
 from tiny import tiny_image
@@ -96,7 +96,7 @@ def test_a_link_to_a_folder_above_is_named_and_not_followed(photos):
     assert "Passed over: 1 links to a folder above, such as photos/sub/higher." in str(passed_over)
 
 
-def test_what_is_passed_over_is_counted_by_suffix_and_the_remedy_named(photos):
+def test_what_is_passed_over_is_counted_by_suffix_and_the_remedy_named(photos, capsys):
     make("photos/sub/without-suffix")
     for name in ("IMG_1.HEIC", "IMG_2.heic", "DSC_1.NEF", "notes.txt", "sub/movie.mpg", "sub/more.parquet"):
         write(f"photos/{name}")
@@ -107,6 +107,8 @@ def test_what_is_passed_over_is_counted_by_suffix_and_the_remedy_named(photos):
         "Passed over: 1 without a suffix, 2 .heic, 1 .mpg, 1 .nef, 1 .parquet, 1 .txt. Convert HEIC and the raw files"
     )
     assert "Give tables by themselves" in text and "in a list" in text
+    assert len(folder_requests(photos, "What?")) == 2
+    assert capsys.readouterr().err == f"{text}\n"  # where nobody counts
     os.makedirs("telephone")
     write("telephone/a.heic")
     message = refused("telephone")
