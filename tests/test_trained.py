@@ -1,9 +1,12 @@
 """What trains, and its weights by themselves: chosen by pattern, saved, and put onto the base model."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_language_models import FAMILIES, build
 
 from pheye import PheyeForConditionalGeneration
 from pheye.training.trained import (
@@ -18,6 +21,7 @@ from pheye.training.trained import (
 
 from tiny import tiny_image, tiny_model, tiny_processor
 
+LINEARS = ("Linear", "Conv1D")  # GPT-2 has the latter
 PARTS = ("global_lora", "local_lora", "view_encoding", "cross_attention_blocks")
 
 
@@ -118,6 +122,49 @@ def test_lora_of_the_language_model_is_put_on_its_linears_only(batch):
     assert (trained - before).abs().max() > 1e-2
 
 
+PUBLISHED = r"pheye\.language_model\..*\.(q_proj|k_proj|v_proj|dense|fc1|fc2)"
+
+
+def test_lora_of_phi_is_the_published_one_to_the_last_bit():
+    states = []
+    for target in (None, PUBLISHED):
+        torch.manual_seed(3)
+        model = tiny_model()
+        lora = add_language_model_lora(model, target=target)
+        states.append(model.state_dict())
+        assert isinstance(lora.peft_config["default"].target_modules, (set, str))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_is_on_all_linears_of_the_layers_of_any_language_model(family, batch, tmp_path):
+    model = build(family, FAMILIES[family])
+    base = copy.deepcopy(model)
+    layers = model.pheye.decoder_layers()
+    linears = [module for layer in layers for module in layer.modules() if module.__class__.__name__ in LINEARS]
+    before = model(**batch).logits
+    lora = add_language_model_lora(model, rank=3, alpha=6, dropout=0)
+    adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == len(linears) >= 4 * len(layers)
+    assert {id(module.base_layer) for module in adapted} == {id(module) for module in linears}
+    choose_trained(model)
+    change(model)
+    expected = model(**batch).logits
+    assert (expected - before).abs().max() > 1e-3
+    save_trained(trained_state(model), tmp_path, lora.peft_config["default"])
+    loaded = load_trained(base, tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"rank": 0}, {"alpha": 0}, {"alpha": float("nan")}, {"dropout": 1}, {"dropout": -0.1}]
+)
+def test_numbers_that_lora_cannot_have_are_refused(numbers):
+    with pytest.raises(ValueError, match=r"cannot be; the rank must be at least 1"):
+        add_language_model_lora(tiny_model(), **numbers)
+
+
 def test_a_target_that_matches_nothing_is_refused():
     with pytest.raises(ValueError, match="no_such_linear"):
         add_language_model_lora(tiny_model(), target="no_such_linear")
@@ -157,6 +204,42 @@ def test_weights_of_another_model_are_refused_and_change_nothing(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
     with pytest.raises(ValueError, match=r"holds no trained\.safetensors"):
         load_trained(other, tmp_path / "nothing")
+
+
+def fewer(path: Path):
+    save_file(dict(list(load_file(path).items())[:3]), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:1000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"\xff" * 100),
+        fewer,
+    ],
+    ids=["cut", "empty", "garbage", "three tensors"],
+)
+def test_weights_that_are_not_whole_are_refused_with_their_file(tmp_path, harm):
+    model = tiny_model()
+    choose_trained(model)
+    save_trained(trained_state(model), tmp_path)
+    harm(tmp_path / "trained.safetensors")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"trained\.safetensors (is not whole|holds 3 tensors)"):
+        load_trained(model, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_refusal_leaves_no_lora_on_the_model(tmp_path):
+    model = tiny_model()
+    lora = add_language_model_lora(model)
+    choose_trained(model)
+    save_trained(trained_state(model), tmp_path, lora.peft_config["default"])
+    other = tiny_model(cross_attention_interval=4)
+    with pytest.raises(ValueError, match="missing in this model"):
+        load_trained(other, tmp_path)
+    assert not any(hasattr(module, "lora_A") for module in other.modules())
 
 
 def test_copying_keeps_the_models_dtypes():

@@ -160,11 +160,12 @@ class PheyeTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
+        tokens = int((labels[:, 1:] != IGNORED).sum())
+        if tokens == 0:  # no image of this batch could be read
+            del inputs["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, dict(inputs), return_outputs=True)
-        loss, tokens = loss.detach().mean(), int((labels[:, 1:] != IGNORED).sum())
-        if tokens == 0:  # no image of this batch could be read
-            loss = torch.zeros_like(loss)
+        loss = loss.detach().mean()
         self.evaluated = [self.evaluated[0] + float(loss) * tokens, self.evaluated[1] + tokens]
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
         return (loss, None, None) if prediction_loss_only else (loss, logits.detach(), labels)
