@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .command import InputError
+from .json_lines import parse_json
 
 try:
     import fcntl
@@ -21,6 +22,7 @@ except ImportError:  # not on Windows
 
 RUN_FILE = "run.json"  # in the folder of a run
 LOCK_FILE = "run.lock"  # beside it, while a process writes there
+LONGEST_VALUE = 300  # characters of a setting in a message
 READ = 2**16  # bytes at each place of a file that its fingerprint looks at,
 PLACES = 256  # of which a large file has so many: 16 MB, a moment
 
@@ -158,7 +160,12 @@ def differences(old: dict, new: dict) -> str:
     """What differs between two sets of settings, in words; empty if nothing does."""
     new = json.loads(json.dumps(new, default=str))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} was {old.get(name)!r} and is now {new.get(name)!r}" for name in names)
+    return ", ".join(f"{name} was {_short(old.get(name))} and is now {_short(new.get(name))}" for name in names)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def read_record(path: Path, settings: dict, output: Path) -> dict | None:
@@ -172,7 +179,7 @@ def read_record(path: Path, settings: dict, output: Path) -> dict | None:
     beside = "" if path.parent == output else " and what stands beside it under its name"
     remedy = f"Use the same settings, choose another output, or remove {output}{beside}."
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
         recorded = dict(record["settings"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a record of settings. {remedy}") from error

@@ -1,11 +1,16 @@
 """The engine behind captions and evaluation: answers as one by one."""
 
 import functools
+import io
+import os
+import socket
 import types
 
 import pytest
 import torch
+from PIL import Image
 
+from pheye import image_opening_pheye
 from pheye.answering.engine import is_cut
 from pheye.answering.rows import Request
 from pheye.common.command import InputError
@@ -50,6 +55,28 @@ def test_images_are_opened_when_their_turn_comes(start, requests, tmp_path):
     start(lazy[:1], batch_size=1)
     start(lazy, batch_size=1)
     assert opened == [(0, 0), (1, 0), (2, 1)]  # the first only once
+
+
+def test_whatever_a_strangers_picture_is_it_becomes_a_row(start, requests, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_opening_pheye, "DOWNLOAD_SECONDS", 0.2)
+    os.mkfifo(tmp_path / "pipe.png")
+    thin = io.BytesIO()
+    Image.new("1", (1, 3_000_000)).save(thin, "PNG")
+    closed = Image.open(requests[0].image)
+    closed.close()
+
+    def fails():
+        raise SyntaxError("of a plugin")
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.png"
+        bad = [tmp_path / "pipe.png", thin.getvalue(), closed, fails, url, tmp_path, {}, "\0"]
+        asked = [Request(number, image, "What?") for number, image in enumerate(bad)]
+        rows = read(start([*asked, requests[0]], tmp_path / "out" / "rows.jsonl"))
+    assert all(row["error"] and "answer" not in row for row in rows[:-1])
+    assert rows[-1] == expected[0]
 
 
 def test_a_broken_image_says_the_same_in_every_run(start, tmp_path):

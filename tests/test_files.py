@@ -35,7 +35,13 @@ def test_a_record_lets_the_same_settings_go_on_and_refuses_others(tmp_path):
         files.read_record(record, {**settings, "seed": 1}, output)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings"'])
+def test_a_long_value_that_differs_is_cut_in_the_message():
+    told = files.differences({"images": ["a.png"] * 10_000}, {"images": ["b.png"] * 10_000})
+    assert told.startswith("images was ['a.png', ") and "is now ['b.png', " in told
+    assert len(told) < 700
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings"', '{"settings": 5}', "[" * 100_000, "9" * 5000])
 def test_a_file_that_is_no_record_is_refused(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(InputError, match="is not a record of settings"):

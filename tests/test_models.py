@@ -4,10 +4,14 @@ import json
 import shutil
 
 import pytest
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
+from pheye.__main__ import main
 from pheye.common.command import InputError
 from pheye.common.models import find_model
+
+from toys import gqa_toy, write
 
 
 @pytest.fixture
@@ -55,3 +59,22 @@ def test_a_config_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"no whole JSON object|is a llava model"):
         find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["ask", "caption", "evaluate", "attention"])
+def test_every_command_that_answers_says_what_a_folder_is(command, tmp_path, capsys):
+    PartialState._reset_state()
+    run, image = tmp_path / "run", tmp_path / "n0.jpg"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    data, output = write(gqa_toy(), tmp_path), ["--output", str(tmp_path / "out.png")]
+    options = {
+        "ask": [str(run), str(image), "What?"],
+        "caption": ["--model", str(run), "--images", str(image), *output],
+        "evaluate": ["--model", str(run), "--task", "gqa", *data, *output],
+        "attention": ["--model", str(run), "--image", str(image), "--prompt", "What?", *output],
+    }
+    assert main([command, *options[command]]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {run} holds a training run that is not finished: give its command again.")
+    assert not (tmp_path / "out.png").exists()
