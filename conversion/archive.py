@@ -18,9 +18,8 @@ import torch
 from ..common.command import InputError
 from .errors import one_line, refusing
 
-LOCAL_HEADER = (
-    30  # bytes before a record's name, of which the last four tell how long the name and the extra field are
-)
+LOCAL_HEADER = 30  # bytes before a record's name
+LENGTHS = 26  # where in them the lengths of the name and of the extra field are, two bytes each
 
 
 class Record(NamedTuple):
@@ -77,9 +76,7 @@ def hash_and_check(path: Path, records: list[Record]) -> tuple[str, dict[int, in
         memoryview(data) as view,
     ):
         for record in sorted(records, key=lambda record: record.header):
-            start = (
-                record.header + LOCAL_HEADER + sum(struct.unpack_from("<HH", data, record.header + LOCAL_HEADER - 4))
-            )
+            start = record.header + LOCAL_HEADER + sum(struct.unpack_from("<HH", data, record.header + LENGTHS))
             end = start + record.size
             digest.update(view[place:end])
             if zlib.crc32(view[start:end]) != record.crc:

@@ -51,24 +51,25 @@ def read_tokenizer(folder: Path, vocab_size: int) -> "PreTrainedTokenizerBase":
 
 
 def read_image_processor(conversion: Conversion) -> "PheyeImageProcessor":
-    """For views of the encoder's size, with its mean and std; CLIP's where it is a CLIP and does not tell them."""
+    """For views of the encoder's size, with its mean and std; a CLIP's may be left out, since they are known."""
     from ..image_processing_pheye import PheyeImageProcessor
 
-    config, path = conversion.config, conversion.folders["encoder"] / "preprocessor_config.json"
-    size, published = config.vision_config.image_size, {}
+    vision, path = conversion.config.vision_config, conversion.folders["encoder"] / "preprocessor_config.json"
     remedy = "Download it again, or give --encoder with the folder or Hub id of the encoder."
-    if os.path.lexists(path) or not config.vision_config.model_type.startswith("clip"):
+    known, published, statistics = vision.model_type.startswith("clip"), {}, {}
+    if os.path.lexists(path) or not known:
         published = read_json(path, remedy)
-    statistics = {name: published[name] for name in ("image_mean", "image_std") if name in published}
-    for name, values in statistics.items():
-        if not are_statistics(values, least=0 if name == "image_mean" else 1e-6):
+    for name, least, words in (("image_mean", 0, "from 0"), ("image_std", 1e-6, "above 0")):
+        if known and name not in published:
+            continue
+        statistics[name] = published.get(name)
+        if not are_statistics(statistics[name], least):
             raise InputError(
-                f"{path} has {name} {one_line(repr(values))}, where pixels from 0 to 1 need three numbers "
-                f"{'from 0' if name == 'image_mean' else 'above 0'} to 1. {remedy}"
+                f"{path} has {name} {one_line(repr(statistics[name]))}, where pixels from 0 to 1 need three numbers "
+                f"{words} to 1. {remedy}"
             )
-    return PheyeImageProcessor(
-        tiles_per_side=config.tiles_per_side, size={"height": size, "width": size}, **statistics
-    )
+    size = {"height": vision.image_size, "width": vision.image_size}
+    return PheyeImageProcessor(tiles_per_side=conversion.config.tiles_per_side, size=size, **statistics)
 
 
 def are_statistics(values: object, least: float) -> bool:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, LlamaTokenizer
+from transformers.image_utils import OPENAI_CLIP_STD
 
 from pheye import convert_checkpoint as converter
 from pheye.common.command import InputError
@@ -78,6 +79,10 @@ def test_other_encoders_than_clip_must_tell_their_mean_and_std(tmp_path):
     with pytest.raises(
         InputError, match=r"preprocessor_config\.json could not be read as JSON: there is no such file"
     ):
+        processor.read_image_processor(conversion_of(tmp_path, vision_config=siglip))
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    assert list(processor.read_image_processor(conversion_of(tmp_path)).image_std) == OPENAI_CLIP_STD
+    with pytest.raises(InputError, match="has image_std None"):
         processor.read_image_processor(conversion_of(tmp_path, vision_config=siglip))
 
 
