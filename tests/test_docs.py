@@ -75,12 +75,13 @@ def test_block_of_nanos_card_reads_the_sign(tmp_path):
 
 
 @pytest.mark.once
-def test_block_of_the_training_page_loads_what_was_trained(model, model_folder, tmp_path):
+def test_block_of_the_training_page_loads_what_was_trained(model, processor, model_folder, tmp_path):
     [code] = blocks(ROOT / "docs" / "training.md", "python")
     (tmp_path / "out").mkdir()
     save_trained(trained_state(model), tmp_path / "out")
+    processor.save_pretrained(tmp_path / "out")
     run(code.replace("your-name/your-pheye", str(model_folder)), tmp_path, {})
-    assert (tmp_path / "whole" / "model.safetensors").exists()
+    assert {"model.safetensors", "tokenizer_config.json"} <= {path.name for path in (tmp_path / "whole").iterdir()}
 
 
 def test_every_python_block_is_in_a_test():
