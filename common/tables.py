@@ -96,7 +96,7 @@ def _load(names: list[str], source: str, config: str | None, *, data_files: str 
         return datasets.load_dataset(name, config, data_files=data_files, **how)
     except IndexError as error:  # raised for saved data without rows
         raise InputError(f"{source} is empty; give a data set with at least one row.") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # of many kinds
         raise InputError(
             f"{source!r} cannot be read as a data set: {error}. Give a folder that `save_to_disk` wrote, a file that "
             f"ends in {', '.join(FILES)}, a folder of such files, or what `load_dataset` takes."
@@ -157,6 +157,16 @@ def _undecoded(feature):
     return inner and ([inner] if isinstance(feature, list) else type(feature)(inner))
 
 
+def folders_of(paths: Sequence[str]) -> list[str]:
+    """Where the images that tables name are usually: in the working directory, where the tables lie, and where
+    `datasets` puts what it has downloaded."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    downloads = require("datasets").config.HF_DATASETS_CACHE
+    own = [os.path.dirname(os.path.normpath(path)) or "." for path in paths]
+    return list(dict.fromkeys([".", *own, str(downloads), HF_HUB_CACHE]))
+
+
 class ImageColumn:
     """The images in one column of a table, by the number of the row.
 
@@ -165,13 +175,12 @@ class ImageColumn:
     """
 
     def __init__(self, table, column: str, source: str | Sequence[str], image_sources: str | None = None):
-        """image_sources: where names in the column may lead, for others may have written them: to files in the working
-        directory and in the folder that the table lies in ("folder", the default), to all files ("local"), or to URLs
-        as well ("any")."""
+        """image_sources: where names in the column may lead, for others may have written them: to files in
+        `folders_of` the table ("folder", the default), to all files ("local"), or to URLs as well ("any")."""
         paths = [source] if isinstance(source, str) else source
         self.images = undecoded(table.select_columns([column]), column, ", ".join(paths))
         self.image_sources = image_sources or "folder"
-        self.folders = list(dict.fromkeys([".", *(os.path.dirname(os.path.normpath(path)) or "." for path in paths)]))
+        self.folders = folders_of(paths)
         first = [self.error(row) for row in range(min(IMAGES_CHECKED, len(table)))]
         if first and all(first):
             raise InputError(f"None of the first {len(first)} images of {paths[0]} may be opened: {first[0]}")

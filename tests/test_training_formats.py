@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from pheye.training.collator import PheyeCollator
-from pheye.training.formats import Source
+from pheye.training.formats import Source, image_of
 from pheye.training.mixture import Mixture, Stream, read_mixture
 
 from tiny import tiny_image, tiny_processor
@@ -99,6 +99,24 @@ def test_a_folder_that_holds_all_images_is_enough_for_absolute_names(folder):
         mixture(write_json(folder, rows), image_folder=str(folder / "sub"))
 
 
+def test_names_in_tables_may_lead_to_the_tables_own_folder_and_to_what_was_downloaded(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    for name in ("work", "set", "private", "cache"):
+        (tmp_path / name).mkdir()
+        tiny_image().save(tmp_path / name / "a.png")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    source = Source(str(tmp_path / "set" / "data.parquet"), question_column="q", answers_column="a")
+    allowed = ["a.png", str(tmp_path / "work" / "a.png"), str(tmp_path / "set" / "a.png"), str(cache / "a.png")]
+    allowed += ["../set/a.png"]
+    for name in allowed:
+        assert image_of({"image": name}, source) == (name, None)
+        assert image_of({"image": {"path": name, "bytes": None}}, source) == (name, None)
+    for name in ("../private/a.png", str(tmp_path / "private" / "a.png"), "/a\0.png", "/" * 9000):
+        image, error = image_of({"image": name}, source)
+        assert image is None and "--image_sources local" in error
+
+
 def test_only_the_user_says_where_names_may_lead(folder):
     (folder / "m.json").write_text(json.dumps({"sources": [{"path": "data.json", "image_sources": "any"}]}))
     with pytest.raises(ValueError, match="unknown field 'image_sources'"):
@@ -175,6 +193,8 @@ def test_json_of_messages_and_of_questions_is_read_too(folder):
         ([{"image": "a.png", "conversations": conversation(("<image>", "A"))}], "has an empty question"),
         ([{"image": "a.png", "conversations": [["Q", "Ä"]]}], r'does not have the form .*\{"conversations": \[\["Q"'),
         ([{"image": "a.png", "conversations": conversation((None, "A"))}], "has the question None"),
+        ([{"image": "a.png", "conversations": conversation(("Q?", "\ud800"))}], "holds a half of a character"),
+        ([{"image": "a.png", "conversations": conversation(("\ud800?", "A"))}], "holds a half of a character"),
     ],
 )
 def test_json_of_another_form_is_refused_with_what_was_found(folder, rows, message):

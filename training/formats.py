@@ -5,19 +5,20 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple, get_args
 
 from ..common.command import InputError
 from ..common.images import inside
-from ..common.tables import FILES, as_list, encoded
+from ..common.tables import FILES, IMAGE_SOURCES, as_list, encoded, folders_of
+from ..image_opening_pheye import WEB, is_inside
 
 JSON_SUFFIXES = (".json", ".jsonl")
 TURNS_COLUMNS = ("conversations", "messages", "texts")
 IMAGE_COLUMNS = ("image", "images")
-WEB = ("http://", "https://")
-IMAGE_SOURCES = ("folder", "local", "any")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -87,7 +88,7 @@ class Source:
         if float in kinds:
             kinds += (int,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            known = " or ".join(WORDS[kind] for kind in kinds if kind is not type(None))
+            known = " or ".join(WORDS[kind] for kind in kinds if kind is not NoneType)
             raise InputError(f"{self.name or self.path} has {option.name}={value!r}; it must be {known}.")
 
 
@@ -248,14 +249,23 @@ def check_answer(answer: str) -> str:
         raise ValueError(
             f"it has the answer {answer!r}, which gives nothing to learn; correct it or leave the row out"
         )
-    return answer.strip()
+    return check_text(answer.strip())
+
+
+def check_text(text: str) -> str:
+    """Refuse half a character, as JSON may hold it, of which a tokenizer makes nothing."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it has the text {text[:200]!r}, which holds a half of a character") from error
+    return text
 
 
 def without_marks(question: str) -> str:
     """A question without the marks that say where other models put the image."""
     if not isinstance(question, str):
         raise ValueError(f"it has the question {question!r}, which is no text")
-    return re.sub(r"<image>\n|\n<image>|<image>", "", question).strip()
+    return check_text(re.sub(r"<image>\n|\n<image>|<image>", "", question).strip())
 
 
 def named_image(row: dict, source: Source) -> str | bytes | None:
@@ -271,18 +281,31 @@ def image_of(row: dict, source: Source) -> tuple[str | bytes | None, str | None]
     """The path, URL or encoded bytes of the one image of a row, if it has one and it may be opened; and if it may not,
     why."""
     image = named_image(row, source)
+    if not isinstance(image, (str, bytes, NoneType)):
+        return None, f"{str(image)[:200]!r} is neither the name of an image nor its bytes."
     if not isinstance(image, str) or image[:5].lower() == "data:":
         return image, None
     if image[:8].lower().startswith(WEB):
         if source.image_sources != "any":
             return None, f"{image[:200]!r} is a URL; --image_sources any fetches images."
         return image, None
-    folder = source.image_folder
-    if folder is None:
-        folder = os.path.dirname(source.path) if is_json(source.path) else ""
-    if source.image_sources != "folder":
-        return os.path.join(folder, image), None
+    folder, others = source.image_folder, ()
+    if folder is None and is_json(source.path):
+        folder = os.path.dirname(source.path)
+    elif folder is None:
+        folder, others = "", folders_of([source.path])
+    path = os.path.join(folder, image)
+    if source.image_sources == "folder":
+        try:
+            inside(folder, image)
+        except InputError as error:
+            if not lies_in(others, path):
+                return None, f"{error} Or let names lead anywhere by --image_sources local."
+    return path, None
+
+
+def lies_in(folders: Iterable[str], path: str) -> bool:
     try:
-        return inside(folder, image), None
-    except InputError as error:
-        return None, f"{error} Or let names lead anywhere by --image_sources local."
+        return any(is_inside(folder, path) for folder in folders)
+    except (OSError, ValueError):  # it is no path
+        return False

@@ -12,7 +12,8 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..common.command import InputError, Parser, require
-from .formats import IMAGE_SOURCES, Source
+from ..common.tables import IMAGE_SOURCES
+from .formats import Source
 from .stages import STAGES
 
 EFFECTIVE_BATCH = 128  # the paper's (spec section 8)

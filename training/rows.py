@@ -14,10 +14,10 @@ import numpy as np
 
 from ..common.command import InputError, require
 from ..common.files import fingerprint
-from ..common.tables import FILES, load_table, undecoded
-from .formats import WEB, Row, Source, find_image_column, find_turns, is_json, named_image, read_row, read_turns
+from ..common.tables import FILES, IMAGES_CHECKED, load_table, undecoded
+from ..image_opening_pheye import WEB
+from .formats import Row, Source, find_image_column, find_turns, is_json, named_image, read_row, read_turns
 
-IMAGES_CHECKED = 100  # of a data set, before the first step
 CHUNK_BYTES = 2**22  # read at a time
 LONGEST_ROW_BYTES = 2**28  # a row that is not whole by then is broken
 ELSEWHERE = (*WEB, "data:")  # how the name of an image begins that is no file
