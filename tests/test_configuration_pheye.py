@@ -2,26 +2,32 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
+    BloomConfig,
     CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    GPT2Config,
     LlamaConfig,
     PhiConfig,
     SiglipConfig,
     SiglipVisionConfig,
     ViTConfig,
 )
+from transformers.models.auto import modeling_auto
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration
+from pheye.configuration_pheye import learned_positions
 
 from tiny import tiny_config, tiny_model, tiny_text_config, tiny_vision_config
 
@@ -239,6 +245,7 @@ def test_sub_configs_may_be_objects_or_dicts():
         ("tiles_per_side", 2.5, "an integer"),
         ("tiles_per_side", True, "an integer"),
         ("tiles_per_side", "3", "an integer"),
+        ("tiles_per_side", 65, "at most 64"),
         ("cross_attention_interval", 0, "at least 1"),
         ("cross_attention_interval", 5, "language model of 4 layers; make one of them smaller"),
         ("cross_attention_start_layer", -1, "at least 0"),
@@ -252,16 +259,44 @@ def test_sub_configs_may_be_objects_or_dicts():
         ("lora_dropout", 1.0, "at least 0 and less than 1"),
         ("lora_dropout", -0.1, "at least 0 and less than 1"),
         ("lora_dropout", float("nan"), "at least 0 and less than 1"),
+        ("lora_dropout", "0.1", "at least 0 and less than 1"),
+        ("lora_dropout", False, "at least 0 and less than 1"),
+        ("lora_dropout", None, "at least 0 and less than 1"),
+        *(
+            (f"{kind}_lora_alpha", value, "a number from 0 to 1000000")
+            for kind in ("global", "local")
+            for value in (float("nan"), float("inf"), 1e308, -1.0, True, "16", None)
+        ),
     ],
 )
 def test_numbers_out_of_range_are_refused_with_value_and_remedy(name, value, remedy):
-    with pytest.raises(ValueError, match=rf"{name}={value!r}.*{remedy}"):
+    with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))}.*{remedy}"):
         tiny_config(**{name: value})
 
 
 def test_the_smallest_allowed_numbers_are_taken():
-    config = tiny_config(tiles_per_side=1, cross_attention_interval=1, global_lora_rank=0, lora_dropout=0)
-    assert (config.views_per_image, config.global_lora_rank) == (2, 0)
+    config = tiny_config(
+        tiles_per_side=1, cross_attention_interval=1, global_lora_rank=0, lora_dropout=0, local_lora_alpha=0
+    )
+    assert (config.views_per_image, config.global_lora_rank, config.local_lora_alpha) == (2, 0, 0)
+    assert tiny_config(tiles_per_side=64).views_per_image == 4097
+
+
+def test_the_parts_numbers_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"vision_config\.num_channels=1 must be 3"):
+        tiny_config(vision_config=tiny_vision_config(num_channels=1))
+    for layers in (0, 10**30):
+        with pytest.raises(ValueError, match=rf"text_config\.num_hidden_layers={layers} must be an integer"):
+            tiny_config(text_config={**tiny_text_config().to_dict(), "num_hidden_layers": layers})
+    with pytest.raises(ValueError, match=r"vision_config\.hidden_size=0 must be an integer of at least 1"):
+        tiny_config(vision_config={**tiny_vision_config().to_dict(), "hidden_size": 0, "num_attention_heads": 1})
+
+
+@pytest.mark.parametrize("name", ["views_per_image", "cross_attention_layers", "to_dict", "_check", "from_variant"])
+def test_what_is_no_field_cannot_be_set(name):
+    with pytest.raises(ValueError, match=f"{name} is no field of PheyeConfig that can be set"):
+        PheyeConfig.from_dict({**tiny_config().to_dict(), name: 5})
+    assert PheyeConfig.from_dict({**tiny_config().to_dict(), "unheard_of": 5}).unheard_of == 5
 
 
 @pytest.mark.parametrize("text, vision", [(72, 32), (64, 96)])
@@ -391,3 +426,33 @@ def test_clip_text_config_is_no_part_of_what_is_saved():
     whole = CLIPConfig(vision_config={**TOWER}, text_config=CLIPTextConfig(hidden_size=64).to_dict())
     saved = tiny_config(vision_config=whole).to_dict()
     assert saved["vision_config"]["model_type"] == "clip_vision_model" and "text_config" not in saved["vision_config"]
+
+
+# --- What other libraries ask for ---
+
+
+def test_positions_are_those_that_the_language_model_learned():
+    def positions(text_config) -> int | None:
+        return tiny_config(text_config=text_config).text_positions
+
+    scaled = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0, "partial_rotary_factor": 0.5}
+    gpt2 = GPT2Config(n_embd=64, n_layer=4, n_head=4, n_positions=24)
+    assert positions(tiny_text_config(max_position_embeddings=16)) == 16
+    assert positions(tiny_text_config(max_position_embeddings=16, rope_parameters=scaled)) is None
+    assert positions(gpt2) == 24
+    assert positions(BloomConfig(hidden_size=64, n_layer=4, n_head=4)) is None
+    assert learned_positions(gpt2) == 24  # and it fails behind them
+    assert learned_positions(tiny_text_config()) is None
+
+
+def test_no_token_stands_for_an_image_and_one_that_was_set_stays():
+    assert tiny_config().image_token_id == -1
+    assert "image_token_id" not in tiny_config().to_dict()
+    assert PheyeConfig.from_dict({**tiny_config().to_dict(), "image_token_id": 5}).image_token_id == 5
+
+
+def test_transformers_serve_looks_where_the_model_is_named():
+    """An internal name: this says when it is gone, and tests/test_remote_code.py what it is for."""
+    assert modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["pheye"] == "PheyeForConditionalGeneration"
+    server = Path(transformers.__file__).parent / "cli" / "serving" / "model_manager.py"
+    assert "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES" in server.read_text()

@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationMixin,
+    GPT2Config,
+    OPTConfig,
     StaticCache,
     TextIteratorStreamer,
 )
@@ -246,6 +248,117 @@ def test_rows_of_a_cache_with_an_image_are_not_selected_silently(model, question
         cache.batch_select_indices(torch.tensor([0]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 3}], ids=str)
+def test_an_image_behind_text_that_was_read_without_it_is_refused(model, question, options):
+    """transformers' prefix caching: that text has other keys and values than it would have with the image."""
+    ids, pixel_values = question["input_ids"], question["pixel_values"]
+    for make in caches(model).values():
+        prefix = make()
+        model(ids[:, :4], cache=prefix)
+        for call in (
+            lambda cache: model(ids[:, 4:], pixel_values, cache=cache),
+            lambda cache: model.model(ids[:, 4:], pixel_values, cache=cache, use_cache=False),
+            lambda cache: model.generate(**question, **GREEDY, **options, past_key_values=cache),
+        ):
+            with pytest.raises(ValueError, match=r"4 tokens of text that were read without an image.*new cache"):
+                call(copy.deepcopy(prefix))
+        assert model(ids[:, 4:], cache=prefix).logits.isfinite().all()  # text alone may go on
+
+    with_image = caches(model)["dynamic"]()
+    model(ids[:, :4], pixel_values, cache=with_image)
+    expected = model.generate(**question, **GREEDY)
+    copied = copy.deepcopy(with_image)
+    assert torch.equal(model.generate(**question, **GREEDY, **options, past_key_values=copied), expected)
+
+
+# --- The last position ---
+
+POSITIONS = 16
+NO_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+LEARNED = {
+    "gpt2": GPT2Config(vocab_size=257, n_embd=128, n_layer=4, n_head=4, n_positions=POSITIONS, **NO_IDS),
+    "opt": OPTConfig(
+        vocab_size=257,
+        hidden_size=128,
+        word_embed_proj_dim=128,
+        num_hidden_layers=4,
+        ffn_dim=64,
+        num_attention_heads=4,
+        max_position_embeddings=POSITIONS,
+        **NO_IDS,
+    ),
+    "phi": tiny_text_config(max_position_embeddings=POSITIONS),
+}
+LONG = {**GREEDY, "max_new_tokens": 30, "min_new_tokens": 30}
+
+
+@pytest.fixture(scope="module", params=LEARNED)
+def short_model(request):
+    return tiny_model(text_config=LEARNED[request.param])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"max_new_tokens": None, "min_new_tokens": None, "max_length": 40},
+    ],
+    ids=str,
+)
+def test_answers_end_at_the_last_position(short_model, options):
+    options = {**LONG, **options}
+    batches = [ask("abcd")] if "prompt_lookup_num_tokens" in options else [ask("abcd"), ask("abcd", "abcdefgh")]
+    for batch in batches:
+        assert short_model.generate(**batch, **options).shape[1] == POSITIONS
+    text_alone = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert short_model.generate(**text_alone, **options).shape[1] == POSITIONS
+
+
+def test_answers_to_embeddings_and_full_prompts_end_at_the_last_position(short_model):
+    batch = ask("abcd")
+    embeds = short_model.get_input_embeddings()(batch.pop("input_ids"))
+    assert short_model.generate(inputs_embeds=embeds, **batch, **LONG).shape[1] == POSITIONS - 4
+    assert short_model.generate(**ask("a" * POSITIONS), **LONG).shape[1] == POSITIONS + 1  # it needs no position
+    for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        with pytest.raises(ValueError, match=f"17 tokens, but the language model has {POSITIONS} positions; shorten"):
+            short_model.generate(**ask("a" * (POSITIONS + 1)), **LONG, **options)
+
+
+def test_another_turn_ends_at_the_last_position(short_model):
+    first = short_model.generate(**ask("abcd"), **GREEDY, return_dict_in_generate=True)
+    turn = torch.cat([first.sequences, torch.tensor([[70, 71]])], dim=1)  # 14 tokens, 11 of them in the cache
+    for given in (turn, turn[:, -3:]):  # all of the text, or what the cache does not hold
+        cache = copy.deepcopy(first.past_key_values)
+        mask = torch.ones_like(turn)
+        ids = short_model.generate(input_ids=given, attention_mask=mask, past_key_values=cache, **LONG)
+        assert ids.shape[1] == given.shape[1] + 2
+    too_long = torch.cat([turn, turn], dim=1)
+    with pytest.raises(ValueError, match=f"28 tokens, but the language model has {POSITIONS} positions; shorten"):
+        short_model.generate(input_ids=too_long, past_key_values=first.past_key_values, **LONG)
+
+
+def test_an_assistant_with_fewer_positions_is_refused_before_it_fails():
+    model = tiny_model(text_config=LEARNED["gpt2"])
+    fewer = GPT2Config(**{**LEARNED["gpt2"].to_dict(), "n_positions": 10})
+    with pytest.raises(ValueError, match="The assistant has 10 positions, but the text may get 16 tokens long"):
+        model.generate(**ask("abcd"), **LONG, assistant_model=tiny_model(text_config=fewer))
+    assert (
+        model.generate(**ask("abcd"), **LONG, assistant_model=tiny_model(text_config=LEARNED["gpt2"])).shape[1] == 16
+    )
+
+
+def test_the_language_model_is_not_left_early(model, question):
+    with pytest.raises(ValueError, match="assistant_early_exit must be None"):
+        model.generate(**question, **GREEDY, assistant_early_exit=2)
+
+
 # --- The image once ---
 
 
@@ -419,6 +532,11 @@ def test_attention_implementations_agree(question, attention):
 def test_generation_mixin_still_calls_what_we_override():
     # Private hooks: a rename would repeat the image and not fail. The counts above would notice; this says which.
     source = inspect.getsource(GenerationMixin)
-    for hook in ("_expand_inputs_for_generation", "_prepare_cache_for_generation", "_get_candidate_generator"):
+    for hook in (
+        "_expand_inputs_for_generation",
+        "_prepare_generated_length",
+        "_prepare_cache_for_generation",
+        "_get_candidate_generator",
+    ):
         assert f"self.{hook}(" in source
         assert hook in vars(PheyeForConditionalGeneration)

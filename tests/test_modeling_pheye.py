@@ -3,17 +3,17 @@
 import copy
 import io
 import json
+import logging
 import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    DynamicCache,
-)
+from transformers import DynamicCache, GPT2Config, StaticCache, Trainer, TrainingArguments
 
 from pheye import PheyeForConditionalGeneration, PheyeModel, PheyeProcessor
 from pheye.modeling_pheye import CALL, put_before
@@ -23,6 +23,11 @@ from tiny import tiny_pixels as pixels
 from tiny import tiny_text as text
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+GPT2 = {"text_config": GPT2Config(vocab_size=257, n_embd=128, n_layer=4, n_head=4, n_positions=16)}
+
+
+def static_cache(model) -> StaticCache:
+    return StaticCache(config=model.config.text_config, max_cache_len=32)
 
 
 # --- Against the published implementation ---
@@ -154,6 +159,42 @@ def test_image_features_can_stand_in_for_pixels(model):
     assert torch.equal(model(text(), image_hidden_states=features).logits, outputs.logits)
 
 
+@pytest.mark.parametrize(("stored", "of_model"), [("float32", "bfloat16"), ("float16", "float32")])
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 3}], ids=str)
+def test_stored_features_of_another_dtype_are_taken_as_pixels_are(model, stored, of_model, options):
+    asked = copy.deepcopy(model).to(getattr(torch, of_model))
+    features = model.get_image_features(pixels()).last_hidden_state.to(getattr(torch, stored))
+    expected = asked(text(), image_hidden_states=features.to(asked.dtype)).logits
+    assert torch.equal(asked(text(), image_hidden_states=features).logits, expected)
+    ids = asked.generate(text(), image_hidden_states=features, max_new_tokens=3, **options)
+    assert torch.equal(ids, asked.generate(text(), image_hidden_states=features.to(asked.dtype), max_new_tokens=3))
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 32), (2, 50, 32), (2, 25, 64), (25, 32), (2, 5, 5, 32)], ids=str)
+def test_stored_features_of_another_model_are_refused_with_both_shapes(model, shape):
+    features = torch.zeros(shape)
+    said = rf"image_hidden_states has shape \({', '.join(map(str, shape))}\).*reads \(images, 25, 32\)"
+    with pytest.raises(ValueError, match=said):
+        model(text(), image_hidden_states=features)
+    with pytest.raises(ValueError, match=said):
+        model.model(text(), image_hidden_states=features)
+    for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 3}, {"num_beams": 2}):
+        with pytest.raises(ValueError, match=said):
+            model.generate(text(), image_hidden_states=features, max_new_tokens=1, **options)
+
+
+def test_outputs_are_read_by_name_whatever_the_config_says():
+    model = tiny_model()
+    expected = model(text(), pixels()).logits
+    ids = model.generate(text(), pixel_values=pixels(), max_new_tokens=2)
+    model.config.return_dict = False
+    assert torch.equal(model(text(), pixels())[0], expected)
+    assert torch.equal(model(text(), pixels(), return_dict=True).logits, expected)
+    for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 3}):
+        assert torch.equal(model.generate(text(), pixel_values=pixels(), max_new_tokens=2, **options), ids)
+    assert isinstance(model.get_image_features(pixels()), tuple)
+
+
 def test_logits_to_keep(model):
     logits = model(text(), pixels()).logits
     assert torch.allclose(model(text(), pixels(), logits_to_keep=1).logits, logits[:, -1:], atol=1e-6)
@@ -213,6 +254,39 @@ def test_copied_and_pickled_models_give_the_same_and_are_independent():
     assert torch.equal(model(text(), pixels()).logits, logits)
 
 
+def replica(network: nn.Module) -> nn.Module:
+    """As `nn.DataParallel` makes it for another GPU."""
+    copies = {module: module._replicate_for_data_parallel() for module in network.modules()}
+    for module, made in copies.items():
+        made._modules.update({name: copies.get(child) for name, child in module._modules.items()})
+        made._parameters.clear()
+        made.__dict__.update(
+            {name: None if parameter is None else parameter.clone() for name, parameter in module._parameters.items()}
+        )
+    return copies[network]
+
+
+def copied_attributes(network: nn.Module) -> nn.Module:
+    other = type(network).__new__(type(network))
+    other.__dict__.update(network.__dict__)
+    return other
+
+
+@pytest.mark.parametrize("make", [replica, copied_attributes, copy.copy])
+def test_copies_that_share_hooks_are_refused_with_the_remedy(model, make):
+    remedy = "nn.DataParallel.*accelerate launch.*CUDA_VISIBLE_DEVICES.*deepcopy"
+    other = make(model.model)
+    for call in (lambda: other(text(), pixels()), lambda: other.get_image_features(pixels()), lambda: other(text())):
+        with pytest.raises(ValueError, match=remedy):
+            call()
+    if make is replica:
+        with pytest.raises(ValueError, match=remedy):
+            replica(model)(text(), pixels())
+    else:
+        assert torch.equal(make(model)(text(), pixels()).logits, model(text(), pixels()).logits)  # the same parts
+    assert torch.equal(copy.deepcopy(model)(text(), pixels()).logits, model(text(), pixels()).logits)
+
+
 def test_parts_take_the_dtype_of_the_whole():
     config = tiny_config(text_config=tiny_text_config(dtype="bfloat16"))
     assert {parameter.dtype for parameter in PheyeModel(config).parameters()} == {torch.float32}
@@ -248,6 +322,58 @@ def test_cross_attentions_of_one_call_change_nothing_else(model):
     assert model(text(), pixels(), output_attentions=False, output_cross_attentions=True).cross_attentions
     assert eager(text(), pixels(), output_attentions=True, output_cross_attentions=False).cross_attentions is None
     assert model(text(), output_cross_attentions=True).cross_attentions is None  # no image, nothing to look at
+
+
+def test_predictions_of_a_trainer_are_the_logits(tmp_path):
+    rows = [{"input_ids": row, "labels": row, "pixel_values": pixels(1)[0]} for row in text()]
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to="none", remove_unused_columns=False)
+    predictions = Trainer(tiny_model(), arguments).predict(rows).predictions
+    assert predictions.shape == (2, 7, 257)
+
+
+# --- Adapters ---
+
+
+@pytest.fixture
+def said(caplog):
+    """What transformers reports, which does not go to the root."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_loading_an_adapter_calls_nothing_missing_that_is_there(tmp_path, said):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = PheyeForConditionalGeneration.from_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    adapted = get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = adapted(text(), pixels()).logits
+    said.clear()
+    model = PheyeForConditionalGeneration.from_pretrained(tmp_path / "base")
+    info = model.load_adapter(tmp_path / "adapter")
+    assert not info.missing_keys and not [record for record in said.records if "MISSING" in record.getMessage()]
+    assert torch.equal(model.eval()(text(), pixels()).logits, expected)
+
+    kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = next(iter(kept))
+    save_file(
+        {other: kept[other] for other in kept if other != name}, tmp_path / "adapter" / "adapter_model.safetensors"
+    )
+    model = PheyeForConditionalGeneration.from_pretrained(tmp_path / "base")
+    assert len(model.load_adapter(tmp_path / "adapter").missing_keys) == 1  # what is missing is still called so
+
+
+def test_lora_that_a_model_lacks_is_called_missing(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in weights if "local_lora" in name)
+    save_file(
+        {name: weights[name] for name in weights if name != lost}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    _, info = PheyeForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {lost}
 
 
 # --- What is put between layers ---
@@ -329,6 +455,26 @@ def test_more_text_than_positions_is_refused():
     tiny_model(text_config=tiny_text_config(max_position_embeddings=16, rope_parameters=scaled))(
         text(1, 17), pixels(1)
     )
+
+
+@pytest.mark.parametrize("name", ["images", "pixel_value", "pixel_values_videos", "image_sizes", "input_features"])
+def test_an_image_under_another_name_is_refused(model, name):
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match=f"no input {name}; the image goes into pixel_values"):
+            part(text(), **{name: pixels()})
+        part(text(), **{name: None})
+
+
+def test_text_in_the_cache_counts():
+    for family in (GPT2, {"text_config": tiny_text_config(max_position_embeddings=16)}):
+        model = tiny_model(**family)
+        # The base model goes on where it can, as transformers' own do.
+        for part in (model, model.model) if family is GPT2 else (model,):
+            for cache in (DynamicCache(config=model.config.text_config), static_cache(model)):
+                part(text(1, 6), pixels(1), cache=cache)
+                part(text(1, 9), cache=cache)
+                with pytest.raises(ValueError, match="18 tokens, but the language model has 16 positions; shorten"):
+                    part(text(1, 3), cache=cache)
 
 
 def test_labels_that_are_all_ignored_are_refused(model):

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -287,9 +288,17 @@ def test_a_prompt_that_is_empty_or_no_text_is_refused(pipe, prompt):
         pipe(PICTURES[0], prompt=prompt, max_new_tokens=1)
 
 
-def test_an_unknown_option_is_refused_by_name(pipe):
-    with pytest.raises(TypeError, match="num_beams"):
+def test_an_unknown_option_is_refused_with_what_to_use(pipe, model_folder):
+    with pytest.raises(TypeError, match=r"no option num_beams; use generate_kwargs=\{'num_beams': 2\}"):
         pipe(PICTURES[0], num_beams=2)
+    for name in ("question", "text", "prompts"):
+        with pytest.raises(TypeError, match=rf"no option {name}; use prompt="):
+            pipe(PICTURES[0], **{name: "What?"})
+    with pytest.raises(TypeError, match=r"no option do_sample; use generate_kwargs=\{'do_sample': True\}"):
+        load(model_folder, do_sample=True)
+    for wrong in (5, "x", ["num_beams"]):
+        with pytest.raises(TypeError, match=r"generate_kwargs=.* must be a dict"):
+            pipe(PICTURES[0], generate_kwargs=wrong)
 
 
 @pytest.mark.parametrize("nothing", [None, [None], [PICTURES[0], None]], ids=["None", "[None]", "[image, None]"])
@@ -325,9 +334,45 @@ def test_the_native_pipeline_answers_chats(native, answers, tmp_path):
     for image in (PICTURES[0], str(tmp_path / "picture.png")):
         (output,) = native(text=chat(image), max_new_tokens=NEW)
         assert output["generated_text"][-1]["role"] == "assistant"
-        assert output["generated_text"][-1]["content"].lstrip() == answers[0][0]
+        assert output["generated_text"][-1]["content"] == answers[0][0]
         (new_text,) = native(text=chat(image), max_new_tokens=NEW, return_full_text=False)
-        assert new_text["generated_text"].lstrip() == answers[0][0]
+        assert new_text["generated_text"] == answers[0][0]
+
+
+SIGN = Path(__file__).parent.parent / "docs" / "sign.jpg"
+NANO = Path(__file__).parent.parent / "checkpoints" / "pheye-nano"
+
+
+def test_the_native_pipelines_chat_goes_on_with_the_tokens_that_were_generated():
+    native = load(NANO, "image-text-to-text")
+    (output,) = native(text=chat(str(SIGN), text="What is written on the sign?"), max_new_tokens=20)
+    assert output["generated_text"][-1] == {"role": "assistant", "content": "HOTEL"}
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = native.processor.apply_chat_template(output["input_text"], add_generation_prompt=True, **options)
+    ids = native.model.generate(**inputs, max_new_tokens=20)
+    history = native.processor.apply_chat_template(output["generated_text"], **options)
+    assert torch.equal(history["input_ids"], ids)
+
+
+def test_a_path_is_no_question_where_transformers_replaces_the_task(model, processor):
+    """For a loaded model `pipeline("image-to-text")` is image-text-to-text, to which the first argument is text."""
+    native = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
+    assert type(native).__name__ == "ImageTextToTextPipeline"
+    data = base64.b64encode(SIGN.read_bytes()).decode()
+    for wrong in (str(SIGN), [str(SIGN)] * 2, "missing.png", "https://host/x.jpg", data):
+        with pytest.raises(ValueError, match=r"is the place of an image.*PheyeImageToTextPipeline\(model="):
+            native(wrong, max_new_tokens=1)
+    with pytest.raises(TypeError, match="prompt is no argument of PheyeProcessor"):
+        native(text=chat(PICTURES[0]), prompt="What?", max_new_tokens=1)
+    own = type(load(NANO))(model=model, processor=processor)
+    assert own(str(SIGN), max_new_tokens=1)
+
+
+def test_the_native_pipeline_refuses_an_image_that_would_not_arrive(native):
+    for part in ({"type": "image"}, {"type": "image", "image": None}, {"type": "input_image", "image_url": "x"}):
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+        with pytest.raises(ValueError, match="image"):
+            native(text=messages, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -338,7 +383,7 @@ def test_the_native_pipeline_answers_many_chats(native, model, processor, batch_
     expected = [
         by_hand(model, processor, picture, question) for picture, question in zip(PICTURES, questions, strict=True)
     ]
-    assert [[output["generated_text"].lstrip() for output in row] for row in outputs] == expected
+    assert [[output["generated_text"] for output in row] for row in outputs] == expected
 
 
 def test_the_native_pipeline_takes_a_system_message_and_turns(native, model, processor):
@@ -351,7 +396,7 @@ def test_the_native_pipeline_takes_a_system_message_and_turns(native, model, pro
     inputs = processor(images=PICTURES[1], text=prompt, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :]
     (output,) = native(text=turns, max_new_tokens=NEW, return_full_text=False)
-    assert output["generated_text"] == processor.tokenizer.decode(ids, skip_special_tokens=True)
+    assert output["generated_text"] == processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
 
 
 def test_the_native_pipeline_continues_an_answer(native, model, processor):
@@ -368,9 +413,9 @@ def test_the_native_pipeline_continues_an_answer(native, model, processor):
 def test_the_native_pipeline_takes_images_and_texts(native, answers, processor):
     text = processor.apply_chat_template([{"role": "user", "content": CAPTION}], add_generation_prompt=True)
     (output,) = native(images=PICTURES[0], text=text, max_new_tokens=NEW, return_full_text=False)
-    assert output["generated_text"].lstrip() == answers[0][0]
+    assert output["generated_text"] == answers[0][0]
     outputs = native(images=PICTURES, text=[text] * 3, max_new_tokens=NEW, return_full_text=False)
-    assert [output["generated_text"].lstrip() for output in outputs] == [answer for (answer,) in answers]
+    assert [output["generated_text"] for output in outputs] == [answer for (answer,) in answers]
     (full,) = native(images=PICTURES[0], text=text, max_new_tokens=NEW)
     assert full["generated_text"].startswith(text)
 
@@ -420,4 +465,4 @@ def test_registered_classes_serve_without_trust_remote_code(model_folder, answer
     assert result["modules"] == ["pheye.image_processing_pheye", "pheye.modeling_pheye", "pheye.processing_pheye"]
     assert result["remote"] == []
     assert texts(result["answer"]) == answers[0]
-    assert result["native"][0]["generated_text"].lstrip() == answers[0][0]
+    assert result["native"][0]["generated_text"] == answers[0][0]

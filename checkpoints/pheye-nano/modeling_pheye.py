@@ -642,7 +642,8 @@ class PheyeModel(PheyePreTrainedModel):
         if torch.compiler.is_compiling():
             return
         self._check_hooks()
-        self.positions_left(text.shape[1] + text_in(cache))
+        if learned_positions(self.config.text_config) is not None:
+            self.positions_left(text.shape[1] + text_in(cache))
 
     def positions_left(self, length: int) -> int | None:
         """The language model's positions behind a text of this length, whether cached or not; None if all are left.
@@ -812,6 +813,8 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
                 f"All labels (shape {tuple(labels.shape)}) are -100 after the first position, so there is nothing to "
                 "learn; was the answer cut off or masked whole?"
             )
+        if not torch.compiler.is_compiling():
+            self.pheye.positions_left(given_text(input_ids, inputs_embeds).shape[1] + text_in(cache))
         call = self.pheye.prepare(
             given_text(input_ids, inputs_embeds),
             pixel_values,
@@ -912,9 +915,20 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         if assistant_model is not None and "image" not in assistant_model.input_modalities:
             # An assistant that only reads text guesses without the image; this model corrects it.
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IMAGE_INPUTS}
-        return super()._get_candidate_generator(
+        generator = super()._get_candidate_generator(
             generation_config=generation_config, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
+        if generation_config.prompt_lookup_num_tokens is not None:
+            # It would guess tokens behind the last one of the answer, for which there may be no position.
+            generator.get_candidates = functools.partial(
+                _candidates_up_to, generation_config.max_length, generator.get_candidates
+            )
+        return generator
+
+
+def _candidates_up_to(length: int, get_candidates: Callable, *args, **kwargs) -> tuple:
+    ids, logits = get_candidates(*args, **kwargs)
+    return ids[:, :length], logits
 
 
 PheyeModel.register_for_auto_class("AutoModel")

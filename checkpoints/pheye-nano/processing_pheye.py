@@ -11,7 +11,15 @@ from .image_processing_pheye import PheyeImageProcessor, load_image  # first: it
 from transformers import AutoTokenizer
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers.processing_utils import (
+    AudioKwargs,
+    ImagesKwargs,
+    ProcessingKwargs,
+    ProcessorMixin,
+    TextKwargs,
+    Unpack,
+    VideosKwargs,
+)
 from transformers.tokenization_utils_base import TextInput
 
 from .configuration_pheye import PheyeConfig
@@ -294,8 +302,9 @@ class PheyeProcessor(ProcessorMixin):
 
     def _check_arguments(self, arguments: dict):
         """The library would leave out what it does not know."""
-        known = TextKwargs.__annotations__ | self.image_processor.valid_kwargs.__annotations__
-        known = {*known, *PheyeProcessorKwargs.__annotations__, "common_kwargs"}
+        # Code for any processor gives options of videos and audio along, where there are none.
+        kinds = (TextKwargs, self.image_processor.valid_kwargs, VideosKwargs, AudioKwargs, PheyeProcessorKwargs)
+        known = {"common_kwargs"}.union(*(kind.__annotations__ for kind in kinds))
         unknown = [name for name, value in arguments.items() if name not in known and value is not None]
         if unknown:
             raise TypeError(
