@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from pheye import PheyeImageProcessor, PheyeProcessor
 from pheye.training.collator import IGNORED, PheyeCollator, encode
 
+from image_files import black_png, encoded
 from tiny import END, tiny_image, tiny_model, tiny_processor
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
@@ -215,6 +216,9 @@ def test_every_image_input_is_in_the_batch_by_the_name_that_the_image_processor_
 def broken_images(folder) -> dict:
     whole = png(Image.effect_noise((90, 70), 80))
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    tiny_image().save(folder / "closed.png")
+    with Image.open(folder / "closed.png") as closed:
+        pass
     return {
         "missing": (str(folder / "missing.png"), "there is no such file"),
         "cut": (str(folder / "cut.png"), "could not be read as an image"),
@@ -222,10 +226,25 @@ def broken_images(folder) -> dict:
         "none": (None, "no image, or several"),
         "number": (3, "int"),
         "empty": (np.zeros((0, 4, 3), np.uint8), "empty"),
+        "bomb": (black_png(1, 2_000_000), "too tall"),
+        "closed": (closed, "stays open"),
+        "folder": (folder, "it is a folder"),
+        "odd": (OddImage(), "of a plugin"),
     }
 
 
-@pytest.mark.parametrize("kind", ["missing", "cut", "text", "none", "number", "empty"])
+class OddImage(Image.Image):
+    """As a plugin of Pillow may behave that meets what it has not expected."""
+
+    size = (4, 4)
+
+    def load(self):
+        raise SyntaxError("of a plugin")
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "cut", "text", "none", "number", "empty", "bomb", "closed", "folder", "odd"]
+)
 def test_a_sample_with_a_broken_image_keeps_its_row_without_labels_and_is_reported(tmp_path, kind):
     image, message = broken_images(tmp_path)[kind]
     good, other = sample(name="good"), sample("Is it?", "It is.", image=tiny_image(1), name="other")
@@ -242,6 +261,16 @@ def test_a_sample_with_a_broken_image_keeps_its_row_without_labels_and_is_report
     for row, one in ((0, good), (2, other)):
         expected = encode(collator.processor, one["messages"])[1]
         assert batch["labels"][row].tolist()[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_broken_metadata_skip_no_sample(format):
+    options = {"lossless": True} if format == "WEBP" else {"dpi": (72, 72)}
+    plain, broken = (encoded(tiny_image(), format, **options, **exif) for exif in ({}, {"exif": b"Exif\0\0rubbish"}))
+    collator = PheyeCollator(tiny_processor())
+    batch = collator([sample(image=broken)])
+    assert not batch["skipped"]
+    assert torch.equal(batch["pixel_values"], collator([sample(image=plain)])["pixel_values"])
 
 
 def test_a_skipped_sample_adds_nothing_to_the_loss(tmp_path):
