@@ -163,7 +163,7 @@ def evaluate(
     device = device or default_device()
     pictures = held_out_pictures(count)
     identity, load = open_model(model, revision, dtype, device)
-    settings = {"model": model, "revision": identity, "dtype": dtype, "seed": SEED, "count": count}
+    settings = {"model": model, "files of the model": identity, "dtype": dtype, "seed": SEED, "count": count}
     inputs = {}
     for side in (None, *reduced):
         rows = answer(

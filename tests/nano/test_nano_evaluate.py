@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from pheye.nano import evaluate
@@ -22,7 +23,7 @@ def test_the_table_gives_shares_in_percent():
     ]
 
 
-def test_the_command_writes_tables_and_plot_and_goes_on_where_it_stopped(tmp_path):
+def test_the_command_writes_tables_and_plot_and_goes_on_where_it_stopped(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "model")
     command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
@@ -38,4 +39,11 @@ def test_the_command_writes_tables_and_plot_and_goes_on_where_it_stopped(tmp_pat
     answers = tmp_path / "out" / "answers-full.jsonl"
     written = answers.stat().st_mtime_ns
     assert evaluate.main(command) == 0
+    assert answers.stat().st_mtime_ns == written
+    changed = tiny_model()
+    with torch.no_grad():
+        next(changed.parameters()).add_(1)
+    changed.save_pretrained(tmp_path / "model")
+    assert evaluate.main(command) == 1
+    assert "files of the model was" in capsys.readouterr().err
     assert answers.stat().st_mtime_ns == written
