@@ -1,6 +1,11 @@
 """The training command: its loss, what it learns, its options and what it refuses before the first step."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,7 +110,8 @@ def test_a_toy_model_learns_64_images_by_heart(base_without_dropout, tmp_path, c
     options = ["--per_device_train_batch_size", "16", "--effective_batch_size", "16", "--learning_rate", "3e-3"]
     trainer = train.run(command(base_without_dropout, data, output, *options, "--num_train_epochs", "60"))
     assert trainer.state.log_history[-2]["loss"] < 0.05
-    assert capsys.readouterr().out.startswith("Trains ")
+    printed = capsys.readouterr().out
+    assert printed.startswith("Trains ") and "64 samples, effective batch 16: 240 steps in all." in printed
 
     model = AutoModelForImageTextToText.from_pretrained(output, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
@@ -117,8 +123,9 @@ def test_a_toy_model_learns_64_images_by_heart(base_without_dropout, tmp_path, c
     assert frozen and all(torch.equal(after[name], before[name]) for name in frozen)
     assert (output / "training.png").stat().st_size > 1000
     card = (output / "README.md").read_text()
+    assert str(base_without_dropout) not in card
     for fact in (
-        str(base_without_dropout),
+        f"`{base_without_dropout.name}`",
         "data.json",
         "effective batch | 16",
         "learning rate | 0.003",
@@ -143,7 +150,100 @@ def test_frozen_parts_are_held_and_saved_in_bfloat16_and_trained_ones_in_float32
         assert torch.equal(parameter, saved[name]) and parameter.dtype == saved[name].dtype, name
 
 
+# --- What is said ---
+
+
+def test_a_run_says_what_it_will_do_and_how_to_try_what_it_has_made(base, data, tmp_path, capsys):
+    output = tmp_path / "my model"
+    trainer = train.run(command(base, data, output, "--logging_steps", "500", "--save_steps", "500"))
+    printed = capsys.readouterr().out
+    assert "16 samples, effective batch 128: 1 step in all.\nWarning: 1 step will hardly change the model" in printed
+    loss = trainer.state.log_history[0]["loss"]
+    assert f"{output} holds the model. Loss: {loss:.4g} at step 1.\n" in printed
+    assert printed.rstrip().endswith(f"Try it: pheye ask '{output}' IMAGE \"question\"")
+    steps = ["--effective_batch_size", "4", "--num_train_epochs", "6", "--logging_steps", "500"]
+    trainer = train.run(command(base, data, tmp_path / "alone", *steps, "--trained_only"))
+    printed = capsys.readouterr().out
+    assert "24 steps in all.\n" in printed and "Warning" not in printed
+    logged = [row["step"] for row in trainer.state.log_history if "loss" in row]
+    assert logged == [1, 24] and " at step 1, " in printed and " at step 24." in printed
+    assert f"load_trained(model, '{tmp_path / 'alone'}') of pheye.training.trained" in printed
+
+
+def interrupted(arguments: list[str], capsys) -> str:
+    assert train.main(arguments) == 130
+    message = capsys.readouterr().err
+    assert "interrupted." in message and "Traceback" not in message
+    return message
+
+
+def test_who_interrupts_a_run_is_told_what_is_kept(base, data, tmp_path, monkeypatch, capsys):
+    output, step = tmp_path / "out", PheyeTrainer.training_step
+
+    def interrupt_at(number: int):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step + 1 == number:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(PheyeTrainer, "training_step", training_step)
+
+    arguments = command(base, data, output, "--effective_batch_size", "4", "--save_steps", "2")
+    interrupt_at(2)
+    assert "There is no checkpoint yet, so the same command begins anew" in interrupted(arguments, capsys)
+    interrupt_at(4)
+    assert f"{output / 'checkpoint-2'} is kept; the same command goes on from it." in interrupted(arguments, capsys)
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2", "run.json", "run.lock"]
+    monkeypatch.undo()
+    assert train.run(arguments).state.global_step == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_ctrl_c_in_the_terminal_prints_a_line_and_no_traceback(base, data, tmp_path, workers):
+    """A terminal sends the signal to all processes of the command."""
+    arguments = command(base, data, tmp_path / "out", "--effective_batch_size", "1", "--num_train_epochs", "1000")
+    arguments += ["--save_steps", "1", "--dataloader_num_workers", workers]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+         "import sys; from pheye.training import train; sys.exit(train.main(sys.argv[1:]))", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not (tmp_path / "out" / "checkpoint-2").is_dir():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted." in errors and "the same command goes on from it" in errors and "Traceback" not in errors
+
+
 # --- Options ---
+
+
+def test_lora_of_the_language_model_has_the_numbers_that_were_given(base, data, tmp_path):
+    options = ["--language_model_lora", "--lora_rank", "3", "--lora_alpha", "7", "--lora_dropout", "0.5"]
+    *_, training = parsed = train.parse(command(base, data, tmp_path, *options))
+    _, lora = train.load_model(**vars(parsed[0]), bf16=training.bf16)
+    config = lora.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 7, 0.5)
+    _, lora = train.load_model(base, language_model_lora=True, bf16=False)
+    config = lora.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (16, 32, 0.05)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "processor_config.json"])
+def test_a_base_that_is_not_whole_is_named_in_a_line(data, tmp_path, name, capsys):
+    base = save_base(tmp_path / "base")
+    (base / name).write_bytes((base / name).read_bytes()[:50])
+    assert str(base) in refusal(capsys, command(base, data, tmp_path / "out"))
+
+
+def test_data_to_evaluate_on_is_not_streamed(base, data, tmp_path, capsys):
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text(json.dumps({"sources": [{"path": "org/set", "streaming": True}]}))
+    message = refusal(capsys, command(base, data, tmp_path / "out", "--eval_data", str(mixture)))
+    assert "its evaluation would not end" in message
 
 
 @pytest.mark.parametrize(
