@@ -235,6 +235,72 @@ def test_without_assistant_only_loss_the_whole_text_is_learnt(tmp_path):
     assert len(batch["pixel_values"]) == len(rows)
 
 
+# --- Trainers whose model answers ---
+
+
+def answering_trainer(kind: str, model, folder):
+    data = [{"image": tiny_image(seed), "prompt": conversation("What?", "")[:2]} for seed in range(4)]
+    options = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "max_steps": 1,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 4,
+        "learning_rate": 1e-2,
+    }
+    given = {"model": model, "processing_class": tiny_processor(), "train_dataset": Dataset.from_list(data)}
+    if kind == "Distillation":
+        return trl.DistillationTrainer(
+            args=trl.DistillationConfig(**options), teacher_model=tiny_model(seed=1), **given
+        )
+    options |= {"num_generations": 2, "beta": 0.0}  # else RLOO loads the model again, from the folder it came from
+    config, trainer = getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
+    return trainer(
+        args=config(**options), reward_funcs=lambda completions, **_: list(map(length_of, completions)), **given
+    )
+
+
+def length_of(completion: list[dict]) -> float:
+    return float(len(completion[0]["content"].encode()))
+
+
+@learns_assistant_only
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "Distillation"])
+def test_trainers_whose_model_answers_see_the_image_and_train(kind, tmp_path, monkeypatch):
+    model = trainable_model()
+    before, seen, generate = parameters(model), [], model.generate
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["pixel_values"])
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(model, "generate", spy)
+    answering_trainer(kind, model, tmp_path).train()
+    images = tiny_processor()(images=[tiny_image(n) for n in range(4)], return_tensors="pt").pixel_values
+    assert seen and all(any(torch.equal(image, known) for known in images) for batch in seen for image in batch)
+    changed = {name for name, value in parameters(model).items() if not torch.equal(value, before[name])}
+    assert changed and all(any(part in name for part in TRAINED) for name in changed)
+
+
+# --- Data that lack their image ---
+
+
+@learns_assistant_only
+@pytest.mark.parametrize("content", ["placeholder", "None"])
+@pytest.mark.parametrize("form", ["messages", "prompt and completion"])
+def test_data_that_speak_of_an_image_without_one_are_refused(form, content, tmp_path):
+    part = {"type": "image"} if content == "placeholder" else {"type": "image", "image": None}
+    prompt = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}]
+    row = {"messages": prompt + answer} if form == "messages" else {"prompt": prompt, "completion": answer}
+    trainer = make_trainer(tmp_path, trainable_model(), [{**row, "images": []}])
+    with pytest.raises(ValueError, match=r"speaks? of an image|Number of images provided \(0\)"):
+        trainer.train()
+
+
 # --- The example ---
 
 
