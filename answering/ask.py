@@ -50,15 +50,18 @@ def ask(
     loaded, processor = load()
     messages = Request(0, opened, question).messages()
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(images=opened, text=prompt, return_tensors="pt").to(loaded.device)
-    ids = loaded.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        return_dict_in_generate=False,
-        streamer=Answer(processor.tokenizer),
-    )
+    try:
+        inputs = processor(images=opened, text=prompt, return_tensors="pt").to(loaded.device)
+        ids = loaded.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=False,
+            streamer=Answer(processor.tokenizer),
+        )
+    except ValueError as error:  # an image that cannot be cut, or a question that is too long
+        raise InputError(str(error)) from error
     if is_cut(loaded, ids[0, inputs["input_ids"].shape[1] :], max_new_tokens):
         print(f"(cut after {max_new_tokens} tokens; --max_new_tokens gives more)", file=sys.stderr)
 

@@ -209,7 +209,12 @@ def generate(
     texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
     inputs = processor(text=texts, return_tensors="pt").to(model.device)
     image_inputs = {name: values.to(model.device, non_blocking=True) for name, values in image_inputs.items()}
-    ids = model.generate(**inputs, **image_inputs, **generate_kwargs, return_dict_in_generate=False)
+    try:
+        ids = model.generate(**inputs, **image_inputs, **generate_kwargs, return_dict_in_generate=False)
+    except ValueError as error:  # a prompt that is too long, or arguments that do not go together
+        raise InputError(
+            f"{error} The first prompt of the batch: {conversations[0][-1]['content'][:200]!r}"
+        ) from error
     answers = processor.post_process_image_text_to_text(ids[:, inputs["input_ids"].shape[1] :])
     return [answer.lstrip() for answer in answers]
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..common.command import InputError, process_state
 from ..common.json_lines import split_lines
-from ..common.tables import FILES, ImageColumn, holds_tables, is_saved, load_table
+from ..common.tables import FILES, ImageColumn, holds_tables, is_saved, load_split
 from ..image_opening_pheye import WEB
 from .rows import Request, check_requests
 
@@ -29,16 +29,18 @@ CONVERTED_FIRST = (  # pictures of telephones, cameras and others that Pillow do
 
 
 class PassedOver:
-    """Files that are no images by their suffix, and links that lead back to a folder above."""
+    """Files that are no images by their suffix, links that lead back to a folder above, and splits of a data set."""
 
     def __init__(self):
-        self.suffixes, self.links = Counter(), []
+        self.suffixes, self.links, self.splits = Counter(), [], []
 
     def __str__(self) -> str:
         """In words; empty if there is nothing."""
         parts = [f"{count} {name_of(suffix)}" for suffix, count in sorted(self.suffixes.items())]
         if self.links:
             parts.append(f"{len(self.links)} links to a folder above, such as {self.links[0]}")
+        if self.splits:
+            parts.append(f"the data set's other splits, {', '.join(self.splits)}, which --split chooses")
         if not parts:
             return ""
         text = f"Passed over: {', '.join(parts)}."
@@ -185,11 +187,14 @@ def dataset_requests(
     image_column: str | None,
     id_column: str | None,
     image_sources: str | None,
+    split: str | None,
+    passed_over: PassedOver,
     **where,
 ) -> list[Request]:
     """One request per row of a data set; the id is the row's number, unless a column holds ids."""
     with process_state().main_process_first():  # the others find it downloaded
-        table = load_table(source, **where)
+        table, _, others = load_split(source, split=split, **where)
+    passed_over.splits += others if split is None else []
     column = image_column or "image"
     for name in filter(None, (column, id_column)):
         if name not in table.column_names:
@@ -244,7 +249,8 @@ def find_requests(images: Sequence[str], prompt: str, **dataset_options) -> tupl
     if data_sets := [source for source in sources if is_data_set(source)]:
         if len(sources) > 1 and not all(os.path.isfile(source) and is_data_set(source) for source in sources):
             raise InputError(f"{data_sets[0]} is a data set: give it by itself, or several table files of one.")
-        requests = dataset_requests(sources[0] if len(sources) == 1 else sources, prompt, **dataset_options)
+        source = sources[0] if len(sources) == 1 else sources
+        requests = dataset_requests(source, prompt, passed_over=passed_over, **dataset_options)
         check_requests(requests)
         return requests, passed_over
     if unused := [f"--{name}" for name, value in dataset_options.items() if value is not None]:

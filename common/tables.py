@@ -34,7 +34,7 @@ def table_files(folder: Path) -> Iterator[Path]:
 
 
 def load_table(source: str | Sequence[str], **which):
-    """The table of `load_split`, without the name of the split."""
+    """The table of `load_split` alone."""
     return load_split(source, **which)[0]
 
 
@@ -54,7 +54,8 @@ def load_split(
         usual_split: which split is taken where there are several and none is named.
 
     Returns:
-        a `datasets.Dataset`, or an `IterableDataset` if `streaming`; and the name of the split, if it has one.
+        a `datasets.Dataset`, or an `IterableDataset` if `streaming`; the name of the split, if it has one; and those
+        of the splits that are left out.
 
     Raises:
         InputError: if nothing is there, or not this split.
@@ -62,19 +63,20 @@ def load_split(
     names = [source] if isinstance(source, str) else list(source)
     source = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     table = _load(names, source, config, data_files=data_files, split=split, streaming=streaming)
+    others = []
     if isinstance(table, dict):
         split = split or (next(iter(table)) if len(table) == 1 else usual_split)
         if split not in table:
             raise InputError(f"{source} has no split {split!r}; choose the split from {', '.join(table)}.")
-        table = table[split]
+        table, others = table[split], [name for name in table if name != split]
     elif is_saved(names[0]) and split not in (None, str(table.split)):
         raise InputError(f"{source} holds no splits; leave the split {split} out.")
     if not is_saved(names[0]):
         check_kind(table, Path(names[0]))
     split = split or (None if table.split is None else str(table.split))
     if streaming:
-        return (table.to_iterable_dataset() if hasattr(table, "to_iterable_dataset") else table), split
-    return table.with_format(None), split
+        return (table.to_iterable_dataset() if hasattr(table, "to_iterable_dataset") else table), split, others
+    return table.with_format(None), split, others
 
 
 def _load(names: list[str], source: str, config: str | None, *, data_files: str | list[str] | None, **how):

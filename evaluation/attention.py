@@ -121,9 +121,15 @@ def attention(
     if data:
         result = global_shares(loaded, processor, samples, max_new_tokens)
         plot_shares(result, output)
+        if left_out := result["left_out"]:
+            first = f"line {left_out[0]['line']}: {left_out[0]['error']}"
+            print(f"{len(left_out)} of {len(samples)} samples were left out, the first {first}", file=sys.stderr)
         about["data"] = str(data)
     else:
-        canvas, result = explain(loaded, processor, opened, prompt, max_new_tokens)
+        try:
+            canvas, result = explain(loaded, processor, opened, prompt, max_new_tokens)
+        except ValueError as error:  # an image that cannot be cut, or a prompt that is too long
+            raise InputError(str(error)) from error
         canvas.save(output)
         about["image"] = image
         print(f"Answer: {result['answer']}")

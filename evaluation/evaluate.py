@@ -223,6 +223,8 @@ def report(result: dict, task: Task, folder: Path) -> str:
         lines += [f"{name} {score:.1f}" for name, score in result["other_scores"].items()]
         for group in result.get("by_detail", {}).get("tertiles", ()):
             lines.append(f"{group['tertile']} answer boxes ({group['samples']}): {100 * group['accuracy']:.1f}")
+        if left_out := result.get("by_detail", {}).get("left_out"):
+            lines.append(f"{left_out} samples have no answer box and are in none of these groups")
     if task.published:
         listed = ", ".join(f"{model} {score}" for model, score in task.published.scores.items())
         lines.append(f"published ({task.published.split}): {listed}")

@@ -59,7 +59,7 @@ def dataset_samples(
     """
     with process_state().main_process_first():  # the others find it downloaded
         where = {"config": config, "data_files": data_files}
-        table, split = load_split(source, split=split, usual_split=task.split, **where)
+        table, split, _ = load_split(source, split=split, usual_split=task.split, **where)
     named_turns = named.get("question_column") or named.get("answers_column")
     if task.format == OWN and not named_turns and any(column in table.column_names for column in TURNS_COLUMNS):
         where = {name: named.get(name) for name in ("image_column", "id_column")}

@@ -242,6 +242,17 @@ def test_a_folder_of_table_files(tables):
     assert found("saved", id_column="key") == ["s"]
 
 
+def test_splits_that_are_left_out_are_named(tables):
+    os.makedirs("split")
+    for number, name in enumerate(("train", "test")):
+        os.rename(tables[number], f"split/{name}-00000-of-00001.parquet")
+    requests, passed_over = find("split", id_column="key")
+    assert [request.id for request in requests] == ["k0"]
+    assert str(passed_over) == "Passed over: the data set's other splits, test, which --split chooses."
+    requests, passed_over = find("split", id_column="key", split="test")
+    assert ([request.id for request in requests], str(passed_over)) == (["k1"], "")
+
+
 def test_data_sets_are_given_by_themselves(tables):
     assert f"{tables[0]} is a data set: give it by itself" in refused("photos", tables[0])
     assert "tables/deep is a data set: give it by itself" in refused("tables/deep", tables[0])

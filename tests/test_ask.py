@@ -79,6 +79,12 @@ def test_input_that_cannot_be_used_stops_it_before_the_model_is_loaded(run, imag
     assert stop.value.code == 2
 
 
+def test_a_question_that_is_too_long_is_one_line(run, image):
+    status, printed, error = run(image, "What is this? " * 3000)
+    assert (status, printed) == (1, "")
+    assert error.splitlines()[-1].startswith("error: The text has ") and "shorten the prompt" in error
+
+
 def test_who_stops_it_sees_no_traceback(run, image, monkeypatch):
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt

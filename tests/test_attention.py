@@ -114,7 +114,7 @@ def test_command_draws_one_image(tmp_path, model_folder, capsys):
         assert np.array(word["by_block"]).sum(1) == pytest.approx(1, abs=1e-4)
 
 
-def test_command_draws_the_figure_and_goes_on_after_a_broken_image(tmp_path, model_folder):
+def test_command_draws_the_figure_and_goes_on_after_a_broken_image(tmp_path, model_folder, capsys):
     path = samples_file(tmp_path, [{}, {}, {}])
     (tmp_path / "1.png").write_bytes(b"broken")
     output = tmp_path / "share.png"
@@ -124,6 +124,7 @@ def test_command_draws_the_figure_and_goes_on_after_a_broken_image(tmp_path, mod
     assert [(group["tertile"], group["samples"]) for group in result["tertiles"]] == [("all", 2)]
     assert all(0 < share < 1 for share in result["tertiles"][0]["global_share"])
     assert [entry["line"] for entry in result["left_out"]] == [2]
+    assert "1 of 3 samples were left out, the first line 2: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

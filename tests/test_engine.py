@@ -96,6 +96,13 @@ def test_an_error_of_the_model_stops_the_run(start, model, monkeypatch, tmp_path
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_prompt_that_is_too_long_is_named_and_the_first_thing_that_is_asked(start, requests, tmp_path):
+    long = Request("long", requests[0].image, "What is this? " * 3000)
+    with pytest.raises(InputError, match=r"shorten the prompt.*The first prompt of the batch.*What is this"):
+        start([*requests, long])
+    assert (tmp_path / "out.jsonl.part-0").read_bytes() == b""
+
+
 def test_long_prompts_come_first_and_rows_keep_the_order_of_the_requests(start, model, monkeypatch, requests):
     lengths, generate = [], model.generate
 
