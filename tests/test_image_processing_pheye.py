@@ -276,7 +276,7 @@ def test_options_without_meaning_are_refused_by_name(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         small_processor()(images=tiny_image(), return_tensors="pt", **option)
     with pytest.raises(ValueError, match=next(iter(option))):
-        small_processor(**option)
+        small_processor(**option)(images=tiny_image())
 
 
 NAN, INF = float("nan"), float("inf")
@@ -294,7 +294,7 @@ NAN, INF = float("nan"), float("inf")
         *[("image_std", value) for value in ((), (0.5,), (0.5,) * 4, 0.5, 0, "abc")],
         *[("rescale_factor", value) for value in (0.0, -1.0, NAN, INF, 1e-320, 1e300, 10**400, "1", True)],
         *[("resample", value) for value in (-1, 99, 2.5, "bicubic", True)],
-        *[(name, "no") for name in ("do_rescale", "do_normalize", "do_resize", "do_convert_rgb")],
+        *[(name, "no") for name in ("do_rescale", "do_normalize", "do_resize")],
     ],
     ids=lambda value: str(value)[:40],
 )
