@@ -239,6 +239,20 @@ def test_a_resize_by_itself_has_the_same_limit():
         resize(Image.new("1", (1, 200_000)), (672, 672), Image.Resampling.BICUBIC)
 
 
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(monkeypatch):
+    data = encoded(Image.new("L", (4000, 4000)), "JPEG", progressive=True)
+    start = data.rindex(b"\xff\xc4", 0, data.rindex(b"\xff\xda"))
+    bomb = data[:-2] + data[start:-2] * 1000 + data[-2:]
+    assert len(bomb) < 500_000
+    assert pixels(data).shape[0] == pixels(data[:-2] + data[start:]).shape[0] == 1
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    for image in (bomb, Image.open(io.BytesIO(bomb))):
+        with pytest.raises(ValueError, match=r"has 10\d\d scans"):
+            pixels(image)
+    with pytest.raises(ValueError, match=r"has 10\d\d scans"):
+        load_image(bomb, least_side=100)
+
+
 def test_postscript_is_not_run(monkeypatch):
     data = encoded(small_image(), "EPS")
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: pytest.fail("it was run"))

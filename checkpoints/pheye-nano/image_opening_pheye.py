@@ -23,6 +23,8 @@ from transformers.image_utils import httpx
 
 MOST_PIXELS = 89_478_485  # what Pillow allows by default without a warning; Pillow refuses twice as many, and so do we
 PIXELS_PER_COLUMN = 18  # that take as much memory as the weights of a resize for a column: 9 numbers of 8 bytes
+MOST_SCANNED = 100 * MOST_PIXELS  # scans of a JPEG file times its pixels: some seconds
+SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")  # how each begins
 MOST_BYTES = 64 * 2**20  # of a download, or of an image as base64 text
 DOWNLOAD_SECONDS = 60  # for the whole of a download
 SILENCE_SECONDS = 5  # of a server
@@ -266,17 +268,35 @@ def without_broken_metadata(source: str | os.PathLike | BytesIO) -> bytes | None
 def decode_strictly(source: str | os.PathLike | BytesIO, least_side: int | None, columns: int) -> Image.Image:
     with Image.open(source) as image:
         if least_side is not None:
+            check_decoder(image)  # before the size becomes another
             image.draft(None, (least_side, least_side))
         load(image, columns)
         return image
 
 
 def load(image: Image.Image, columns: int = 1):
-    """Decode a picture that may have been opened only, once its size has been checked."""
-    if image.format == "EPS" and getattr(image, "tile", None):
-        raise ImageError("The image is PostScript, a program that may do anything; save it as a PNG first.")
+    """Decode a picture that may have been opened only, once it is known what that costs."""
     check_size(image.size, columns)
+    if getattr(image, "tile", None):  # not decoded yet
+        check_decoder(image)
     image.load()
+
+
+def check_decoder(image: Image.Image):
+    """Refuse what takes long to decode whatever its size: programs, and JPEG files whose pixels are gone over thousands
+    of times, in a few bytes each time."""
+    if image.format == "EPS":
+        raise ImageError("The image is PostScript, a program that may do anything; save it as a PNG first.")
+    if image.format not in ("JPEG", "MPO", "BLP") or image.fp is None:
+        return
+    place, count, rest = image.fp.tell(), 0, b""
+    image.fp.seek(0)
+    while piece := image.fp.read(2**20):
+        count += len(SCAN.findall(rest + piece))
+        rest = piece[-4:]
+    image.fp.seek(place)
+    if count * image.width * image.height > MOST_SCANNED:
+        raise ImageError(f"The image has {count} scans, which would take very long to decode; save it anew.")
 
 
 # --- Downloads ---
