@@ -233,6 +233,16 @@ def report(result: dict, task: Task, folder: Path) -> str:
     return "\n".join(lines)
 
 
+def print_score(task: Task, samples: list[Sample], total: int, folder: Path, boxes: Boxes | None, facts: dict):
+    """`finish` and say what it gave."""
+    try:
+        result = finish(task, samples, total, folder, boxes, facts)
+    except KeyboardInterrupt as stop:
+        kept = f"All answers are kept in {folder / ROWS}; give the same command again to score them."
+        raise Interrupted(kept) from stop
+    print(report(result, task, folder))
+
+
 def interval(result: dict, prefix: str = "") -> str:
     low, high = result[f"{prefix}confidence_interval"]
     return f"{result[f'{prefix}score']:.1f} ({LEVEL:.0%} interval {low:.1f} to {high:.1f})"
@@ -307,11 +317,8 @@ def evaluate(
     boxes = find_boxes(by_detail, chosen, data, task)
     device = device or state.device
     identity, load = open_model(model, revision, dtype, device)
-    decoding = {
-        "max_new_tokens": max_new_tokens or task.max_new_tokens,
-        "num_beams": num_beams or task.num_beams,
-        "do_sample": False,
-    }
+    length, beams = max_new_tokens or task.max_new_tokens, num_beams or task.num_beams
+    decoding = {"max_new_tokens": length, "num_beams": beams, "do_sample": False}
     settings = {
         "model": model,
         "files of the model": identity,
@@ -333,12 +340,7 @@ def evaluate(
     )
     if state.is_main_process:
         facts = facts_of(settings, decoding, state.num_processes, arguments)
-        try:
-            result = finish(task, chosen, len(samples), folder, boxes, facts)
-        except KeyboardInterrupt as stop:
-            kept = f"All answers are kept in {folder / ROWS}; give the same command again to score them."
-            raise Interrupted(kept) from stop
-        print(report(result, task, folder))
+        print_score(task, chosen, len(samples), folder, boxes, facts)
 
 
 def parse(argv: list[str] | None) -> dict:
