@@ -259,8 +259,6 @@ class PheyeProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
-        videos: None = None,
-        audio: None = None,
         **kwargs: Unpack[PheyeProcessorKwargs],
     ) -> BatchFeature:
         """Model inputs for one image per text; the text is taken as it is (see `apply_chat_template` for the prompt).
@@ -276,7 +274,7 @@ class PheyeProcessor(ProcessorMixin):
             ValueError: if the lists differ in length, a text is empty, has two images or speaks of one that is not
                 given, or if nothing is given. TypeError: for arguments that have no meaning here.
         """
-        self._check_arguments({**kwargs, "videos": videos, "audio": audio})
+        self._check_arguments(kwargs)
         if getattr(images, "ndim", None) == 4:
             images = list(images)
         is_list = isinstance(images, (list, tuple))
