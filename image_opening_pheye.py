@@ -283,8 +283,8 @@ def load(image: Image.Image, columns: int = 1):
 
 
 def check_decoder(image: Image.Image):
-    """Refuse what takes long to decode whatever its size: programs, and JPEG files whose pixels are gone over thousands
-    of times, in a few bytes each time."""
+    """Refuse what takes long to decode whatever its size: programs, and JPEG files whose pixels are gone over
+    thousands of times, in a few bytes each time."""
     if image.format == "EPS":
         raise ImageError("The image is PostScript, a program that may do anything; save it as a PNG first.")
     if image.format not in ("JPEG", "MPO", "BLP") or image.fp is None:
