@@ -239,7 +239,7 @@ class Run:
             warnings.warn(f"{left_out} rows were left out: their ids are no longer asked for.", stacklevel=3)
         write_atomically(self.output, lines([rows[request.id] for request in requests]))
         for path in ends.keys() - {self.output}:
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may be here too
         with self.output.open("rb") as file:
             errors = [row["id"] for row in map(json.loads, file) if "error" in row]
         first = f" (the first: {errors[0]!r})" if errors else ""
