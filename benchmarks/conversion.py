@@ -28,7 +28,7 @@ POLL_SECONDS = 0.01
 
 
 def make_tokenizer(size: int) -> dict:
-    """A tokenizer.json of `size` tokens: one for the end of a text, one for each byte, and others that nothing uses."""
+    """A tokenizer.json of `size` tokens: one for the end of a text, one for each byte, and others without use."""
     end = "<|endoftext|>"
     tokens = [end, *sorted(ByteLevel.alphabet())]
     tokens += [f"<|{number}|>" for number in range(len(tokens), size)]

@@ -143,8 +143,8 @@ def test_no_weights_per_head_outlive_their_pass_and_no_pass_is_longer_than_it_ma
 
     def spy(module, query, *args, **kwargs):
         heads, length = query.shape[1:3]
-        size = heads * length * model.config.tokens_per_image
-        seen.append((length, sum(type(x) is torch.Tensor and x.numel() == size for x in gc.get_objects())))
+        shape = (1, heads, length, model.config.tokens_per_image)
+        seen.append((length, sum(type(x) is torch.Tensor and x.shape == shape for x in gc.get_objects())))
         return original(module, query, *args, **kwargs)
 
     ids = torch.randint(1, 257, (1, 11), generator=torch.Generator().manual_seed(1))
