@@ -51,11 +51,16 @@ CUSTOM_PIPELINES = {
     }
 }
 
-# `transformers serve` looks here for what reads images, after it has loaded a config and before it loads the model.
+# `transformers serve` looks into the first of these tables for what reads images, after loading a config and
+# before it loads the model. `Trainer` looks into the second for models whose labels it must shift when it smooths them.
 with contextlib.suppress(ImportError):
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
 
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("pheye", "PheyeForConditionalGeneration")
+    for table in (MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        table.setdefault("pheye", "PheyeForConditionalGeneration")
 
 
 class PheyeConfig(PreTrainedConfig):

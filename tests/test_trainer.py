@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from pheye import PheyeForConditionalGeneration
 from pheye.training import train
@@ -250,8 +250,10 @@ def smoothed(logits, labels, epsilon: float, count: int | None = None) -> float:
     return ((1 - epsilon) * of_next + epsilon * -log.mean(-1).sum()).item() / (count or int(kept.sum()))
 
 
-def test_label_smoothing_smooths_the_loss_of_the_next_token(data, tmp_path):
-    trainer, batch = python_trainer(tmp_path, data, label_smoothing_factor=0.1), batch_of(data)
+@pytest.mark.parametrize("trainer_class", [PheyeTrainer, Trainer])
+def test_label_smoothing_smooths_the_loss_of_the_next_token(data, tmp_path, trainer_class):
+    trainer = python_trainer(tmp_path, data, trainer_class, label_smoothing_factor=0.1)
+    batch = batch_of(data)
     model = trainer.model.eval()
     with torch.no_grad():
         logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
@@ -501,8 +503,6 @@ def test_several_gpus_in_one_process_are_refused(data, tmp_path, monkeypatch):
 
 
 def test_the_trainers_private_methods_that_are_overridden_still_exist_and_are_used():
-    from transformers import Trainer
-
     for name in (
         "_get_output_dir",
         "_save_checkpoint",
