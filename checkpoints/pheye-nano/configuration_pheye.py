@@ -52,7 +52,7 @@ CUSTOM_PIPELINES = {
 }
 
 # `transformers serve` looks into the first of these tables for what reads images, after loading a config and
-# before it loads the model. `Trainer` looks into the second for models whose labels it must shift when it smooths them.
+# before the model. `Trainer` looks into the second for models whose labels it must shift when it smooths them.
 with contextlib.suppress(ImportError):
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
