@@ -14,6 +14,7 @@ TEST = [
     "accelerate>=1.1",
     'atheris>=3.0; sys_platform == "linux" and platform_machine == "x86_64"',
     "datasets>=3.0",
+    "hypothesis>=6.100",
     "parameterized>=0.9",
     "pdoc>=15",
     "pycocoevalcap>=1.2",

@@ -78,6 +78,17 @@ print(json.dumps({
 }))
 """
 
+SERVE = """
+import json
+import torch
+from transformers.cli.serving.model_manager import ModelManager
+
+manager = ModelManager(device="cpu", dtype="float32", trust_remote_code=True)
+model, processor = manager.load_model_and_processor("folder@main")
+print(json.dumps([type(model).__name__, type(processor).__name__, manager.get_model_modality(model, processor).name]))
+manager.shutdown()
+"""
+
 REGISTER = """
 import sys, pheye
 pheye.register()
@@ -451,3 +462,8 @@ def test_the_oldest_release_is_the_same_for_pip_and_in_all_files():
     assert {f"transformers{bound},<6" for bound in found} == {requirement} == {f"transformers>={OLDEST},<6"}
     pinned = re.search(r"^transformers==(.+)$", (root / "constraints-oldest.txt").read_text(), re.MULTILINE).group(1)
     assert pinned == OLDEST
+
+
+def test_transformers_serve_loads_the_folder(folder):
+    """Unmodified: it takes classes from a list of names, to which the configuration adds."""
+    assert run(SERVE, folder) == ["PheyeForConditionalGeneration", "PheyeProcessor", "MULTIMODAL"]
