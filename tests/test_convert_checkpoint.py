@@ -510,6 +510,13 @@ def test_a_push_that_fails_leaves_the_folder(tmp_path, tensors, capsys, monkeypa
     assert f"error: {output} is whole, but pushing it failed: no network\n" in capsys.readouterr().err
     assert stored(output)
 
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(converter, "push", interrupt)
+    assert converter.main([str(source), str(output), "--force", "--push_to_hub", "me/x"]) == 130
+    assert f"interrupted. {output} is whole; to push it, give `hf upload me/x {output}`." in capsys.readouterr().err
+
 
 def test_private_repos_are_asked_for(monkeypatch, tmp_path):
     calls = []
