@@ -99,6 +99,21 @@ def test_an_image_whose_file_was_closed_is_refused_in_words(tmp_path):
         pixels(image)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\0\0\0\x18ftypheic" + bytes(200), "HEIC.*convert it to JPEG, or install pillow-heif"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG.*as a PNG"),
+        (b"<?xml version='1.0'?>\n<svg/>", "SVG.*as a PNG"),
+    ],
+)
+def test_formats_that_pillow_does_not_read_are_named(data, said, tmp_path):
+    (tmp_path / "photo.heic").write_bytes(data)
+    for source in (data, tmp_path / "photo.heic", base64.b64encode(data).decode()):
+        with pytest.raises(ValueError, match=said):
+            pixels(source)
+
+
 def test_errors_are_the_same_in_each_run():
     with pytest.raises(ValueError) as first:
         pixels(b"no image")

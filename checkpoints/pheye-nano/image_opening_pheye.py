@@ -231,7 +231,9 @@ def decode(source: str | os.PathLike | BytesIO, least_side: int | None, columns:
     except (ImageError, Image.DecompressionBombError, MemoryError):
         raise
     except Exception:
-        mended = without_broken_metadata(source)
+        data = content(source)
+        refuse_other_formats(data)
+        mended = without_broken_metadata(data)
         if mended is None:
             raise
         with contextlib.suppress(Exception):
@@ -239,16 +241,31 @@ def decode(source: str | os.PathLike | BytesIO, least_side: int | None, columns:
         raise
 
 
-def without_broken_metadata(source: str | os.PathLike | BytesIO) -> bytes | None:
+def content(source: str | os.PathLike | BytesIO) -> bytes:
+    if isinstance(source, BytesIO):
+        return source.getvalue()
+    with open(source, "rb") as file:
+        return file.read(MOST_BYTES)
+
+
+def refuse_other_formats(data: bytes):
+    """Name the formats that people take for images and Pillow does not read."""
+    head = data[:1000]
+    heic = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1")
+    if head[4:8] == b"ftyp" and head[8:12] in heic and b"avif" not in head[:40]:
+        raise ImageError(
+            "The image is HEIC, which Pillow does not read; convert it to JPEG, or install pillow-heif and call "
+            "pillow_heif.register_heif_opener() first."
+        )
+    if head.lstrip().startswith((b"<svg", b"<?xml")) and b"<svg" in head:
+        raise ImageError("The image is SVG, a drawing without pixels; save it as a PNG first.")
+
+
+def without_broken_metadata(data: bytes) -> bytes | None:
     """The file without what Pillow stumbles over and browsers pass over; None if nothing of this kind is in it.
 
     AVIF: the EXIF block. PNG: chunks that the pixels do not need, but for an EXIF block whose checksum is right.
     """
-    if isinstance(source, BytesIO):
-        data = source.getvalue()
-    else:
-        with open(source, "rb") as file:
-            data = file.read(MOST_BYTES)
     if data[4:8] == b"ftyp" and b"avif" in data[8:40] and b"Exif" in data:
         return data.replace(b"Exif", b"none")
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
