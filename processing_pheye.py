@@ -303,7 +303,9 @@ class PheyeProcessor(ProcessorMixin):
         # Code for any processor gives options of videos and audio along, where there are none.
         kinds = (TextKwargs, self.image_processor.valid_kwargs, VideosKwargs, AudioKwargs, PheyeProcessorKwargs)
         known = {"common_kwargs"}.union(*(kind.__annotations__ for kind in kinds))
-        unknown = [name for name, value in arguments.items() if name not in known and value is not None]
+        nested = [arguments.get(group) or {} for group in ("text_kwargs", "images_kwargs", "common_kwargs")]
+        given = {name for options in (arguments, *nested) for name, value in options.items() if value is not None}
+        unknown = sorted(given - known)
         if unknown:
             raise TypeError(
                 f"{unknown[0]} is no argument of PheyeProcessor, which takes one image and a text: `images`, `text`, "

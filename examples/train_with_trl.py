@@ -76,7 +76,7 @@ def main():
         prompt = processor.apply_chat_template(row["messages"][:turns], add_generation_prompt=True)
         inputs = processor(images=row["images"][0], text=prompt, return_tensors="pt")
         generated = model.generate(**inputs, max_new_tokens=32)
-        answer = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        (answer,) = processor.post_process_image_text_to_text(generated[:, inputs["input_ids"].shape[1] :])
         print(f"{row['images'][0]}: {row['messages'][turns - 1]['content']}\n  answer: {answer.strip()!r}")
 
 

@@ -586,6 +586,8 @@ def test_arguments_that_would_be_left_out_are_refused_by_name(processor):
     for name, value in {"prompt": "What?", "image": image, "question": "?", "videos": [image], "audio": [0.0]}.items():
         with pytest.raises(TypeError, match=rf"^{name} is no argument of PheyeProcessor.*`images`, `text`"):
             processor(images=image, text="a", **{name: value})
+    with pytest.raises(TypeError, match=r"^prompt is no argument of PheyeProcessor"):
+        processor(images=image, text="a", text_kwargs={"prompt": "What?"})
     known = {"videos": None, "text_kwargs": {"padding": False}, "images_kwargs": {"do_rescale": True}, "max_length": 9}
     assert processor(images=image, text="a", **known, truncation=True)
 
