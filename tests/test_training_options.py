@@ -68,7 +68,20 @@ def test_an_option_that_would_do_nothing_is_refused_by_name(options, remedy):
     [
         (["--max_skipped_share", "1.5"], "must be a share"),
         (["--max_skipped_share", "nan"], "must be a share"),
-        (["--eval_data", "e.json", "--early_stopping_patience", "0"], "at least 1"),
+        (["--eval_data", "e.json", "--early_stopping_patience", "0"], "greater than 0"),
+        (["--effective_batch_size", "0"], "greater than 0"),
+        (["--effective_batch_size", "-8"], "greater than 0"),
+        (["--gradient_accumulation_steps", "0"], "greater than 0"),
+        (["--per_device_train_batch_size", "0"], "greater than 0"),
+        (["--num_train_epochs", "0"], "greater than 0"),
+        (["--num_train_epochs", "inf"], "and finite"),
+        (["--max_steps", "0"], "greater than 0, or left out"),
+        (["--save_steps", "0"], "greater than 0"),
+        (["--learning_rate", "nan"], "and finite"),
+        (["--learning_rate", "-1"], "at least 0"),
+        (["--label_smoothing_factor", "1"], "below 1"),
+        (["--max_length", "-5"], "at least 1"),
+        (["--dataloader_num_workers", "-1"], "at least 0"),
         (["--inspect", "-1"], "must be a number of samples"),
     ],
 )
@@ -144,8 +157,17 @@ def test_lists_of_options_name_options_that_there_are():
     assert {option.name for option in dataclasses.fields(TrainingArguments)} <= known
 
 
-@pytest.mark.parametrize(("options", "message"), [(["--report_to", "wandb"], "wandb"), (["--optim", "lomo"], "lomo")])
-def test_a_package_that_is_missing_is_named_before_anything_is_loaded(monkeypatch, options, message):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--report_to", "wandb"], "wandb"),
+        (["--optim", "lomo"], "lomo"),
+        (["--optim", "adamw_bnb_8bit"], "bitsandbytes"),
+        (["--adam_beta1", "1.5"], "beta"),
+        (["--lr_scheduler_kwargs", '{"no_such": 1}'], "no_such"),
+    ],
+)
+def test_what_is_wrong_with_packages_and_the_optimizer_is_said_before_anything_is_loaded(options, message):
     from pheye.training.options import check_installed
 
     *_, training = train.parse([*COMMON, *options])
@@ -165,6 +187,9 @@ def test_matplotlib_is_asked_for_before_the_run_and_not_at_its_end(monkeypatch):
 
     *_, training = train.parse([*COMMON, "--report_to", "none"])
     check_installed(training)
+    for schedule in ("linear", "cosine", "polynomial", "constant_with_warmup", "cosine_with_min_lr"):
+        others = {"cosine_with_min_lr": ["--lr_scheduler_kwargs", '{"min_lr": 1e-6}']}.get(schedule, [])
+        check_installed(train.parse([*COMMON, "--report_to", "none", "--lr_scheduler_type", schedule, *others])[3])
     monkeypatch.setattr("pheye.common.command.importlib.import_module", without)
     with pytest.raises(ValueError, match=r"needs matplotlib.*pheye\[train\]"):
         check_installed(training)

@@ -3,11 +3,12 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -19,6 +20,11 @@ from .stages import STAGES
 EFFECTIVE_BATCH = 128  # the paper's (spec section 8)
 SAVE_STEPS = 500
 MODEL_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")  # that are made from the model
+
+POSITIVE = ("effective_batch_size", "gradient_accumulation_steps", "per_device_train_batch_size", "num_train_epochs",
+            "per_device_eval_batch_size", "save_steps", "eval_steps", "logging_steps",
+            "early_stopping_patience")  # fmt: skip
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "label_smoothing_factor", "dataloader_num_workers")
 
 # Options of TrainingArguments without effect here, and why.
 WITHOUT_EFFECT = {
@@ -173,6 +179,7 @@ class PheyeTrainingArguments(TrainingArguments):
         if self.output_dir is None:
             raise InputError("Give --output, the folder of the run.")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        check_numbers(self)
         self._choose_strategies()
         refuse_idle(self)
         self.save_steps = self.save_steps or SAVE_STEPS
@@ -187,8 +194,6 @@ class PheyeTrainingArguments(TrainingArguments):
         if self.eval_strategy is None:
             found = "no" if self.eval_data is None else "epoch" if self.eval_steps is None else "steps"
             self.eval_strategy = found
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise InputError(f"--early_stopping_patience {self.early_stopping_patience} must be at least 1.")
         if self.early_stopping_patience is not None and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         if self.eval_strategy == "steps" and self.eval_steps is None:
@@ -221,7 +226,19 @@ class PheyeTrainingArguments(TrainingArguments):
         return size // per_step
 
 
-# --- Options without effect ---
+# --- Options that cannot be meant, or have no effect ---
+
+
+def check_numbers(training: PheyeTrainingArguments):
+    """Refuse numbers that would be read otherwise than they are written, such as 0 for the default."""
+    for name in (*POSITIVE, *NOT_NEGATIVE):
+        value, least = getattr(training, name), "greater than 0" if name in POSITIVE else "at least 0"
+        if value is not None and not (0 < value < math.inf or (value == 0 and name in NOT_NEGATIVE)):
+            raise InputError(f"--{name} {value} must be {least}, and finite.")
+    if training.max_steps != -1 and training.max_steps < 1:
+        raise InputError(f"--max_steps {training.max_steps} must be greater than 0, or left out.")
+    if training.label_smoothing_factor >= 1:
+        raise InputError(f"--label_smoothing_factor {training.label_smoothing_factor} must be below 1.")
 
 
 def default_of(option: dataclasses.Field):
@@ -304,13 +321,30 @@ def check_installed(training: PheyeTrainingArguments):
             callback()  # says what is missing
     except (ImportError, RuntimeError, ValueError) as error:
         raise InputError(f"--report_to {' '.join(training.report_to)}: {error} Or give --report_to none.") from error
+    with refused_options():
+        check_optimizer(training)
+
+
+def check_optimizer(training: PheyeTrainingArguments):
+    """Make optimizer and schedule of one number, to raise what is wrong with their options or packages."""
     try:
-        Trainer.get_optimizer_cls_and_kwargs(training)
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(training)
     except ImportError as error:
         raise InputError(f"--optim {training.optim.value}: {error}") from error
-    except ValueError as error:
-        if not training.optim.startswith(MODEL_OPTIMIZERS):  # those say that there is no model yet
-            raise InputError(f"--optim {training.optim.value}: {error}") from error
+    except ValueError:
+        if training.optim.startswith(MODEL_OPTIMIZERS):  # those say that there is no model yet
+            return
+        raise
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+        return
+    optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **kwargs)
+    try:
+        get_scheduler(
+            training.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=2,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )  # fmt: skip
+    except TypeError as error:
+        raise InputError(f"--lr_scheduler_kwargs {training.lr_scheduler_kwargs}: {error}") from error
 
 
 # --- What a run is bound to ---
@@ -395,6 +429,8 @@ def parse_options(
             raise InputError(f"--{name} has no effect here: it needs --language_model_lora.")
     if not 0 <= of_run.max_skipped_share <= 1:
         raise InputError(f"--max_skipped_share {of_run.max_skipped_share} must be a share, from 0 to 1.")
+    if of_run.max_length is not None and of_run.max_length < 1:
+        raise InputError(f"--max_length {of_run.max_length} must be at least 1.")
     if of_run.inspect < 0:
         raise InputError(f"--inspect {of_run.inspect} must be a number of samples.")
     return of_model, of_run, of_data, training

@@ -199,13 +199,18 @@ def open_rows(source: Source) -> JsonRows | TableRows:
         rows = TableRows(source)
     if len(rows) == 0:
         raise InputError(f"{source.path} ({source.name}) is empty; give a data set with at least one row.")
-    check_images(rows, source)
+    check_first(rows, source)
     return rows
 
 
-def check_images(rows: JsonRows | TableRows, source: Source):
-    """Refuse a source of whose first images none may be opened, or none exists; name those that will be skipped."""
+def check_first(rows: JsonRows | TableRows, source: Source):
+    """Refuse a source of whose first images none may be opened, or none exists; name those that will be skipped, and
+    say if of conversations only a part is drawn."""
     first = [rows[index] for index in range(min(IMAGES_CHECKED, len(rows)))]
+    longest = max(len(row.turns) for row in first)
+    if source.turns is not None and source.turns < longest:
+        of = f"up to {longest} turns, of which {source.turns} {'is' if source.turns == 1 else 'are'} drawn at a time"
+        say(f"{source.name}: its conversations have {of}; --all_turns learns all of them.")
     errors = [row.error for row in first if row.error]
     if len(errors) == len(first):
         raise InputError(f"None of the first {len(first)} images of {source.name} may be opened: {errors[0]}")

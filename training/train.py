@@ -218,7 +218,10 @@ def run(argv: list[str] | None = None) -> PheyeTrainer | None:
         **{f"files of {source.name}, evaluation": fingerprint_of(source)[:DIGITS] for source in eval_sources},
     }
     if not of_run.inspect and claim(output, settings):
-        print(f"{output} holds this run, finished. There is nothing to do.")
+        print(
+            f"{output} holds this run, finished. There is nothing to do. To train on, begin another run with --model "
+            f"{output}."
+        )
         return None
     with loading(base):
         processor = PheyeProcessor.from_pretrained(base, revision=of_model.revision)
