@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from pheye import PheyeForConditionalGeneration
-from pheye.modeling_pheye import CACHE
+from pheye.layers_pheye import CACHE
 
 from tiny import randomize, tiny_image, tiny_model, tiny_processor, tiny_text_config
 

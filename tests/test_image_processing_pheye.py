@@ -964,3 +964,8 @@ def test_reduced_scale_leaves_small_jpegs_and_other_formats_alone(jpeg, tmp_path
     reduced = small_processor(reduce_jpegs=True)
     for path in (small, png):
         assert torch.equal(reduced(path, return_tensors="pt")["pixel_values"], pixels(path))
+
+
+def test_a_factor_that_makes_huge_pixels_is_refused_also_without_normalizing():
+    with pytest.raises(ValueError, match="rescale_factor=40 must be a number"):
+        PheyeImageProcessor(rescale_factor=40, do_normalize=False)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import DynamicCache, GPT2Config, StaticCache, Trainer, TrainingArguments
 
 from pheye import PheyeForConditionalGeneration, PheyeModel, PheyeProcessor
-from pheye.modeling_pheye import CALL, put_before
+from pheye.layers_pheye import CALL, put_before
 
 from tiny import randomize, tiny_config, tiny_model, tiny_text_config
 from tiny import tiny_pixels as pixels

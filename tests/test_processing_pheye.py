@@ -425,6 +425,8 @@ UNREAD = {
     "input_text": [{"type": "image", "image": tiny_image()}, {"type": "input_text", "text": "What?"}],
     "parts without a type": [{"image": tiny_image()}, {"text": "What is it?"}],
     "an image beside a text": [{"type": "text", "text": "What is it?", "image": tiny_image()}],
+    "an empty list for an image": [{"type": "image", "image": []}],
+    "two images in one part": [{"type": "image", "image": [tiny_image(), tiny_image()]}],
     "a text that is None": [{"type": "image", "image": tiny_image()}, {"type": "text", "text": None}],
     "a text that is a number": [{"type": "text", "text": 5}],
     "a text in upper case": [{"type": "TEXT", "text": "What?"}],

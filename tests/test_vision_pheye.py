@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from pheye import PheyeModel
-from pheye.modeling_pheye import transformer_layers
+from pheye.layers_pheye import transformer_layers
 from pheye.vision_pheye import PheyeLora, add_view_lora, dropout, last_norms
 
 from tiny import randomize, tiny_config, tiny_model, tiny_vision_config

@@ -453,7 +453,7 @@ def _check_numbers(resample, do_rescale, rescale_factor, do_normalize, image_mea
     """Refuse numbers that give pixels which no vision tower was trained on, or none that are numbers."""
     if isinstance(resample, bool) or not isinstance(resample, int) or resample not in list(Image.Resampling):
         raise ValueError(f"resample={resample!r} must be one of PIL.Image.Resampling, such as BICUBIC (3).")
-    if do_rescale and not _is_number(rescale_factor, 1e-6, LARGEST_VALUE):
+    if do_rescale and not _is_number(rescale_factor, 1e-6, LARGEST_VALUE / 255):
         raise ValueError(f"rescale_factor={rescale_factor!r} must be a number greater than 0, such as 1 / 255.")
     if not do_normalize:
         return

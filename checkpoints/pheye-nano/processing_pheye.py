@@ -152,10 +152,10 @@ def _read_part(number: int, part) -> dict:
         url = given.get("image_url")
         sources = {"url": url.get("url") if isinstance(url, Mapping) else url}
     is_placeholder = kind == "image" and not part.keys() & {*IMAGE_SOURCES, "image_url"}
-    if len(sources) > 1 or any(value is None for value in sources.values()) or not (sources or is_placeholder):
+    is_one = len(sources) == 1 and not isinstance(next(iter(sources.values())), (list, tuple, type(None)))
+    if not is_one and not is_placeholder:
         raise ValueError(
-            f"Message {number} speaks of an image, but does not say where it is, or twice: {_shown(part)}. A part is "
-            f"{PARTS}."
+            f"Message {number} speaks of an image, but does not say which one: {_shown(part)}. A part is {PARTS}."
         )
     return {"type": "image", "processor": True, **sources}
 

@@ -13,7 +13,7 @@ from tiny import tiny_config, tiny_processor, tiny_text
 st = pytest.importorskip("hypothesis.strategies", reason="hypothesis is not installed")
 from searching import SECONDS, search  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS + 300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS + 600)]
 
 BASE = json.loads(tiny_config().to_json_string(use_diff=False))
 OWN = [name for name in PheyeConfig.__dataclass_fields__ if name in PheyeConfig.__annotations__ and name in BASE]
@@ -46,7 +46,9 @@ def changed(base: dict, changes: list) -> dict:
 
 
 def is_said(error: Exception) -> bool:
-    """Clear errors, ours and those by which transformers checks its own fields."""
+    """Clear errors: ours, those by which transformers checks its own fields, and torch's of too large a model."""
+    if isinstance(error, RuntimeError):
+        return "size calculation overflowed" in str(error)
     return isinstance(error, (ValueError, TypeError)) or type(error).__name__.startswith("StrictDataclass")
 
 
@@ -54,13 +56,15 @@ def check_config(changes):
     theirs = {place[0] for place, _ in changes} - {*OWN, "vision_config", "text_config"}
     try:
         config = PheyeConfig.from_dict(changed(BASE, changes))
+        if max(config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers) > 1000:
+            return  # a model as large as its file says
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in PheyeForConditionalGeneration(config).parameters())
     except Exception as error:
         assert is_said(error) or theirs, repr(error)  # the base class' own fields are transformers' matter
         return
     assert config.views_per_image <= 4097
-    if size > 5_000_000 or config.tokens_per_image > 1000 or theirs:
+    if size > 5_000_000 or config.tokens_per_image > 1000 or config.vision_config.image_size > 1000 or theirs:
         return
     model = PheyeForConditionalGeneration(config)
     pixels = torch.randn(1, config.views_per_image, 3, *2 * [config.vision_config.image_size])
@@ -70,7 +74,7 @@ def check_config(changes):
 
 
 def test_a_configuration_that_is_accepted_computes():
-    search(check_config, CHANGES)
+    search(check_config, CHANGES, rounds=60)
 
 
 IMAGE_PROCESSOR = tiny_processor().image_processor
@@ -108,4 +112,5 @@ def test_a_processors_file_that_is_accepted_gives_pixels(tmp_path):
     (tmp_path / "processor_config.json").rename(tmp_path / "kept.json")
     changes = st.dictionaries(NAMES, NUMBERS | OTHERS | LISTS | DICTS, min_size=1, max_size=3)
     # A list for a size is read by transformers, before anything of Pheye.
-    search(check_processor(tmp_path), changes.filter(lambda drawn: not isinstance(drawn.get("size"), list)))
+    changes = changes.filter(lambda drawn: not isinstance(drawn.get("size"), list))
+    search(check_processor(tmp_path), changes, rounds=800)

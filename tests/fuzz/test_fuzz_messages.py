@@ -12,7 +12,7 @@ from tiny import tiny_processor
 st = pytest.importorskip("hypothesis.strategies", reason="hypothesis is not installed")
 from searching import SECONDS, search  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS + 300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS + 600)]
 
 IMAGE = Image.new("RGB", (20, 10), "red")
 PNG = io.BytesIO()
@@ -97,4 +97,4 @@ def check(conversation):
 
 
 def test_no_image_and_no_word_is_lost_and_no_other_error_is_raised():
-    search(check, CONVERSATIONS)
+    search(check, CONVERSATIONS, rounds=1000)
