@@ -4,6 +4,8 @@ Source: "Efficient Architectures for High Resolution Vision-Language Models", ar
 """
 
 import contextlib
+from collections.abc import Sequence
+from itertools import product
 
 from transformers.utils.versions import require_version
 
@@ -30,6 +32,13 @@ HIGHEST_ALPHA = 1e6
 # Where FILA joins its convolutional branch to a ViT of 24 layers, counted from 0 as "before this layer" (arXiv
 # 2412.08378, by two accounts that agree); towers of other depths get the same shares.
 FILA_LAYERS, FILA_DEPTH = (2, 6, 12, 20), 24
+
+# Grids of crops, rows and columns: FILA's five (by second-hand accounts), and all of at most nine crops and four along
+# a side.
+CANVASES = {
+    "fila": [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1]],
+    "wide": [[rows, columns] for rows, columns in product(range(1, 5), repeat=2) if rows * columns <= 9],
+}
 
 HIGH_RES_STRIDE = 32  # of a backbone's last map, in pixels: one cell of it for each patch of a view
 
@@ -70,7 +79,10 @@ class PheyeConfig(PreTrainedConfig):
         vision_config: config (or its dict) of a vision transformer that outputs a token sequence, such as CLIP's or
             SigLIP's; a config that holds one beside a text tower (`CLIPConfig`) is accepted too.
         text_config: config (or its dict) of any causal language model.
-        tiles_per_side: k; the image is seen as one global view and k x k local crops.
+        tiles_per_side: k; the image is stretched, and seen as one global view and k x k local crops.
+        canvases: in place of k, grids of crops, [rows, columns]: each image is put onto the one that suits its shape,
+            and keeps its aspect ratio; or "fila" or "wide", the names of two lists. None for k x k crops.
+        max_images: how many images a prompt may have.
         cross_attention_interval: a cross-attention block stands before layer l (from 0) if (l + 1) % interval == 0 ...
         cross_attention_start_layer: ... and l is at least this.
         cross_attention_reduction: divides the inner width and the MLP width of the blocks.
@@ -94,6 +106,8 @@ class PheyeConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     tiles_per_side: int = 3
+    canvases: list[list[int]] | str | None = None
+    max_images: int = 1
     cross_attention_interval: int = 4
     cross_attention_start_layer: int = 0
     cross_attention_reduction: int = 1
@@ -116,6 +130,7 @@ class PheyeConfig(PreTrainedConfig):
             self.text_config = phi_1_5_config()
         self.vision_config = _resolve(self.vision_config, "vision_config")
         self.text_config = _resolve(self.text_config, "text_config")
+        self.canvases = read_canvases(self.canvases)
         if self.high_res_vision_config is not None:
             self.high_res_vision_config = _resolve(self.high_res_vision_config, "high_res_vision_config")
             if self.high_res_fusion_layers is None:
@@ -132,6 +147,12 @@ class PheyeConfig(PreTrainedConfig):
             stages = self.high_res_vision_config.stage_names[-len(self.high_res_fusion_layers) :]
             self.high_res_vision_config.out_features = stages
 
+    def to_diff_dict(self) -> dict:
+        """What is saved: without settings of what the model has not."""
+        without = {"canvases": None, "max_images": 1, "high_res_vision_config": None, "high_res_fusion_layers": None}
+        saved = super().to_diff_dict()
+        return {name: value for name, value in saved.items() if name not in without or value != without[name]}
+
     @classmethod
     def from_variant(cls, variant: str, **kwargs) -> "PheyeConfig":
         """The configuration of a published model: "x4-448", "x4-672", "x2-448" or "x2-672"; `kwargs` override it.
@@ -145,8 +166,13 @@ class PheyeConfig(PreTrainedConfig):
 
     @property
     def views_per_image(self) -> int:
-        """One global view and k x k crops."""
-        return 1 + self.tiles_per_side**2
+        """One global view and the crops: k x k, or those of the largest canvas."""
+        return 1 + max(rows * columns for rows, columns in self.grids)
+
+    @property
+    def grids(self) -> list[list[int]]:
+        """The grids of crops, [rows, columns], that an image may have."""
+        return self.canvases or [[self.tiles_per_side, self.tiles_per_side]]
 
     @property
     def tokens_per_view(self) -> int:
@@ -215,6 +241,7 @@ class PheyeConfig(PreTrainedConfig):
         """Raise ValueError where a number is out of range or two of them contradict each other."""
         for name, least, most in (
             ("tiles_per_side", 1, MOST_TILES),
+            ("max_images", 1, MOST_TILES),
             ("cross_attention_interval", 1, None),
             ("cross_attention_start_layer", 0, None),
             ("cross_attention_reduction", 1, None),
@@ -292,6 +319,34 @@ class PheyeConfig(PreTrainedConfig):
                 f"high_res_fusion_layers={layers} are {len(layers)}, but the backbone has {len(stages)} stages; name "
                 "no more layers than that."
             )
+
+
+def read_canvases(canvases: str | Sequence | None) -> list[list[int]] | None:
+    """Canvases as lists, each once; a preset by its name.
+
+    Raises:
+        ValueError: if there is none, or an entry is no pair of numbers from 1 on, or stands there twice.
+    """
+    if canvases is None:
+        return None
+    if isinstance(canvases, str):
+        if canvases not in CANVASES:
+            raise ValueError(f"canvases={canvases!r} is no preset; there are {', '.join(CANVASES)}.")
+        return [list(canvas) for canvas in CANVASES[canvases]]
+    if not isinstance(canvases, (list, tuple)) or not canvases:
+        raise ValueError(f"canvases={canvases!r} must be a list of rows and columns, e.g. [[1, 2], [2, 2]], or None.")
+    read = []
+    for canvas in canvases:
+        is_pair = isinstance(canvas, (list, tuple)) and len(canvas) == 2
+        if not is_pair or not all(type(count) is int and 1 <= count <= MOST_TILES for count in canvas):
+            raise ValueError(
+                f"canvases has the entry {canvas!r}, which must be rows and columns, e.g. [2, 2], each from 1 to "
+                f"{MOST_TILES}."
+            )
+        if list(canvas) in read:
+            raise ValueError(f"canvases has the entry {list(canvas)} twice; leave one of them out.")
+        read.append(list(canvas))
+    return read
 
 
 def learned_positions(text_config: PreTrainedConfig) -> int | None:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..image_processing_pheye import crop_boxes, resize, to_rgb
+from ..canvases_pheye import crop_boxes
+from ..image_processing_pheye import resize, to_rgb
 from .word_attention import answer_with_attention, attention_by_word, view_shares
 
 DRAWN_WORDS = 60  # the JSON has them all
@@ -34,7 +35,7 @@ def heat_maps(weights: np.ndarray, tiles_per_side: int, patches_per_side: int) -
     size = patches_per_side
     views = weights.reshape(1 + tiles_per_side**2, -1)[:, -(size**2) :].reshape(-1, size, size)  # (V, G, G)
     crops = np.empty((tiles_per_side * size, tiles_per_side * size), weights.dtype)
-    boxes = crop_boxes(tiles_per_side, size, size)
+    boxes = crop_boxes(tiles_per_side, tiles_per_side, size, size)
     for (left, top, right, bottom), crop in zip(boxes, views[1:], strict=True):
         crops[top:bottom, left:right] = crop
     return views[0], crops
@@ -139,7 +140,7 @@ class Page:
 
 
 def view_names(tiles_per_side: int) -> list[str]:
-    boxes = crop_boxes(tiles_per_side, 1, 1)
+    boxes = crop_boxes(tiles_per_side, tiles_per_side, 1, 1)
     return ["global", *(f"column {left + 1} row {top + 1}" for left, top, _, _ in boxes)]
 
 

@@ -26,8 +26,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from .. import PheyeForConditionalGeneration
+from ..canvases_pheye import crop_boxes
 from ..common.command import Parser, at_least, default_device, exit_status
-from ..image_processing_pheye import crop_boxes, cut_views
+from ..image_processing_pheye import cut_views
 from . import pictures
 from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
 from .labels import HEADS, IGNORED, MOST_SHAPES, ViewLabels, view_labels
@@ -85,7 +86,7 @@ def page_view(rng: random.Random, held_out: bool, ease: float) -> tuple[np.ndarr
     ratio, side = 2 ** rng.uniform(-stretch, stretch), VIEW * 2 ** rng.uniform(-0.5, 0.8)
     caps = CAP_HEIGHTS[0] + ease * (EASY_CAP_HEIGHT - CAP_HEIGHTS[0]), CAP_HEIGHTS[1]
     page = pictures.page(rng, held_out, round(side * ratio**0.5), round(side / ratio**0.5), caps, rng.random() < ease)
-    pixels = cut_views(page.image, 1, (VIEW, VIEW))[0]
+    pixels = cut_views(page.image, (1, 1), (VIEW, VIEW))[0]
     return pixels, view_labels(page, (0, 0, *page.image.size))
 
 
@@ -93,8 +94,8 @@ def scene_views(rng: random.Random, held_out: bool, crops: int) -> list[tuple[np
     """The global view of a scene and the `crops` crops of it that show most letters."""
     scene = pictures.scene(rng, held_out, sizes=(300, 900), cap_heights=(0.02, 0.1), signs=rng.randint(1, 4))
     width, height = scene.image.size
-    views = cut_views(scene.image, TILES, (VIEW, VIEW))
-    boxes = [(0, 0, width, height), *crop_boxes(TILES, height / TILES, width / TILES)]
+    views = cut_views(scene.image, (TILES, TILES), (VIEW, VIEW))
+    boxes = [(0, 0, width, height), *crop_boxes(TILES, TILES, height / TILES, width / TILES)]
     found = [(pixels, view_labels(scene, box)) for pixels, box in zip(views, boxes, strict=True)]
     most = sorted(found[1:], key=lambda view: -np.count_nonzero(view[1].maps[1]) - rng.random())
     return [found[0], *most[:crops]]

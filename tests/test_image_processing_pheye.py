@@ -19,8 +19,9 @@ from transformers import pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from pheye import PheyeImageProcessor
+from pheye.canvases_pheye import crop_boxes
 from pheye.image_opening_pheye import load_image
-from pheye.image_processing_pheye import crop_boxes, cut_views, resize
+from pheye.image_processing_pheye import cut_views, resize
 
 from tiny import tiny_image
 
@@ -157,7 +158,7 @@ def test_crops_come_column_by_column_after_the_global_view():
 
 
 def test_crop_boxes_cover_the_enlarged_image_once():
-    boxes = crop_boxes(2, height=3, width=5)
+    boxes = crop_boxes(2, 2, height=3, width=5)
     assert boxes == [(0, 0, 5, 3), (0, 3, 5, 6), (5, 0, 10, 3), (5, 3, 10, 6)]
 
 
@@ -175,7 +176,7 @@ def test_resize_goes_horizontally_first_and_then_vertically(width_height):
 
 def test_crops_are_resized_from_the_original_and_not_from_the_global_view():
     image = Image.fromarray(noise(200, 150))
-    views = cut_views(image, 2, (32, 32))
+    views = cut_views(image, (2, 2), (32, 32))
     whole = np.block([[[views[1]], [views[3]]], [[views[2]], [views[4]]]])
     np.testing.assert_array_equal(whole, np.asarray(resize(image, (64, 64), Image.Resampling.BICUBIC)))
     blown_up = np.asarray(resize(Image.fromarray(views[0]), (64, 64), Image.Resampling.BICUBIC))

@@ -22,7 +22,7 @@ def test_the_drawing_shows_the_views_where_they_lie(tiles_per_side):
     processor = PheyeImageProcessor(tiles_per_side=tiles_per_side, size={"height": 32, "width": 40})
     image = tiny_image(2)
     drawn = np.asarray(draw_views(processor(image, return_tensors="pt")["pixel_values"][0], processor))
-    views = cut_views(image, tiles_per_side, (32, 40))
+    views = cut_views(image, (tiles_per_side, tiles_per_side), (32, 40))
     places = [(0, 0)] + [(x + 1, y) for x in range(tiles_per_side) for y in range(tiles_per_side)]
     shown = np.zeros(drawn.shape[:2], bool)
     for view, (column, row) in zip(views, places, strict=True):

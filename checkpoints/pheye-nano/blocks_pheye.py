@@ -19,8 +19,12 @@ from .configuration_pheye import HEAD_WIDTH, PheyeConfig
 CacheLayer = getattr(cache_utils, "DummyLayer", cache_utils.CacheLayerMixin)
 
 
+MASKED_ATTENTION = ("eager", "sdpa")  # what takes a mask of any form
+
+
 class PheyeImageCache(CacheLayer):
-    """Keys and values (B, H, N, D) of an image for one block, appended as a layer to the language model's cache.
+    """Keys and values (B, H, N, D) of an image for one block, appended as a layer to the language model's cache; with
+    them the mask (B, 1, 1, N) of the tokens that are there, None for all.
 
     It holds one row per image, however many text rows share it: repeating and reordering rows, cropping and offloading
     leave it alone.
@@ -34,12 +38,14 @@ class PheyeImageCache(CacheLayer):
     def __init__(self):
         self.reset()
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, mask: torch.Tensor | None = None, *args, **kwargs
+    ):
+        self.keys, self.values, self.mask, self.is_initialized = key_states, value_states, mask, True
         return key_states, value_states
 
     def reset(self):
-        self.keys, self.values, self.is_initialized = None, None, False
+        self.keys, self.values, self.mask, self.is_initialized = None, None, None, False
 
     def lazy_initialization(self, *args): ...
 
@@ -101,12 +107,15 @@ def eager_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: None,
+    mask: torch.Tensor | None,
     scaling: float,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax(query key^T * scaling) value, unmasked: ((B, T, H, D), weights (B, H, T, N))."""
+    """Softmax(query key^T * scaling) value, over the keys of the mask (B, 1, 1, N): ((B, T, H, D), weights
+    (B, H, T, N))."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, T, N)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -138,19 +147,29 @@ class PheyeCrossAttentionBlock(GradientCheckpointingLayer):
         image_hidden_states: torch.Tensor | None,
         image_cache: PheyeImageCache | None = None,
         output_weights: bool = False,
+        image_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Condition `hidden_states` (R, T, D) on an image: on `image_hidden_states` (B, N, D), whose keys and values
         go into `image_cache`, or else on those in it. Returns the new states and, if asked for, the attention's
-        weights (R, H, T, N): then it attends eagerly, whatever the implementation."""
+        weights (R, H, T, N): then it attends eagerly, whatever the implementation.
+
+        image_mask: (B, 1, 1, N), the tokens that are there, None for all. A row without any stays as it is.
+        """
         if image_hidden_states is None:
-            key, value = image_cache.keys, image_cache.values
+            key, value, image_mask = image_cache.keys, image_cache.values, image_cache.mask
         else:
             key, value = self.project(image_hidden_states)
             if image_cache is not None:
-                image_cache.update(key, value)
-        attended, weights = self.attend(self.attention_norm(hidden_states), key, value, output_weights)
-        hidden_states = hidden_states + self.to_out(attended)
-        return hidden_states + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(hidden_states)))), weights
+                image_cache.update(key, value, image_mask)
+        attended, weights = self.attend(self.attention_norm(hidden_states), key, value, output_weights, image_mask)
+        conditioned = hidden_states + self.to_out(attended)
+        conditioned = conditioned + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(conditioned))))
+        if image_mask is None:
+            return conditioned, weights
+        has_image = image_mask.flatten(1).any(dim=1).repeat_interleave(len(hidden_states) // len(image_mask))  # (R,)
+        if weights is not None:
+            weights = weights * has_image[:, None, None, None]
+        return torch.where(has_image[:, None, None], conditioned, hidden_states), weights
 
     def project(self, image_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (B, H, N, D) of image features (B, N, D).
@@ -162,9 +181,15 @@ class PheyeCrossAttentionBlock(GradientCheckpointingLayer):
         return key.contiguous(), value.contiguous()
 
     def attend(
-        self, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output_weights: bool
+        self,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output_weights: bool,
+        mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of (R, T, D) over keys and values (B, H, N, D): ((R, T, D), weights (R, H, T, N) or None)."""
+        """Attention of (R, T, D) over keys and values (B, H, N, D) and, unless None, their mask (B, 1, 1, N):
+        ((R, T, D), weights (R, H, T, N) or None)."""
         rows, length = hidden_states.shape[:2]
         images = key.shape[0]
         if rows % images:
@@ -177,9 +202,16 @@ class PheyeCrossAttentionBlock(GradientCheckpointingLayer):
         # On a CPU, torch's kernel takes up to 12 times as long as two plain products for a single query in bfloat16.
         if implementation == "sdpa" and query.shape[2] == 1 and query.device.type == "cpu":
             implementation = "eager"
+        if mask is not None:
+            if implementation not in MASKED_ATTENTION:
+                raise ValueError(
+                    f"Images of several canvases, or rows without an image, cannot be masked by {implementation}; use "
+                    'attn_implementation="sdpa", or images of one canvas.'
+                )
+            mask = mask | ~mask.any(dim=-1, keepdim=True)  # a row without an image attends somewhere, to no effect
         attention = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         attended, weights = attention(
-            self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False
+            self, query, key, value, mask, dropout=0.0, scaling=self.scaling, is_causal=False
         )  # (B, R / B * T, H, D)
         weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1) if output_weights else None
         return attended.reshape(rows, length, -1), weights

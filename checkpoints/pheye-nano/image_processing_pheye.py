@@ -1,7 +1,8 @@
-"""Image preprocessing: one global view and k x k local crops of the whole image (section 3.1)."""
+"""Image preprocessing: one global view and local crops of the whole image (section 3.1)."""
 
 # ruff: noqa: E402 - the check comes before what older releases lack
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .canvases_pheye import Box, choose_canvas, crop_boxes, fit, scale
+from .configuration_pheye import read_canvases
 from .image_opening_pheye import ImageError, check_size, check_sources, load, load_image, naming, open_image
 
 EXIF_ORIENTATION = 0x0112
@@ -62,34 +65,46 @@ def resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Im
     return image.resize((width, image.height), resample).resize((width, height), resample)
 
 
-def crop_boxes(tiles_per_side: int, height: int, width: int) -> list[tuple[int, int, int, int]]:
-    """Boxes (left, upper, right, lower) of the crops in the enlarged image, column by column."""
-    return [
-        (column * width, row * height, (column + 1) * width, (row + 1) * height)
-        for column in range(tiles_per_side)
-        for row in range(tiles_per_side)
-    ]
+def paint(image: Image.Image, size: tuple[int, int], box: Box | None, resample: int) -> np.ndarray:
+    """`image` stretched into `box` of a black canvas of `size` (width, height), or onto all of it: uint8 (H, W, 3)."""
+    if box in (None, (0, 0, *size)):
+        return np.asarray(resize(image, size, resample))
+    left, top, right, bottom = box
+    canvas = np.zeros((size[1], size[0], 3), np.uint8)
+    canvas[top:bottom, left:right] = np.asarray(resize(image, (right - left, bottom - top), resample))
+    return canvas
 
 
 def cut_crops(
-    image: Image.Image, tiles_per_side: int, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC
+    image: Image.Image,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    resample: int = Image.Resampling.BICUBIC,
+    box: Box | None = None,
 ) -> list[np.ndarray]:
-    """The k x k crops of an RGB image that is brought to k * `size` (height, width), each (height, width, 3)."""
-    height, width = size
-    enlarged = np.asarray(resize(image, (width * tiles_per_side, height * tiles_per_side), resample))
-    return [enlarged[top:bottom, left:right] for left, top, right, bottom in crop_boxes(tiles_per_side, height, width)]
+    """The crops of an RGB image, each of `size` (height, width), uint8 (height, width, 3), column by column.
+
+    grid: rows and columns of crops. box: where on the canvas of all crops the image lies; all of it without.
+    """
+    (rows, columns), (height, width) = grid, size
+    painted = paint(image, (columns * width, rows * height), box, resample)
+    return [painted[top:bottom, left:right] for left, top, right, bottom in crop_boxes(rows, columns, height, width)]
 
 
 def cut_views(
-    image: Image.Image, tiles_per_side: int, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC
+    image: Image.Image,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    resample: int = Image.Resampling.BICUBIC,
+    box: Box | None = None,
 ) -> np.ndarray:
-    """The views of an RGB image: the whole at `size` (height, width), then the k x k crops of the whole at k * `size`.
+    """The views of an RGB image: its canvas at `size` (height, width), then its crops, each of that size.
 
-    Both are resized from the original, without keeping its aspect ratio. Returns uint8 (1 + k * k, height, width, 3).
+    Both are resized from the original. Returns uint8 (1 + crops, height, width, 3); else as `cut_crops`.
     """
-    height, width = size
-    global_view = np.asarray(resize(image, (width, height), resample))
-    return np.stack([global_view, *cut_crops(image, tiles_per_side, size, resample)])
+    (rows, columns), (height, width) = grid, size
+    small = None if box is None else scale(box, (columns * width, rows * height), (width, height))
+    return np.stack([paint(image, (width, height), small, resample), *cut_crops(image, grid, size, resample, box)])
 
 
 def to_rgb(image: "Image.Image | np.ndarray | torch.Tensor", input_data_format: str | None = None) -> Image.Image:
@@ -246,9 +261,25 @@ def _check_depth(depth: int):
         raise ValueError(f"The images lie in lists nested more than {DEEPEST_LIST} deep; give one list.")
 
 
+def pad_rows(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What rows become in a batch: each row's tensors by name, filled up with zeros along their first dimension."""
+
+    def fill(values: torch.Tensor, length: int) -> torch.Tensor:
+        missing = length - len(values)
+        return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
+
+    batch = {}
+    for name in rows[0]:
+        length = max(len(row[name]) for row in rows)
+        batch[name] = torch.stack([fill(row[name], length) for row in rows])
+    return batch
+
+
 class PheyeImageProcessorKwargs(ImagesKwargs, total=False):
     """
     tiles_per_side (`int`, *optional*): k, the number of crops along each side of the image.
+    canvases (`list[list[int]]`, *optional*): grids of crops in place of k x k, or the name of a list; see PheyeConfig.
+    max_images (`int`, *optional*): how many images a prompt may have.
     high_res_tile_size (`int`, *optional*): pixels along each side of a tile for the model's high-resolution branch; a
         tile shows what a crop shows. None where the model has no branch.
     high_res_image_mean, high_res_image_std (`list[float]`, *optional*): those of the branch's own preprocessor.
@@ -256,6 +287,8 @@ class PheyeImageProcessorKwargs(ImagesKwargs, total=False):
     """
 
     tiles_per_side: int
+    canvases: list[list[int]] | str | None
+    max_images: int
     high_res_tile_size: int | None
     high_res_image_mean: list[float] | None
     high_res_image_std: list[float] | None
@@ -264,6 +297,12 @@ class PheyeImageProcessorKwargs(ImagesKwargs, total=False):
 
 class PheyeImageProcessor(PilBackend):
     """Turns images into `pixel_values` (B, 1 + k * k, 3, height, width), float32: global view, then crops by column.
+
+    With `canvases`, an image keeps its aspect ratio on the one that suits it, with black around it, and has as many
+    crops as that. `pixel_values` are then filled up with zeros to the most views of any row, and `image_grids`
+    (B, I, 2) has rows and columns of each image's canvas, (0, 0) where there is none. `image_grids` also comes where a
+    prompt may have several images (`max_images`), or has none: in a list of lists, each holds the images of a prompt,
+    and None stands for none.
 
     With `high_res_tile_size` T also into `high_res_pixel_values` (B, k * k, 3, T, T): the whole image at k * T pixels
     a side, as tiles in the crops' order. Both are resized from the original; an image that is smaller is enlarged.
@@ -282,6 +321,8 @@ class PheyeImageProcessor(PilBackend):
 
     valid_kwargs = PheyeImageProcessorKwargs
     tiles_per_side = 3
+    canvases = None
+    max_images = 1
     size = {"height": 224, "width": 224}
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
@@ -305,12 +346,20 @@ class PheyeImageProcessor(PilBackend):
     @property
     def model_input_names(self) -> list[str]:
         """Names of the tensors that images become."""
-        return ["pixel_values"] + ["high_res_pixel_values"] * (self.high_res_tile_size is not None)
+        has_grids = self.canvases is not None or self.max_images > 1
+        has_branch = self.high_res_tile_size is not None
+        return ["pixel_values"] + ["image_grids"] * has_grids + ["high_res_pixel_values"] * has_branch
 
     def to_dict(self) -> dict:
-        """What is saved: all but `sources`, which is a matter of the machine and not of the model, and settings of a
-        branch where there is none."""
-        left_out = ("sources",) if self.high_res_tile_size is not None else ("sources", *HIGH_RES_OPTIONS)
+        """What is saved: all but `sources`, which is a matter of the machine and not of the model, and settings of
+        what the model has not."""
+        left_out = {"sources"}
+        if self.high_res_tile_size is None:
+            left_out.update(HIGH_RES_OPTIONS)
+        if self.canvases is None:
+            left_out.add("canvases")
+        if self.max_images == 1:
+            left_out.add("max_images")
         return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
     def fetch_images(self, images, depth: int = 0):
@@ -319,19 +368,20 @@ class PheyeImageProcessor(PilBackend):
             _check_depth(depth)
             return _map(partial(self.fetch_images, depth=depth + 1), images)
         if isinstance(images, (str, bytes, os.PathLike)):
-            return load_image(
-                images, self._least_side(self.tiles_per_side, self.size, self.high_res_tile_size), self.sources
-            )
+            grids = grids_of(self.tiles_per_side, self.canvases)
+            return load_image(images, self._least_side(grids, self.size, self.high_res_tile_size), self.sources)
         return images
 
-    def _least_side(self, tiles_per_side: int, size: SizeDict, high_res_tile_size: int | None) -> int | None:
-        side = max(size.height, size.width, high_res_tile_size or 0)
-        return REDUCED_JPEG_GAP * tiles_per_side * side if self.reduce_jpegs else None
+    def _least_side(self, grids: list[list[int]], size: SizeDict, high_res_tile_size: int | None) -> int | None:
+        cell = max(size.height, size.width, high_res_tile_size or 0)
+        return REDUCED_JPEG_GAP * max(map(max, grids)) * cell if self.reduce_jpegs else None
 
     def _validate_preprocess_kwargs(
         self,
         size: SizeDict,
         tiles_per_side: int,
+        canvases: list[list[int]] | str | None = None,
+        max_images: int = 1,
         high_res_tile_size: int | None = None,
         high_res_image_mean: list[float] | None = None,
         high_res_image_std: list[float] | None = None,
@@ -339,17 +389,26 @@ class PheyeImageProcessor(PilBackend):
         **kwargs,
     ):
         check_sources(sources)
-        _check_shape(tiles_per_side, size)
+        _check_count("tiles_per_side", tiles_per_side)
+        _check_count("max_images", max_images)
+        grids = grids_of(tiles_per_side, canvases)
+        _check_shape(grids, size)
         _check_meaning(**kwargs)
         super()._validate_preprocess_kwargs(size=size, **kwargs)
         _check_numbers(**kwargs)
         if high_res_tile_size is not None:
-            _check_shape(tiles_per_side, SizeDict(height=high_res_tile_size, width=high_res_tile_size))
+            _check_shape(grids, SizeDict(height=high_res_tile_size, width=high_res_tile_size))
             _check_numbers(**{**kwargs, "image_mean": high_res_image_mean, "image_std": high_res_image_std})
 
     def _preprocess_image_like_inputs(self, images, *args, return_tensors=None, **options) -> BatchFeature:
         """Each image goes all the way to its views by itself, so that a thread holds one whole image at a time."""
-        found = _flatten(images)
+        has_grids = options.get("canvases") is not None or options.get("max_images", 1) > 1
+        prompts = _prompts(images, has_grids)
+        found = [image for prompt in prompts for image in prompt]
+        has_grids |= any(len(prompt) != 1 for prompt in prompts)
+        if prompts and not found:
+            raise ValueError("No prompt has an image; leave `images` out.")
+        _check_images(prompts, options.get("max_images", 1))
 
         def inputs_of(place: int) -> dict[str, np.ndarray]:
             image = found[place]
@@ -358,7 +417,9 @@ class PheyeImageProcessor(PilBackend):
                 return self.inputs_of(image, **options)
 
         rows = _map(inputs_of, range(len(found)))
-        names = rows[0] if rows else self.model_input_names
+        if has_grids:
+            return BatchFeature(pad_rows(_rows(rows, prompts)), tensor_type=return_tensors)
+        names = [name for name in (rows[0] if rows else self.model_input_names) if name != "image_grids"]
         return BatchFeature({name: [row[name] for row in rows] for name in names}, tensor_type=return_tensors)
 
     def inputs_of(
@@ -374,12 +435,14 @@ class PheyeImageProcessor(PilBackend):
         image_std: tuple[float, ...],
         input_data_format: str | None,
         sources: str | os.PathLike,
+        canvases: list[list[int]] | str | None = None,
         high_res_tile_size: int | None = None,
         high_res_image_mean: tuple[float, ...] | None = None,
         high_res_image_std: tuple[float, ...] | None = None,
         **kwargs,
     ) -> dict[str, np.ndarray]:
-        """What one image becomes, whatever it is given as: (V, 3, H, W) and, for a branch, (k * k, 3, T, T)."""
+        """What one image becomes, whatever it is given as: (V, 3, H, W), its grid (1, 2) and, for a branch,
+        (V - 1, 3, T, T)."""
 
         def to_pixels(views: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
             views = np.ascontiguousarray(views.transpose(0, 3, 1, 2)).astype(np.float32)  # (V, 3, H, W)
@@ -390,17 +453,70 @@ class PheyeImageProcessor(PilBackend):
                 views /= np.array(std, np.float32)[:, None, None]
             return views
 
-        columns = tiles_per_side * max(size.width, high_res_tile_size or 0)
+        grids = grids_of(tiles_per_side, canvases)
+        widest = max(columns for _, columns in grids) * max(size.width, high_res_tile_size or 0)
         if isinstance(image, (str, bytes, os.PathLike)):
-            least_side = self._least_side(tiles_per_side, size, high_res_tile_size)
-            image = open_image(image, least_side, sources, columns)
-        image = upright_rgb(image, input_data_format, columns)
-        views = cut_views(image, tiles_per_side, (size.height, size.width), resample)  # (V, H, W, 3)
-        inputs = {"pixel_values": to_pixels(views, image_mean, image_std)}
+            least_side = self._least_side(grids, size, high_res_tile_size)
+            image = open_image(image, least_side, sources, widest)
+        image = upright_rgb(image, input_data_format, widest)
+        view = size.height, size.width
+        (rows, columns), box = grids[0], None
+        if canvases is not None:
+            rows, columns = choose_canvas(*image.size, grids, view)
+            box = fit(*image.size, columns * size.width, rows * size.height)
+        views = cut_views(image, (rows, columns), view, resample, box)  # (V, H, W, 3)
+        inputs = {
+            "pixel_values": to_pixels(views, image_mean, image_std),
+            "image_grids": np.array([[rows, columns]]),
+        }
         if high_res_tile_size is not None:
-            tiles = np.stack(cut_crops(image, tiles_per_side, (high_res_tile_size,) * 2, resample))
+            side = high_res_tile_size
+            if box is not None:
+                box = scale(box, (columns * size.width, rows * size.height), (columns * side, rows * side))
+            tiles = np.stack(cut_crops(image, (rows, columns), (side, side), resample, box))
             inputs["high_res_pixel_values"] = to_pixels(tiles, high_res_image_mean, high_res_image_std)
         return inputs
+
+
+# --- Prompts with several images, or none ---
+
+
+def grids_of(tiles_per_side: int, canvases: list[list[int]] | str | None) -> list[list[int]]:
+    """The grids of crops that an image may have."""
+    return read_canvases(canvases) or [[tiles_per_side, tiles_per_side]]
+
+
+def _prompts(images, are_nested: bool) -> list[list]:
+    """The images of each prompt. In a list of lists, each is a prompt's, if prompts may have another number than one;
+    None is a prompt without an image."""
+    if not isinstance(images, (list, tuple)):
+        return [[image] for image in _flatten(images)]
+    has_empty = any(entry is None or (isinstance(entry, (list, tuple)) and not entry) for entry in images)
+    if not are_nested and not has_empty:
+        return [[image] for image in _flatten(images)]
+    prompts = []
+    for entry in images:
+        found = [] if entry is None else _flatten(entry)
+        prompts += [found] if isinstance(entry, (list, tuple, type(None))) else [[image] for image in found]
+    return prompts
+
+
+def _check_images(prompts: list[list], max_images: int):
+    for row, images in enumerate(prompts):
+        if len(images) > max_images:
+            raise ValueError(
+                f"Prompt {row} has {len(images)} images, but this model takes {max_images}; ask about fewer at once."
+            )
+
+
+def _rows(images: list[dict[str, np.ndarray]], prompts: list[list]) -> list[dict[str, torch.Tensor]]:
+    """What the images of each prompt became, one behind another; of a prompt without any, nothing of that shape."""
+    rows, place = [], 0
+    for prompt in prompts:
+        own = images[place : place + len(prompt)] or [{name: values[:0] for name, values in images[0].items()}]
+        rows.append({name: torch.from_numpy(np.concatenate([image[name] for image in own])) for name in own[0]})
+        place += len(prompt)
+    return rows
 
 
 # --- Options that can only be mistakes ---
@@ -411,17 +527,21 @@ def _is_number(value, least: float, most: float) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and least < value < most
 
 
-def _check_shape(tiles_per_side: int, size: SizeDict):
-    if isinstance(tiles_per_side, bool) or not isinstance(tiles_per_side, int) or tiles_per_side < 1:
-        raise ValueError(f"tiles_per_side={tiles_per_side!r} must be an integer of at least 1.")
+def _check_count(name: str, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+
+
+def _check_shape(grids: list[list[int]], size: SizeDict):
     sides = (size.height, size.width) if isinstance(size, SizeDict) else ()
     if not sides or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
         shown = dict(size) if isinstance(size, SizeDict) else size
         raise ValueError(f"size={shown} must name the height and width of one view, as integers of at least 1.")
-    if tiles_per_side**2 * size.height * size.width > MOST_VIEW_PIXELS:
+    rows, columns = max(grids, key=math.prod)
+    if rows * columns * size.height * size.width > MOST_VIEW_PIXELS:
         raise ValueError(
-            f"tiles_per_side={tiles_per_side} and size={dict(size)} make more than {MOST_VIEW_PIXELS} pixels of every "
-            "image; choose smaller ones."
+            f"{rows} x {columns} crops (tiles_per_side or canvases) and size={dict(size)} make more than "
+            f"{MOST_VIEW_PIXELS} pixels of an image; choose smaller ones."
         )
 
 

@@ -70,6 +70,7 @@ class TextCall(Call):
         tower: PreTrainedModel,
         steps_due: int,
         image_hidden_states: torch.Tensor | None,
+        image_mask: torch.Tensor | None,
         image_caches: list[PheyeImageCache] | None,
         cache: Cache | None,
         use_cache: bool,
@@ -78,6 +79,7 @@ class TextCall(Call):
         super().__init__(tower, steps_due)
         # What goes in.
         self.image_hidden_states = image_hidden_states
+        self.image_mask = image_mask
         self.image_caches = image_caches
         self.cache = cache
         self.use_cache = use_cache

@@ -45,6 +45,7 @@ from .blocks_pheye import (
     image_caches,
     text_in,
 )
+from .canvases_pheye import IMAGE, VIEW, view_table, views_in
 from .configuration_pheye import HIGH_RES_STRIDE, PheyeConfig, learned_positions
 from .layers_pheye import CACHE, CALL, Step, TextCall, ViewCall, put_before, put_before_checkpoints, transformer_layers
 from .vision_pheye import (
@@ -63,7 +64,7 @@ if TYPE_CHECKING:  # never run, but it makes every saved model carry these files
     from .processing_pheye import PheyeProcessor  # noqa: F401
 
 PIXELS = ("pixel_values", "high_res_pixel_values")
-IMAGE_INPUTS = (*PIXELS, "image_hidden_states")
+IMAGE_INPUTS = (*PIXELS, "image_grids", "image_hidden_states")
 MEDIA = ("pixel", "image", "video", "audio", "input_features")  # how names of inputs begin that text models pass over
 
 logger = logging.get_logger(__name__)
@@ -270,7 +271,8 @@ class PheyeModel(PheyePreTrainedModel):
         local_lora = self.local_lora[name] if self.config.local_lora_rank else None
         if global_lora is None and local_lora is None:
             return output
-        return add_view_lora(output, args[0], global_lora, local_lora, self.config.views_per_image)
+        views = min(len(args[0]), self.config.views_per_image)  # of an image; see `_encode_images`
+        return add_view_lora(output, args[0], global_lora, local_lora, views)
 
     def _check_hooks(self):
         """A copy of a module's attributes shares its hooks, which go on to use the original's LoRA and blocks; refuse
@@ -322,6 +324,53 @@ class PheyeModel(PheyePreTrainedModel):
         maps = self.high_res_tower(join_tiles(high_res_pixel_values)).feature_maps
         return [view_maps(whole, tiles, config.patches_per_side) for whole in maps]
 
+    def views_of(self, image_grids: torch.Tensor | None, rows: int, views: int | None) -> torch.Tensor | None:
+        """The view table (B, V, 6) of the images of a call; None if each row has one image of k x k crops.
+
+        Args:
+            image_grids: (B, I, 2), or None.
+            rows: B, for which there are pixels or features.
+            views: V of the pixels, if there are any.
+
+        Raises:
+            ValueError: if the grids are missing, none of this model's, or do not fit.
+        """
+        config = self.config
+        if image_grids is None:
+            if config.canvases is None and config.max_images == 1:
+                return None
+            raise ValueError(
+                "image_grids is missing: this model's images have canvases, or a prompt has several. Make it with "
+                "this model's own processor."
+            )
+        shape = tuple(image_grids.shape)
+        if len(shape) != 3 or shape[0] != rows or shape[2] != 2 or image_grids.is_floating_point():
+            raise ValueError(
+                f"image_grids has shape {shape} ({image_grids.dtype}), but must hold integers ({rows}, images, 2). "
+                "Make it with this model's own processor."
+            )
+        grids = image_grids.tolist()
+        counts = []
+        for row, images in enumerate(grids):
+            images = [grid for grid in images if grid != [0, 0]]
+            if wrong := [grid for grid in images if grid not in config.grids]:
+                raise ValueError(
+                    f"Row {row} has an image of {wrong[0]} crops, but this model has the canvases {config.grids}. "
+                    "Make it with this model's own processor."
+                )
+            if len(images) > config.max_images:
+                raise ValueError(
+                    f"Row {row} has {len(images)} images, but this model takes {config.max_images} (max_images)."
+                )
+            counts.append(sum(map(views_in, images)))
+        most = max(counts)
+        if views not in (None, most):
+            raise ValueError(
+                f"pixel_values has {views} views, but row {counts.index(most)} of image_grids has {most}. Make both "
+                "with this model's own processor."
+            )
+        return view_table(grids, most)
+
     def _view_call(self, images: int, high_res_pixel_values: torch.Tensor | None) -> dict:
         """What the vision tower is called with beside its pixels."""
         if self.high_res_tower is None:
@@ -337,7 +386,11 @@ class PheyeModel(PheyePreTrainedModel):
         return {CALL: ViewCall(self.vision_tower, self.encode_high_res(high_res_pixel_values))}
 
     def encode_views(
-        self, pixel_values: torch.Tensor, high_res_pixel_values: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        high_res_pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutput:
         """The vision tower on all views at once, each with the LoRA set of its kind (section 2.2): what the view
         encoding begins with, and all that depends on the image alone while LoRA does not train.
@@ -345,28 +398,39 @@ class PheyeModel(PheyePreTrainedModel):
         Args:
             pixel_values: (B, V, 3, height, width), global view first.
             high_res_pixel_values: (B, k * k, 3, T, T), where the model has a branch: the image as tiles.
+            image_grids: (B, I, 2), rows and columns of each image's crops, where the model has canvases, or rows have
+                several images or none.
 
         Returns:
-            `last_hidden_state` (B * V, N, D), and what else the tower gives on request.
+            `last_hidden_state` (B * V, N, D), and what else the tower gives on request; with `image_grids` those of
+            the views that are there, in their order.
 
         Raises:
             ValueError: if `pixel_values` has another rank, number of views or size.
         """
-        size = self.config.vision_config.image_size
-        views, tiles = self.config.views_per_image, self.config.tiles_per_side
-        if pixel_values.ndim != 5 or not len(pixel_values) or pixel_values.shape[1:] != (views, 3, size, size):
+        shape, size = tuple(pixel_values.shape), self.config.vision_config.image_size
+        if image_grids is None and self.config.canvases is None:
+            views, tiles = self.config.views_per_image, self.config.tiles_per_side
+            what = f"of one image or more: one global view and {tiles} x {tiles} crops of {size} pixels"
+        else:
+            views, what = shape[1] if len(shape) > 1 else "views", f"of one row or more: views of {size} pixels"
+        if pixel_values.ndim != 5 or not len(pixel_values) or shape[1:] != (views, 3, size, size):
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, but this model takes (images, {views}, 3, "
-                f"{size}, {size}) of one image or more: one global view and {tiles} x {tiles} crops of {size} pixels. "
+                f"pixel_values has shape {shape}, but this model takes (images, {views}, 3, {size}, {size}) {what}. "
                 "Make it with this model's own processor."
             )
+        table = self.views_of(image_grids, len(pixel_values), views)
         if not torch.compiler.is_compiling():
             self._check_hooks()
             self._check_lora()
-        carried = self._view_call(len(pixel_values), high_res_pixel_values)
-        outputs = self.vision_tower(pixel_values.flatten(0, 1), return_dict=True, **carried, **kwargs)
-        if carried:
-            carried[CALL].check()
+        views = pixel_values.flatten(0, 1)
+        if table is None:
+            carried = self._view_call(len(pixel_values), high_res_pixel_values)
+            outputs = self.vision_tower(views, return_dict=True, **carried, **kwargs)
+            if carried:
+                carried[CALL].check()
+        else:
+            outputs = self._encode_images(views[(table[..., IMAGE] >= 0).flatten().to(views.device)], table, **kwargs)
         tokens = outputs.last_hidden_state.shape[1]
         if tokens != self.config.tokens_per_view:
             raise ValueError(
@@ -375,26 +439,62 @@ class PheyeModel(PheyePreTrainedModel):
             )
         return outputs
 
+    def _encode_images(self, views: torch.Tensor, table: torch.Tensor, **kwargs) -> BaseModelOutput:
+        """The vision tower on images of any number of views (those that are there, one image after another).
+
+        LoRA's hooks see rows and nothing else, so that threads may share a model: they take `views_per_image` of them
+        for an image, or all if there are fewer. So images of that many views share a call, and others have one each.
+        """
+        starts = (table[table[..., IMAGE] >= 0][:, VIEW] == 0).nonzero().flatten().tolist()
+        images = list(zip(starts, [*starts[1:], len(views)], strict=True))  # first view and the one behind the last
+        full = [image for image in images if image[1] - image[0] == self.config.views_per_image]
+        calls = [full] * bool(full) + [[image] for image in images if image not in full]
+        order, parts = [], []
+        for call in calls:
+            rows = [row for start, end in call for row in range(start, end)]
+            seen = views if len(rows) == len(views) else views[rows]
+            parts.append(self.vision_tower(seen, return_dict=True, **kwargs))
+            order += rows
+        if len(parts) == 1:
+            return parts[0]
+        back = torch.tensor(order, device=views.device).argsort()
+
+        def joined(name: str):
+            values = [part.get(name) for part in parts]
+            if values[0] is None:
+                return None
+            if isinstance(values[0], torch.Tensor):
+                return torch.cat(values)[back]
+            return tuple(torch.cat(layer)[back] for layer in zip(*values, strict=True))
+
+        return BaseModelOutput(**{name: joined(name) for name in ("last_hidden_state", "hidden_states", "attentions")})
+
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, high_res_pixel_values: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        high_res_pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images: `encode_views`, then the view encoding.
 
         Args:
             pixel_values: (B, V, 3, height, width), global view first.
             high_res_pixel_values: (B, k * k, 3, T, T), where the model has a branch: the image as tiles.
+            image_grids: (B, I, 2), as for `encode_views`.
 
         Returns:
-            `last_hidden_state` (B, V * N, D); with `output_hidden_states` and `output_attentions` also the vision
-            tower's own, whose rows are views (B * V).
+            `last_hidden_state` (B, V * N, D), 0 where there is no view; with `output_hidden_states` and
+            `output_attentions` also the vision tower's own, whose rows are views (B * V).
 
         Raises:
             ValueError: if `pixel_values` has another rank, number of views or size.
         """
-        outputs = self.encode_views(pixel_values, high_res_pixel_values, **kwargs)
+        outputs = self.encode_views(pixel_values, high_res_pixel_values, image_grids, **kwargs)
+        table = self.views_of(image_grids, *pixel_values.shape[:2])
         return BaseModelOutputWithPooling(
-            last_hidden_state=self.view_encoding(outputs.last_hidden_state),
+            last_hidden_state=self.view_encoding(outputs.last_hidden_state, table),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -414,7 +514,7 @@ class PheyeModel(PheyePreTrainedModel):
         call.steps_run += 1
         # Positional arguments: reentrant checkpointing sees no gradient through keywords.
         hidden_states, weights = self.cross_attention_blocks[block](
-            hidden_states, call.image_hidden_states, image_cache, call.output_cross_attentions
+            hidden_states, call.image_hidden_states, image_cache, call.output_cross_attentions, call.image_mask
         )
         if weights is not None:
             call.cross_attentions.append(weights)
@@ -426,12 +526,14 @@ class PheyeModel(PheyePreTrainedModel):
 
     def image_features(
         self,
-        pixel_values: torch.Tensor | None,
-        high_res_pixel_values: torch.Tensor | None,
-        image_hidden_states: torch.Tensor | None,
         cache: Cache | None,
-    ) -> torch.Tensor | None:
-        """The features (B, N, D) of the image that a call is given, if it is: as pixels, or encoded beforehand.
+        pixel_values: torch.Tensor | None = None,
+        high_res_pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        image_hidden_states: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The features (B, N, D) of the image that a call is given, if it is: as pixels, or encoded beforehand; and
+        the mask (B, 1, 1, N) of those that are there, None for all.
 
         Raises:
             ValueError: if both are given, if the features are not of this model's shape, or if `cache` holds text
@@ -440,40 +542,55 @@ class PheyeModel(PheyePreTrainedModel):
         if pixel_values is None and high_res_pixel_values is not None:
             raise ValueError("high_res_pixel_values is given without pixel_values; give both.")
         if pixel_values is None and image_hidden_states is None:
-            return None
+            if image_grids is not None:
+                raise ValueError("image_grids is given without pixel_values; give both.")
+            return None, None
         if cache is not None and not torch.compiler.is_compiling():
             check_no_text_without_image(cache, self.image_caches(cache))
-        if image_hidden_states is None:
-            return self.get_image_features(pixel_values, high_res_pixel_values, return_dict=True).last_hidden_state
-        if pixel_values is not None:
+        if image_hidden_states is not None and pixel_values is not None:
             raise ValueError("Give one of pixel_values and image_hidden_states, not both.")
-        tokens, width = self.config.tokens_per_image, self.config.vision_config.hidden_size
+        rows = len(image_hidden_states if pixel_values is None else pixel_values)
+        table = self.views_of(image_grids, rows, None)
+        if table is not None and not table.shape[1]:
+            return None, None  # no row has an image
+        mask = None if table is None else self._mask_of(table)
+        if image_hidden_states is None:
+            outputs = self.get_image_features(pixel_values, high_res_pixel_values, image_grids, return_dict=True)
+            return outputs.last_hidden_state, mask
+        views = self.config.views_per_image if table is None else table.shape[1]
+        tokens, width = views * self.config.tokens_per_view, self.config.vision_config.hidden_size
         if image_hidden_states.ndim != 3 or image_hidden_states.shape[1:] != (tokens, width):
             raise ValueError(
                 f"image_hidden_states has shape {tuple(image_hidden_states.shape)}, but this model reads (images, "
                 f"{tokens}, {width}). Make it with this model's own get_image_features."
             )
-        return image_hidden_states.to(next(self.view_encoding.parameters()).dtype)  # as if it had been encoded here
+        # As if it had been encoded here.
+        return image_hidden_states.to(next(self.view_encoding.parameters()).dtype), mask
+
+    def _mask_of(self, table: torch.Tensor) -> torch.Tensor | None:
+        there = table[..., IMAGE] >= 0  # (B, V)
+        if there.all():
+            return None
+        mask = there.repeat_interleave(self.config.tokens_per_view, dim=1)[:, None, None]
+        return mask.to(next(self.view_encoding.parameters()).device)
 
     def prepare(
         self,
         text: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        high_res_pixel_values: torch.Tensor | None,
-        image_hidden_states: torch.Tensor | None,
+        images: dict[str, torch.Tensor | None],
         cache: Cache | None,
         use_cache: bool | None,
         output_cross_attentions: bool | None,
         others: dict,
     ) -> TextCall:
-        """What a call of the language model on this text (ids or embeddings), and on the image of this call or of its
-        cache, begins with. `others` are the arguments that go on to the language model.
+        """What a call of the language model on this text (ids or embeddings), and on the images of this call (its
+        `IMAGE_INPUTS`) or of its cache, begins with. `others` are the arguments that go on to the language model.
 
         Raises:
             ValueError: if text and image do not fit each other or the model.
         """
         self._check_arguments(text, cache, others)
-        image_hidden_states = self.image_features(pixel_values, high_res_pixel_values, image_hidden_states, cache)
+        image_hidden_states, image_mask = self.image_features(cache, **images)
         if image_hidden_states is not None and (not len(image_hidden_states) or len(text) % len(image_hidden_states)):
             raise ValueError(
                 f"There are {len(text)} rows of text for {len(image_hidden_states)} images; give each image the same "
@@ -494,6 +611,7 @@ class PheyeModel(PheyePreTrainedModel):
             self.language_model,
             len(self.cross_attention_blocks) if has_image and not skips_layers else 0,
             image_hidden_states,
+            image_mask,
             caches,
             cache,
             use_cache,
@@ -537,14 +655,18 @@ class PheyeModel(PheyePreTrainedModel):
         use_cache: bool | None = None,
         output_cross_attentions: bool | None = None,
         high_res_pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PheyeModelOutputWithPast:
         """Hidden states of text that may have an image; for the arguments see `PheyeForConditionalGeneration`."""
         call = self.prepare(
             given_text(input_ids, inputs_embeds),
-            pixel_values,
-            high_res_pixel_values,
-            image_hidden_states,
+            {
+                "pixel_values": pixel_values,
+                "high_res_pixel_values": high_res_pixel_values,
+                "image_grids": image_grids,
+                "image_hidden_states": image_hidden_states,
+            },
             cache,
             use_cache,
             output_cross_attentions,
@@ -634,10 +756,14 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         self.pheye.language_model.set_output_embeddings(new_embeddings)
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, high_res_pixel_values: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        high_res_pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """See `PheyeModel.get_image_features`."""
-        return self.pheye.get_image_features(pixel_values, high_res_pixel_values, **kwargs)
+        return self.pheye.get_image_features(pixel_values, high_res_pixel_values, image_grids, **kwargs)
 
     @takes_cache
     @can_return_tuple
@@ -654,6 +780,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_cross_attentions: bool | None = None,
         high_res_pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PheyeCausalLMOutputWithPast:
@@ -664,6 +791,8 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
                 here or in the cache, this is the bare language model.
             pixel_values: (B, V, 3, height, width), from the processor.
             high_res_pixel_values: (B, k * k, 3, T, T), from the processor, where the model has a branch.
+            image_grids: (B, I, 2), from the processor, where the model has canvases, or rows have several images or
+                none.
             image_hidden_states: (B, N, D), from `get_image_features`, in place of `pixel_values`.
             labels: (R, T), -100 where there is nothing to learn.
             output_cross_attentions: give the blocks' weights; for this call they attend eagerly, and the language
@@ -682,9 +811,12 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
             self.pheye.positions_left(given_text(input_ids, inputs_embeds).shape[1] + text_in(cache))
         call = self.pheye.prepare(
             given_text(input_ids, inputs_embeds),
-            pixel_values,
-            high_res_pixel_values,
-            image_hidden_states,
+            {
+                "pixel_values": pixel_values,
+                "high_res_pixel_values": high_res_pixel_values,
+                "image_grids": image_grids,
+                "image_hidden_states": image_hidden_states,
+            },
             cache,
             use_cache,
             output_cross_attentions,
@@ -737,13 +869,14 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
             return
         # Without a cache every step needs the image, and prefill in chunks takes no pixels: encode it beforehand.
         cache = model_kwargs.get(CACHE)
-        features = self.pheye.image_features(*(model_kwargs.pop(name, None) for name in IMAGE_INPUTS), cache)
+        images = {name: model_kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        features, mask = self.pheye.image_features(cache, **images)
         if features is not None and chunked and cache is not None:
             caches = self.pheye.image_caches(cache)
             for block, image_cache in zip(self.pheye.cross_attention_blocks, caches, strict=True):
-                image_cache.update(*block.project(features))
+                image_cache.update(*block.project(features), mask)
         elif features is not None:
-            model_kwargs["image_hidden_states"] = features
+            model_kwargs.update(image_hidden_states=features, image_grids=images["image_grids"])
 
     def _end_at_last_position(self, generation_config, model_kwargs: dict):
         """The library would go on, to an index error or to positions that the language model never saw."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .canvases_pheye import COLUMN, COLUMNS, IMAGE, ROW, ROWS, VIEW
 from .configuration_pheye import PheyeConfig
 
 # Norms beside a tower's layers, by the names that they have in transformers.
@@ -137,21 +138,66 @@ def last_norms(tower: nn.Module, layers: nn.ModuleList) -> list[nn.Module]:
 
 
 class PheyeViewEncoding(nn.Module):
-    """Tells views apart: a LayerNorm for the global view and one for the crops, then a learned vector per view."""
+    """Tells views apart: a LayerNorm for the global view and one for the crops, then a learned vector per view.
+
+    On canvases, the vector is the sum of one for the row and one for the column of what the view shows: "upper of two"
+    and "upper of three" are two vectors. Where a prompt may have several images, each adds a vector of its own.
+    """
 
     def __init__(self, config: PheyeConfig):
         super().__init__()
-        self.global_norm = nn.LayerNorm(config.vision_config.hidden_size, eps=1e-5)
-        self.local_norm = nn.LayerNorm(config.vision_config.hidden_size, eps=1e-5)
-        self.view_embedding = nn.Embedding(config.views_per_image, config.vision_config.hidden_size)
+        size = config.vision_config.hidden_size
+        self.global_norm = nn.LayerNorm(size, eps=1e-5)
+        self.local_norm = nn.LayerNorm(size, eps=1e-5)
+        self.views = config.views_per_image
+        if config.canvases is None:
+            self.view_embedding = nn.Embedding(self.views, size)
+        else:
+            longest = max(map(max, config.canvases))
+            self.row_embedding = nn.Embedding(longest * (longest + 1) // 2, size)
+            self.column_embedding = nn.Embedding(longest * (longest + 1) // 2, size)
+        if config.max_images > 1:
+            self.image_embedding = nn.Embedding(config.max_images, size)
+            self.image_embedding.starts_at_zero = True
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B * V, N, D) to (B, V * N, D)."""
-        views = self.view_embedding.num_embeddings
+    def forward(self, hidden_states: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        """The vision tower's states to (B, V * N, D).
+
+        hidden_states: (B * V, N, D); with a `view_table` (B, V, 6) those of the views that are there. Where none is,
+        the result is 0.
+        """
+        if table is not None:
+            return self.encode_table(hidden_states, table)
+        views = self.views
         global_view, crops = split_views(hidden_states, views)
         hidden_states = join_views(self.global_norm(global_view), self.local_norm(crops)).unflatten(0, (-1, views))
         vectors = self.view_embedding(torch.arange(views, device=hidden_states.device))  # (V, D)
         return (hidden_states + vectors[:, None]).flatten(1, 2)
+
+    def encode_table(self, hidden_states: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        places = (table[..., IMAGE] >= 0).flatten().nonzero().flatten()  # of the views that are there
+        views = table.flatten(0, 1)[places].to(hidden_states.device)
+        is_global = (views[:, VIEW] == 0)[:, None, None]
+        encoded = torch.where(is_global, self.global_norm(hidden_states), self.local_norm(hidden_states))
+        encoded = encoded + self.vectors(views)[:, None]
+        if len(places) < table.shape[0] * table.shape[1]:
+            empty = encoded.new_zeros(table.shape[0] * table.shape[1], *encoded.shape[1:])
+            encoded = empty.index_copy(0, places.to(encoded.device), encoded)
+        return encoded.unflatten(0, table.shape[:2]).flatten(1, 2)
+
+    def vectors(self, views: torch.Tensor) -> torch.Tensor:
+        """Of views, rows of a `view_table` (n, 6): (n, D)."""
+        if hasattr(self, "view_embedding"):
+            vectors = self.view_embedding(views[:, VIEW])
+        else:
+            vectors = self.row_embedding(place_of(views[:, ROW], views[:, ROWS]))
+            vectors = vectors + self.column_embedding(place_of(views[:, COLUMN], views[:, COLUMNS]))
+        return vectors + self.image_embedding(views[:, IMAGE]) if hasattr(self, "image_embedding") else vectors
+
+
+def place_of(number: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The index of place `number` of `count` in a table of all places of 1, of 2, ..."""
+    return count * (count - 1) // 2 + number
 
 
 # --- The high-resolution branch (after FILA) ---

@@ -1,0 +1,259 @@
+"""Canvases: geometry against slow loops, and images of several shapes, several images and none in one batch."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor
+from pheye.canvases_pheye import cells, choose_canvas, crop_boxes, fit, scale, view_table
+from pheye.configuration_pheye import CANVASES, read_canvases
+from pheye.image_processing_pheye import cut_views
+
+from tiny import randomize, tiny_config, tiny_image, tiny_text
+
+FILA = [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1]]
+MODEL = [[1, 2], [2, 2], [3, 1]]
+
+
+def canvas_config(**kwargs) -> PheyeConfig:
+    return tiny_config(**{"canvases": MODEL, "max_images": 2, **kwargs})
+
+
+def canvas_model(seed: int = 0, **kwargs) -> PheyeForConditionalGeneration:
+    return randomize(PheyeForConditionalGeneration(canvas_config(**kwargs)), seed).eval()
+
+
+def canvas_processor(**kwargs) -> PheyeImageProcessor:
+    return PheyeImageProcessor(**{"canvases": MODEL, "max_images": 2, "size": {"height": 32, "width": 32}, **kwargs})
+
+
+# --- Geometry ---
+
+
+@pytest.mark.parametrize(
+    ("size", "canvas"),
+    [
+        ((640, 480), (2, 2)),
+        ((1920, 1080), (2, 2)),
+        ((1240, 1754), (2, 2)),
+        ((2000, 500), (1, 3)),
+        ((100, 100), (1, 2)),
+        ((5000, 1), (1, 2)),
+        ((1, 1), (1, 2)),
+    ],
+)
+def test_canvases_chosen_at_224_pixels_are_those_of_the_specification(size, canvas):
+    assert choose_canvas(*size, FILA, (224, 224)) == canvas
+
+
+def slow_fit(width, height, canvas_width, canvas_height):
+    """The largest size with the aspect ratio, tried pixel by pixel."""
+    best = None
+    for new_width in range(1, canvas_width + 1):
+        new_height = max(1, round(height * new_width / width))
+        if new_height <= canvas_height:
+            best = new_width, new_height
+    return best
+
+
+@pytest.mark.parametrize("size", [(64, 48), (190, 108), (21, 29), (500, 7), (10, 10), (3, 50), (1, 1)])
+@pytest.mark.parametrize("canvas", [(64, 32), (32, 64), (64, 64), (96, 32)])
+def test_an_image_fills_its_canvas_as_far_as_its_shape_allows(size, canvas):
+    left, top, right, bottom = fit(*size, *canvas)
+    assert 0 <= left < right <= canvas[0] and 0 <= top < bottom <= canvas[1]
+    assert (right - left) == canvas[0] or (bottom - top) == canvas[1]  # one side binds
+    slow_width, slow_height = slow_fit(*size, *canvas) or (1, canvas[1])
+    assert abs((right - left) - slow_width) <= max(1, size[0] / size[1]) + 1
+    assert abs((bottom - top) - slow_height) <= max(1, size[1] / size[0]) + 1
+    assert abs(left - (canvas[0] - right)) <= 1 and abs(top - (canvas[1] - bottom)) <= 1  # in the middle
+
+
+def test_a_box_is_the_same_place_at_every_size():
+    assert scale((0, 14, 96, 82), (96, 96), (32, 32)) == (0, 5, 32, 27)
+    assert scale((0, 0, 64, 64), (64, 64), (32, 32)) == (0, 0, 32, 32)
+    assert scale((47, 0, 48, 96), (96, 96), (32, 32)) == (16, 0, 17, 32)  # one pixel stays
+    assert scale((95, 0, 96, 96), (96, 96), (32, 32)) == (31, 0, 32, 32)
+
+
+def test_crops_are_counted_column_by_column():
+    assert cells(2, 3) == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
+    assert crop_boxes(2, 1, height=3, width=5) == [(0, 0, 5, 3), (0, 3, 5, 6)]
+
+
+def test_a_view_table_by_hand():
+    table = view_table([[[1, 2], [0, 0]], [[2, 2], [3, 1]], [[0, 0], [0, 0]]])
+    nothing = [-1] * 6
+    one = [[0, 0, 0, 1, 0, 1], [0, 1, 0, 1, 0, 2], [0, 2, 0, 1, 1, 2]]
+    two = [[0, 0, 0, 1, 0, 1], [0, 1, 0, 2, 0, 2], [0, 2, 1, 2, 0, 2], [0, 3, 0, 2, 1, 2], [0, 4, 1, 2, 1, 2]]
+    two += [[1, 0, 0, 1, 0, 1], [1, 1, 0, 3, 0, 1], [1, 2, 1, 3, 0, 1], [1, 3, 2, 3, 0, 1]]
+    assert table.tolist() == [one + [nothing] * 6, two, [nothing] * 9]
+
+
+@pytest.mark.parametrize("rows_columns", [(1, 2), (2, 2), (3, 1), (2, 3)])
+def test_an_image_of_its_canvas_shape_is_cut_as_a_stretched_one(rows_columns):
+    rows, columns = rows_columns
+    image = tiny_image(width=columns * 40, height=rows * 40)
+    box = fit(*image.size, columns * 32, rows * 32)
+    assert box == (0, 0, columns * 32, rows * 32)
+    kept = cut_views(image, rows_columns, (32, 32), box=box)
+    np.testing.assert_array_equal(kept, cut_views(image, rows_columns, (32, 32)))
+    whole = np.concatenate(
+        [np.concatenate([kept[1 + column * rows + row] for row in range(rows)]) for column in range(columns)], axis=1
+    )
+    horizontal = image.resize((columns * 32, image.height), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(
+        whole, np.asarray(horizontal.resize((columns * 32, rows * 32), Image.Resampling.BICUBIC))
+    )
+
+
+def test_around_the_image_is_black_in_every_view_at_the_same_place():
+    image = Image.new("RGB", (64, 32), "white")  # on 2 x 2 crops of 32 pixels: lines 16 to 48
+    views = cut_views(image, (2, 2), (32, 32), box=fit(64, 32, 64, 64))
+    assert (views[0][8:24] == 255).all() and not views[0][:8].any() and not views[0][24:].any()
+    upper, lower = views[[1, 3]], views[[2, 4]]
+    assert (upper[:, 16:] == 255).all() and not upper[:, :16].any()
+    assert (lower[:, :16] == 255).all() and not lower[:, 16:].any()
+
+
+def test_presets_are_filas_five_and_all_of_at_most_nine_crops_and_four_a_side():
+    assert read_canvases("fila") == FILA
+    sides = range(1, 5)
+    assert read_canvases("wide") == [[r, c] for r, c in itertools.product(sides, sides) if r * c <= 9]
+    assert tiny_config(canvases="wide").canvases == CANVASES["wide"]
+
+
+@pytest.mark.parametrize(
+    ("canvases", "said"),
+    [
+        ([], r"canvases=\[\] must be a list"),
+        ("square", r"'square' is no preset; there are fila, wide"),
+        ([[2, 2], [2]], r"entry \[2\].*rows and columns, e.g. \[2, 2\]"),
+        ([[2, 0]], r"entry \[2, 0\]"),
+        ([[2, 2.0]], r"entry \[2, 2.0\]"),
+        ([[True, 2]], r"entry \[True, 2\]"),
+        ([[2, 65]], r"entry \[2, 65\]"),
+        ([[2, 2], [1, 2], [2, 2]], r"entry \[2, 2\] twice"),
+        (5, "canvases=5"),
+    ],
+)
+def test_canvases_that_are_none_are_refused(canvases, said):
+    for make in (tiny_config, PheyeImageProcessor):
+        with pytest.raises(ValueError, match=said):
+            make(canvases=canvases)
+
+
+# --- The image processor ---
+
+
+def test_without_canvases_no_name_or_setting_is_new(tmp_path):
+    processor = PheyeImageProcessor(tiles_per_side=2, size={"height": 32, "width": 32})
+    assert set(processor(tiny_image())) == {"pixel_values"}
+    assert not {"canvases", "max_images"} & processor.to_dict().keys()
+    tiny_config().save_pretrained(tmp_path)
+    assert (
+        not {"canvases", "max_images", "high_res_vision_config"}
+        & json.loads((tmp_path / "config.json").read_text()).keys()
+    )
+    model = PheyeForConditionalGeneration(tiny_config())
+    names = [name for name in model.state_dict() if "view_encoding" in name and name.endswith("embedding.weight")]
+    assert names == ["pheye.view_encoding.view_embedding.weight"]
+
+
+def shapes():
+    """A wide image, a square one and a tall one: canvases 1 x 2, 2 x 2 and 3 x 1 of `MODEL`."""
+    return [tiny_image(0, 80, 40), tiny_image(1, 50, 50), tiny_image(2, 30, 90)]
+
+
+def test_images_of_several_shapes_are_filled_up_to_the_most_views():
+    processor, images = canvas_processor(), shapes()
+    inputs = processor(images, return_tensors="pt")
+    assert inputs["image_grids"].tolist() == [[[1, 2]], [[2, 2]], [[3, 1]]]
+    assert inputs["image_grids"].dtype == torch.int64
+    assert inputs["pixel_values"].shape == (3, 5, 3, 32, 32)
+    for row, (image, views) in enumerate(zip(images, (3, 5, 4), strict=True)):
+        alone = processor(image, return_tensors="pt")["pixel_values"]
+        assert alone.shape[1] == views and torch.equal(inputs["pixel_values"][row, :views], alone[0])
+        assert not inputs["pixel_values"][row, views:].any()
+    assert processor.model_input_names == ["pixel_values", "image_grids"]
+
+
+def test_several_images_of_a_prompt_and_none():
+    processor, (wide, square, tall) = canvas_processor(), shapes()
+    inputs = processor([[wide, tall], None, [square], []], return_tensors="pt")
+    assert inputs["image_grids"].tolist() == [[[1, 2], [3, 1]], [[0, 0]] * 2, [[2, 2], [0, 0]], [[0, 0]] * 2]
+    assert inputs["pixel_values"].shape == (4, 7, 3, 32, 32)
+    alone = [processor(image, return_tensors="pt")["pixel_values"][0] for image in (wide, tall)]
+    assert torch.equal(inputs["pixel_values"][0], torch.cat(alone))
+    assert not inputs["pixel_values"][[1, 3]].any()
+    with pytest.raises(ValueError, match="Prompt 0 has 3 images, but this model takes 2"):
+        processor([[wide, square, tall]])
+    with pytest.raises(ValueError, match="No prompt has an image"):
+        processor([None, []])
+
+
+def test_a_square_model_takes_prompts_without_an_image_too():
+    processor = canvas_processor(canvases=None, max_images=1, tiles_per_side=2)
+    inputs = processor([tiny_image(), None], return_tensors="pt")
+    assert inputs["image_grids"].tolist() == [[[2, 2]], [[0, 0]]]
+    assert set(processor([tiny_image(), tiny_image()])) == {"pixel_values"}
+
+
+def test_canvases_and_images_are_saved_and_loaded(tmp_path):
+    canvas_processor().save_pretrained(tmp_path)
+    loaded = PheyeImageProcessor.from_pretrained(tmp_path)
+    assert loaded.canvases == MODEL and loaded.max_images == 2
+    canvas_config().save_pretrained(tmp_path)
+    config = PheyeConfig.from_pretrained(tmp_path)
+    assert config.canvases == MODEL and config.max_images == 2 and config.views_per_image == 5
+
+
+# --- The model: a batch of all kinds of rows against each row alone ---
+
+
+def mixed_inputs():
+    """Rows with a wide image, a square one, none, a tall one, and two; and the inputs of each alone."""
+    wide, square, tall = shapes()
+    prompts = [[wide], [square], [], [tall], [tall, square]]
+    processor = canvas_processor()
+    batch = dict(processor(prompts, return_tensors="pt"))
+    alone = [dict(processor([prompt], return_tensors="pt")) if prompt else {} for prompt in prompts]
+    return batch, alone
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_batch_of_all_kinds_equals_each_row_alone(attention):
+    model, (batch, alone) = canvas_model(), mixed_inputs()
+    model.set_attn_implementation(attention)
+    text = tiny_text(5, 7)
+    together = model(text, **batch, labels=text)
+    losses = []
+    for row, inputs in enumerate(alone):
+        own = model(text[row : row + 1], **inputs, labels=text[row : row + 1])
+        torch.testing.assert_close(together.logits[row : row + 1], own.logits, atol=2e-5, rtol=1e-4)
+        losses.append(own.loss)
+    torch.testing.assert_close(together.loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
+
+
+GENERATION = {
+    "greedy": {},
+    "without a cache": {"use_cache": False},
+    "beams": {"num_beams": 3},
+    "chunks": {"prefill_chunk_size": 2},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+}
+
+
+@pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION)
+def test_generation_of_all_kinds_equals_each_row_alone(options):
+    model, (batch, alone) = canvas_model(), mixed_inputs()
+    text = tiny_text(5, 6)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
+    together = model.generate(text, attention_mask=torch.ones_like(text), **batch, **options)
+    for row, inputs in enumerate(alone):
+        own = text[row : row + 1]
+        expected = model.generate(own, attention_mask=torch.ones_like(own), **inputs, **options)
+        assert together[row].tolist() == expected[0].tolist(), row
