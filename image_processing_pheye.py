@@ -408,7 +408,7 @@ class PheyeImageProcessor(PilBackend):
         has_grids |= any(len(prompt) != 1 for prompt in prompts)
         if prompts and not found:
             raise ValueError("No prompt has an image; leave `images` out.")
-        _check_images(prompts, options.get("max_images", 1))
+        check_images(prompts, options.get("max_images", 1))
 
         def inputs_of(place: int) -> dict[str, np.ndarray]:
             image = found[place]
@@ -501,11 +501,13 @@ def _prompts(images, are_nested: bool) -> list[list]:
     return prompts
 
 
-def _check_images(prompts: list[list], max_images: int):
+def check_images(prompts: list[list], max_images: int):
+    """Raise ValueError if a prompt has more images than the model takes."""
     for row, images in enumerate(prompts):
         if len(images) > max_images:
             raise ValueError(
-                f"Prompt {row} has {len(images)} images, but this model takes {max_images}; ask about fewer at once."
+                f"Prompt {row} has {len(images)} images, but this model takes {max_images} (max_images); ask about "
+                "fewer at once."
             )
 
 

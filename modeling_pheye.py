@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoBackbone,
@@ -55,6 +56,7 @@ from .vision_pheye import (
     add_view_lora,
     join_tiles,
     last_norms,
+    place_vectors,
     view_maps,
 )
 
@@ -135,6 +137,9 @@ class PheyePreTrainedModel(PreTrainedModel):
             # `load_adapter` takes every name with "lora" for the adapter's, and would call these missing and new.
             own = re.compile(r"(global|local)_lora\.\w+\.(original_module\.)?[AB]$")
             loading_info.missing_keys = {name for name in loading_info.missing_keys if not own.search(name)}
+        encodings = {name: part for name, part in model.named_modules() if isinstance(part, PheyeViewEncoding)}
+        for name, encoding in encodings.items():
+            _begin_with_square(f"{name}.", encoding, loading_info, *args)
         return loading_info, offload_index
 
     # Gradient checkpointing asks for these. In the vision tower they would keep the activations of frozen layers for
@@ -159,7 +164,29 @@ class PheyePreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=0 if getattr(module, "starts_at_zero", False) else 0.01 / scale)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=0.02)
+            init.normal_(module.weight, std=0 if getattr(module, "starts_at_zero", False) else 0.02)
+
+
+def _begin_with_square(prefix: str, encoding: PheyeViewEncoding, loading_info, state_dict, checkpoint_files, *others):
+    """Where a model with canvases loads a checkpoint with k x k crops, let its vectors begin with that one's means."""
+    square, own = f"{prefix}view_embedding.weight", {f"{prefix}{axis}_embedding.weight" for axis in ("row", "column")}
+    if square not in loading_info.unexpected_keys or not own <= loading_info.missing_keys:
+        return
+    table = (state_dict or {}).get(square)
+    for file in checkpoint_files or () if table is None else ():
+        with safe_open(file, framework="pt") as tensors:
+            if square in tensors.keys():  # noqa: SIM118 - it is no dict
+                table = tensors.get_tensor(square)
+    like = encoding.global_norm.weight
+    for embedding, values in zip(
+        (encoding.row_embedding, encoding.column_embedding),
+        place_vectors(table.float(), encoding.longest),
+        strict=True,
+    ):
+        embedding.weight = nn.Parameter(values.to(like), requires_grad=embedding.weight.requires_grad)
+        embedding.weight._is_hf_initialized = True
+    loading_info.missing_keys -= own
+    loading_info.unexpected_keys.discard(square)
 
 
 def check_grids(config: PheyeConfig) -> list[int]:

@@ -5,7 +5,11 @@ import os
 import re
 from collections.abc import Mapping
 
-from .image_processing_pheye import PheyeImageProcessor, load_image  # first: it refuses a transformers that is too old
+from .image_processing_pheye import (
+    PheyeImageProcessor,
+    check_images,
+    load_image,
+)  # first: it refuses a transformers that is too old
 
 # isort: split
 from transformers import AutoTokenizer
@@ -24,10 +28,11 @@ from transformers.tokenization_utils_base import TextInput
 
 from .configuration_pheye import PheyeConfig
 
-# Text parts of a message are joined; image parts leave no trace, since no image token enters the text: only those that
-# the processor has seen to are let pass, for a tokenizer that applies the template would lose them. The answer has
-# one space before it inside the generation block, because byte-pair tokens carry the space in front of a word; what
-# an answer brings of its own there is dropped, so that history has the tokens that were generated.
+# Text parts of a message are joined. An image leaves no trace, since no image token enters the text; of several, each
+# has its number where it stands. Only images that the processor has seen to are let pass, for a tokenizer that applies
+# the template would lose them. The answer has one space before it inside the generation block, because byte-pair tokens
+# carry the space in front of a word; what an answer brings of its own there is dropped, so that history has the tokens
+# that were generated.
 CHAT_TEMPLATE = """\
 {%- macro text_of(message) -%}
     {%- set content = message['content'] -%}
@@ -44,6 +49,8 @@ CHAT_TEMPLATE = """\
                     ~ part ~ '.') -}}
             {%- elif not part['processor'] -%}
                 {{- raise_exception("A tokenizer would lose the message's image; use the processor.") -}}
+            {%- elif part['number'] -%}
+                {{- '[image ' ~ part['number'] ~ '] ' -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -94,9 +101,14 @@ PARTS = '{"type": "text", "text": ...}, or {"type": "image", "image": ...} with 
 
 
 class Prompt(str):
-    """A text made of messages that speak of an image: it needs one, though nothing in it says so."""
+    """A text made of messages that speak of images: it needs them, though nothing in it says so."""
 
-    needs_image = True  # asked for instead of the class, which a folder's code and the package have one each of
+    images: int  # asked for instead of the class, which a folder's code and the package have one each of
+
+    def __new__(cls, text: str, images: int):
+        prompt = super().__new__(cls, text)
+        prompt.images = images
+        return prompt
 
     def __reduce__(self):
         return str, (str(self),)
@@ -115,7 +127,12 @@ def _read_conversations(conversation) -> tuple[list[list[dict]], bool]:
     for one in conversations:
         if not isinstance(one, (list, tuple)) or not one:
             raise ValueError(f"A conversation is a list of one message or more, not {_shown(one)}.")
-    return [[_read_message(number, message) for number, message in enumerate(one)] for one in conversations], is_batch
+    read = [[_read_message(number, message) for number, message in enumerate(one)] for one in conversations]
+    for one in read:
+        parts = _image_parts(one)
+        for number, part in enumerate(parts, start=1):
+            part["number"] = number if len(parts) > 1 else None
+    return read, is_batch
 
 
 def _read_message(number: int, message) -> dict:
@@ -251,7 +268,7 @@ class PheyeProcessor(ProcessorMixin):
         )
         if not tokenize:
             texts = prompts if is_batch else [prompts]
-            texts = [Prompt(text) if parts else text for text, parts in zip(texts, images, strict=True)]
+            texts = [Prompt(text, len(parts)) if parts else text for text, parts in zip(texts, images, strict=True)]
             return texts if is_batch else texts[0]
         return prompts
 
@@ -261,29 +278,31 @@ class PheyeProcessor(ProcessorMixin):
         text: TextInput | list[TextInput] | None = None,
         **kwargs: Unpack[PheyeProcessorKwargs],
     ) -> BatchFeature:
-        """Model inputs for one image per text; the text is taken as it is (see `apply_chat_template` for the prompt).
+        """Model inputs for images and texts; the text is taken as it is (see `apply_chat_template` for the prompt).
 
         Args:
-            images: an image, or a list of as many images as texts; one bare image serves any number of texts.
+            images: an image, or a list with an image for each text, or a list of images for each (as many as the model
+                takes, `max_images`), or None for a text without one; one bare image serves any number of texts.
             text: a prompt or a list of prompts, padded on the left.
 
         Returns:
-            `pixel_values` (images, views, 3, height, width), `input_ids` and `attention_mask` (texts, tokens).
+            `pixel_values` (images, views, 3, height, width), `input_ids` and `attention_mask` (texts, tokens); where
+            there are canvases, or texts with several images or none, also `image_grids` (see PheyeImageProcessor).
 
         Raises:
-            ValueError: if the lists differ in length, a text is empty, has two images or speaks of one that is not
-                given, or if nothing is given. TypeError: for arguments that have no meaning here.
+            ValueError: if the lists differ in length, a text is empty, has more images than the model takes or others
+                than it speaks of, or if nothing is given. TypeError: for arguments that have no meaning here.
         """
         self._check_arguments(kwargs)
         if getattr(images, "ndim", None) == 4:
             images = list(images)
         is_list = isinstance(images, (list, tuple))
         if is_list:
-            images = _one_per_text(images)
+            images = self._images_of_texts(images)
         if text is not None:
             # Always a batch, as the library's own image-text processors give it.
             text = list(text) if isinstance(text, (list, tuple)) else [text]
-            _check_texts(text, images is not None)
+            _check_texts(text, list(map(len, images)) if is_list else [0 if images is None else 1] * len(text))
             if is_list and len(images) != len(text):
                 raise ValueError(
                     f"There are {len(images)} images and {len(text)} texts; give one image per text, or one "
@@ -291,7 +310,17 @@ class PheyeProcessor(ProcessorMixin):
                 )
         if is_list and not images:
             raise ValueError("`images` is an empty list; leave it out for text without an image.")
+        if is_list and not any(images):
+            images = None
         return super().__call__(images=images, text=text, **kwargs)
+
+    def _images_of_texts(self, images: list | tuple) -> list[list]:
+        """The images of each text, which may be given as one, as a list, or as None."""
+        found = [
+            [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images
+        ]
+        check_images(found, self.image_processor.max_images)
+        return found
 
     def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs) -> tuple:
         """Images stay closed: the image processor opens each by itself, and knows what may be opened (`sources`)."""
@@ -326,21 +355,8 @@ class PheyeProcessor(ProcessorMixin):
         ]
 
 
-def _one_per_text(images: list) -> list:
-    """`images` with the one-element lists opened in which chat templates hand over each conversation's image."""
-    flat = []
-    for row, image in enumerate(images):
-        if isinstance(image, (list, tuple)):
-            if len(image) != 1:
-                raise ValueError(
-                    f"Prompt {row} has {len(image)} images, but Pheye sees exactly one; ask about them one by one."
-                )
-            image = image[0]
-        flat.append(image)
-    return flat
-
-
-def _check_texts(texts: list, have_images: bool):
+def _check_texts(texts: list, images: list[int]):
+    """images: how many are given for each text, if the lists fit each other."""
     if not texts:
         raise ValueError("`text` is an empty list; give the model something to answer.")
     for row, text in enumerate(texts):
@@ -354,9 +370,15 @@ def _check_texts(texts: list, have_images: bool):
             raise ValueError(
                 f"Text {row} has a half of a character, which no tokenizer takes: {_shown(text)}."
             ) from error
-        if have_images:
+        given, needed = images[row] if row < len(images) else 0, getattr(text, "images", 0)
+        if given and needed not in (0, given):
+            raise ValueError(
+                f"Text {row} was made of messages that speak of {needed} images, but {given} are given for it; give "
+                "as many as the messages have."
+            )
+        if given:
             continue
-        if getattr(text, "needs_image", False):
+        if needed:
             raise ValueError(
                 f"Text {row} was made of messages that speak of an image, but no image is given: give `images`, or "
                 "let apply_chat_template make all inputs by tokenize=True and return_dict=True. If the model gets the "

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcesso
 from pheye.canvases_pheye import cells, choose_canvas, crop_boxes, fit, scale, view_table
 from pheye.configuration_pheye import CANVASES, read_canvases
 from pheye.image_processing_pheye import cut_views
+from pheye.layers_pheye import CACHE
 
 from tiny import randomize, tiny_config, tiny_image, tiny_text
 
@@ -257,3 +259,238 @@ def test_generation_of_all_kinds_equals_each_row_alone(options):
         own = text[row : row + 1]
         expected = model.generate(own, attention_mask=torch.ones_like(own), **inputs, **options)
         assert together[row].tolist() == expected[0].tolist(), row
+
+
+def test_features_of_padding_are_not_read():
+    model, (batch, _) = canvas_model(), mixed_inputs()
+    text = tiny_text(5, 4)
+    expected = model(text, **batch).logits
+    views = (view_table(batch["image_grids"].tolist())[..., 0] < 0)[..., None, None, None]
+    for value in (float("nan"), 1e9):
+        pixels = batch["pixel_values"].masked_fill(views, value)
+        assert torch.equal(model(text, pixel_values=pixels, image_grids=batch["image_grids"]).logits, expected)
+
+
+def test_a_black_image_is_an_image():
+    model = canvas_model()
+    black = canvas_processor()(Image.new("RGB", (64, 32)), return_tensors="pt")
+    text = tiny_text(1, 4)
+    assert not torch.equal(model(text, **black).logits, model(text).logits)
+
+
+def test_the_vision_tower_sees_the_views_that_are_there_and_no_others(monkeypatch):
+    model, (batch, _) = canvas_model(), mixed_inputs()
+    seen = []
+    model.model.vision_tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    features = model.get_image_features(**batch, output_hidden_states=True, output_attentions=True)
+    assert sorted(seen) == [3, 4, 4, 10]  # two of five views share a call; the others have one each
+    assert all(len(states) == sum(seen) for states in (*features.hidden_states, *features.attentions))
+    there = view_table(batch["image_grids"].tolist())[..., 0] >= 0
+    tokens = features.last_hidden_state.unflatten(1, (-1, model.config.tokens_per_view))
+    assert (tokens.flatten(2) != 0).any(-1).equal(there)
+    in_order = model.model.encode_views(**batch).last_hidden_state
+    alone = model.model.encode_views(batch["pixel_values"][3:4, :4], image_grids=torch.tensor([[[3, 1]]]))
+    torch.testing.assert_close(in_order[8:12], alone.last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", ["global", "local"])
+def test_each_view_has_the_lora_of_its_kind(kind):
+    model, (batch, _) = canvas_model(), mixed_inputs()
+    before = model.model.encode_views(**batch).last_hidden_state
+    for lora in getattr(model.model, f"{kind}_lora").values():
+        torch.nn.init.zeros_(lora.B)
+    after = model.model.encode_views(**batch).last_hidden_state
+    table = view_table(batch["image_grids"].tolist())
+    is_global = table[table[..., 0] >= 0][:, 1] == 0
+    changed = (before != after).flatten(1).any(1)
+    assert changed.equal(is_global if kind == "global" else ~is_global)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+def test_gradients_are_those_of_rows_alone(use_reentrant):
+    batch, alone = mixed_inputs()
+    text = tiny_text(5, 6)
+    gradients = []
+    for together in (True, False):
+        model = canvas_model().train()
+        model.config.lora_dropout = 0
+        for module in model.modules():
+            if hasattr(module, "dropout") and isinstance(module.dropout, float):
+                module.dropout = 0.0
+        if together and use_reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        if together:
+            (model(text, **batch, labels=text).loss * 5).backward()
+        else:
+            for row, inputs in enumerate(alone):
+                model(text[row : row + 1], **inputs, labels=text[row : row + 1]).loss.backward()
+        gradients.append({name: part.grad for name, part in model.named_parameters() if part.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_a_row_without_an_image_sends_no_gradient_into_the_image():
+    model, (batch, _) = canvas_model(), mixed_inputs()
+    text = tiny_text(5, 6)
+    labels = torch.where(torch.arange(5)[:, None] == 2, text, -100)
+    model(text, **batch, labels=labels).loss.backward()
+    parts = (model.model.cross_attention_blocks, model.model.view_encoding, model.model.local_lora)
+    grads = [part.grad for module in parts for part in module.parameters() if part.grad is not None]
+    assert all(not grad.any() for grad in grads)
+    assert model.model.language_model.get_input_embeddings().weight.grad.any()
+
+
+def test_images_of_a_prompt_are_told_apart_by_their_vectors_alone():
+    model, processor = canvas_model(), canvas_processor()
+    image = tiny_image(1, 50, 50)
+    text = tiny_text(1, 4)
+    twice = dict(processor([[image, image]], return_tensors="pt"))
+    two = tiny_image(3, 50, 50)
+    here, there = (dict(processor([pair], return_tensors="pt")) for pair in ([image, two], [two, image]))
+    assert not torch.allclose(model(text, **here).logits, model(text, **there).logits)
+    torch.nn.init.zeros_(model.model.view_encoding.image_embedding.weight)
+    torch.testing.assert_close(model(text, **here).logits, model(text, **there).logits, atol=1e-5, rtol=1e-4)
+    one = dict(processor([[image]], return_tensors="pt"))
+    torch.testing.assert_close(model(text, **twice).logits, model(text, **one).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_second_turn_on_a_cache_keeps_the_mask():
+    model, (batch, alone) = canvas_model(), mixed_inputs()
+    text = tiny_text(5, 8)
+    first = model(text[:, :5], **batch, use_cache=True)
+    cache = getattr(first, CACHE)
+    second = model(text[:, 5:], **{CACHE: cache})
+    for row, inputs in enumerate(alone):
+        own = model(text[row : row + 1], **inputs).logits[:, 5:]
+        torch.testing.assert_close(second.logits[row : row + 1], own, atol=2e-5, rtol=1e-4)
+    bare = model(text).logits  # nothing of it is left behind
+    assert torch.equal(bare, canvas_model()(text).logits)
+
+
+def test_weights_of_padding_and_of_rows_without_an_image_are_zero():
+    model, (batch, _) = canvas_model(), mixed_inputs()
+    outputs = model(tiny_text(5, 4), **batch, output_cross_attentions=True)
+    there = view_table(batch["image_grids"].tolist())[..., 0] >= 0
+    for weights in outputs.cross_attentions:
+        views = weights.unflatten(-1, (-1, model.config.tokens_per_view)).sum(-1)  # (R, H, T, V)
+        assert (views > 0).all(dim=(1, 2)).equal(there)
+        torch.testing.assert_close(views.sum(-1).amin(dim=(1, 2)), there.any(1).float())
+
+
+def test_features_stand_in_for_pixels_with_their_grids():
+    model, (batch, _) = canvas_model(), mixed_inputs()
+    text, grids = tiny_text(5, 4), batch["image_grids"]
+    features = model.get_image_features(**batch).last_hidden_state
+    expected = model(text, **batch).logits
+    assert torch.equal(model(text, image_hidden_states=features, image_grids=grids).logits, expected)
+    with pytest.raises(ValueError, match="image_grids is missing"):
+        model(text, image_hidden_states=features)
+
+
+def test_threads_with_other_canvases_get_their_own_answers():
+    model, processor = canvas_model(), canvas_processor()
+    text = tiny_text(1, 4)
+    inputs = [dict(processor(image, return_tensors="pt")) for image in shapes()] * 8
+    expected = [model(text, **own).logits for own in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda own: model(text, **own).logits, inputs))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    model, (batch, _) = canvas_model(), mixed_inputs()
+    model.save_pretrained(tmp_path)
+    loaded = PheyeForConditionalGeneration.from_pretrained(tmp_path)
+    text = tiny_text(5, 4)
+    assert torch.equal(loaded(text, **batch).logits, model(text, **batch).logits)
+
+
+def test_canvases_begin_with_the_means_of_a_square_model(tmp_path, caplog):
+    square = randomize(PheyeForConditionalGeneration(tiny_config()))
+    square.save_pretrained(tmp_path)
+    canvases = [[1, 2], [2, 2], [2, 3]]
+    loaded, info = PheyeForConditionalGeneration.from_pretrained(tmp_path, canvases=canvases, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    table = square.model.view_encoding.view_embedding.weight
+    encoding = loaded.model.view_encoding
+    seen = view_table([[[2, 2]]])[0]
+    mean = table[1:].mean(0)
+    vectors = encoding.vectors(seen)
+    torch.testing.assert_close(vectors[0], table[0])
+    for view, (row, column) in enumerate(cells(2, 2), start=1):
+        of_row = (table[1 + row] + table[3 + row]) / 2
+        of_column = (table[1 + 2 * column] + table[2 + 2 * column]) / 2
+        torch.testing.assert_close(vectors[view], of_row + of_column - mean)
+    three = encoding.vectors(view_table([[[2, 3]]])[0])  # the middle one of three columns lies between both of two
+    torch.testing.assert_close(three[3] - three[1], (vectors[3] - vectors[1]) / 2)
+    same = {name: tensor for name, tensor in square.state_dict().items() if "view_embedding" not in name}
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in same.items())
+
+
+def test_a_model_for_several_images_begins_as_the_one_for_one(tmp_path):
+    square = randomize(PheyeForConditionalGeneration(tiny_config())).eval()
+    square.save_pretrained(tmp_path)
+    loaded, info = PheyeForConditionalGeneration.from_pretrained(tmp_path, max_images=2, output_loading_info=True)
+    assert info["missing_keys"] == {"pheye.view_encoding.image_embedding.weight"}
+    processor = canvas_processor(canvases=None, tiles_per_side=2)
+    inputs = dict(processor(tiny_image(), return_tensors="pt"))
+    text = tiny_text(1, 4)
+    expected = square(text, pixel_values=inputs["pixel_values"]).logits
+    torch.testing.assert_close(loaded(text, **inputs).logits, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_square_model_takes_rows_without_an_image_and_answers_the_others_as_before():
+    model = randomize(PheyeForConditionalGeneration(tiny_config())).eval()
+    processor = canvas_processor(canvases=None, max_images=1, tiles_per_side=2)
+    batch = dict(processor([tiny_image(), None], return_tensors="pt"))
+    text = tiny_text(2, 5)
+    logits = model(text, **batch).logits
+    with_image = model(text[:1], pixel_values=processor(tiny_image(), return_tensors="pt")["pixel_values"]).logits
+    torch.testing.assert_close(logits[:1], with_image, atol=1e-6, rtol=1e-5)
+    assert torch.equal(logits[1:], model(text[1:]).logits)
+
+
+# --- What does not fit ---
+
+
+def changed(**changes) -> dict:
+    batch = dict(canvas_processor()([tiny_image(1, 50, 50), tiny_image(0, 80, 40)], return_tensors="pt"))
+    return {**batch, **{name: change(batch[name]) for name, change in changes.items()}}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"image_grids": lambda grids: None}, "image_grids is missing.*this model's own processor"),
+        ({"image_grids": lambda grids: grids[0]}, r"image_grids has shape \(1, 2\).*\(2, images, 2\)"),
+        ({"image_grids": lambda grids: grids[:1]}, r"image_grids has shape \(1, 1, 2\)"),
+        ({"image_grids": lambda grids: grids.float()}, r"float32.*must hold integers"),
+        ({"image_grids": lambda grids: grids.flip(2)}, r"Row 1 has an image of \[2, 1\] crops.*\[3, 1\]"),
+        ({"image_grids": lambda grids: grids.repeat(1, 3, 1)}, r"Row 0 has 3 images, but this model takes 2"),
+        ({"pixel_values": lambda pixels: pixels[:, :4]}, r"pixel_values has 4 views, but row 0 of image_grids has 5"),
+        ({"image_grids": lambda grids: grids * 0}, r"pixel_values has 5 views, but row 0 of image_grids has 0"),
+        ({"pixel_values": lambda pixels: pixels[..., :16]}, r"shape \(2, 5, 3, 32, 16\)"),
+    ],
+)
+def test_grids_and_pixels_that_do_not_fit_are_refused(inputs, said):
+    with pytest.raises(ValueError, match=said):
+        canvas_model().get_image_features(**changed(**inputs))
+
+
+def test_grids_without_pixels_and_masks_without_a_kernel_are_refused():
+    model, (batch, _) = canvas_model(), mixed_inputs()
+    text = tiny_text(5, 4)
+    with pytest.raises(ValueError, match="image_grids is given without pixel_values"):
+        model(text, image_grids=batch["image_grids"])
+    model.config._attn_implementation_internal = "flex_attention"  # of the blocks alone
+    with pytest.raises(ValueError, match=r"cannot be masked by flex_attention; use .*sdpa"):
+        model(text, **batch)
+
+
+def test_a_square_model_refuses_the_canvases_of_another():
+    model = PheyeForConditionalGeneration(tiny_config())
+    batch = dict(canvas_processor()([tiny_image(0, 80, 40)], return_tensors="pt"))
+    with pytest.raises(ValueError, match=r"Row 0 has an image of \[1, 2\] crops, but this model has .*\[\[2, 2\]\]"):
+        model(tiny_text(1, 3), **batch)

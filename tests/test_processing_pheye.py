@@ -352,7 +352,7 @@ def test_an_array_of_images_must_match_the_texts_too(processor):
 
 def test_two_images_for_one_prompt_are_refused(processor):
     pair = [tiny_image(0), tiny_image(1)]
-    with pytest.raises(ValueError, match=r"Prompt 0 has 2 images.*one by one"):
+    with pytest.raises(ValueError, match=r"Prompt 0 has 2 images, but this model takes 1 \(max_images\)"):
         processor(images=[pair], text="a")
     with pytest.raises(ValueError, match=r"Prompt 1 has 2 images"):
         processor(images=[[tiny_image()], pair], text=["a", "b"])
@@ -362,10 +362,38 @@ def test_two_images_for_one_prompt_are_refused(processor):
             processor.apply_chat_template(conversation, tokenize=True, return_dict=True)
 
 
-def test_a_batch_of_which_only_some_prompts_have_an_image_is_refused(processor):
+def test_a_batch_of_which_only_some_prompts_have_an_image_says_which(processor):
     conversations = [[user(tiny_image(), "a")], [user("b")]]
-    with pytest.raises(ValueError, match=r"Prompt 1 has 0 images"):
-        processor.apply_chat_template(conversations, tokenize=True, return_dict=True)
+    inputs = processor.apply_chat_template(conversations, **INPUTS)
+    assert inputs["image_grids"].tolist() == [[[2, 2]], [[0, 0]]]
+    assert len(inputs["pixel_values"]) == 2 and not inputs["pixel_values"][1].any()
+
+
+SEVERAL = [user(tiny_image(0), "a", tiny_image(1)), assistant("b"), user("c")]
+
+
+def test_several_images_have_their_numbers_in_the_prompt_and_one_has_none():
+    processor = tiny_processor()
+    processor.image_processor.max_images = 3
+    text = processor.apply_chat_template(SEVERAL, add_generation_prompt=True)
+    assert text == f"{SYSTEM}\n\nInstruction: [image 1] a[image 2] \nOutput: b{END}\n\nInstruction: c\nOutput:"
+    assert "[image" not in processor.apply_chat_template(SEVERAL[1:] and [user(tiny_image(), "a")])
+    with pytest.raises(ValueError, match=r"speak of 2 images, but 1 are given for it"):
+        processor(images=tiny_image(), text=text)
+    inputs = processor.apply_chat_template(SEVERAL, **INPUTS)
+    expected = processor(images=[[tiny_image(0), tiny_image(1)]], text=text, return_tensors="pt")
+    assert inputs.keys() == expected.keys() == {"input_ids", "attention_mask", "pixel_values", "image_grids"}
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert inputs["image_grids"].tolist() == [[[2, 2], [2, 2]]]
+
+
+def test_lists_of_lists_and_none_are_the_images_of_each_text():
+    processor = tiny_processor()
+    processor.image_processor.max_images = 2
+    one, two = tiny_image(0), tiny_image(1)
+    inputs = processor(images=[[one, two], None, two, []], text=["a", "b", "c", "d"], return_tensors="pt")
+    assert inputs["image_grids"].tolist() == [[[2, 2]] * 2, [[0, 0]] * 2, [[2, 2], [0, 0]], [[0, 0]] * 2]
+    assert processor(images=[None, None], text=["a", "b"]).keys() == {"input_ids", "attention_mask"}
 
 
 def test_empty_texts_are_refused_by_their_place(processor):

@@ -153,9 +153,9 @@ class PheyeViewEncoding(nn.Module):
         if config.canvases is None:
             self.view_embedding = nn.Embedding(self.views, size)
         else:
-            longest = max(map(max, config.canvases))
-            self.row_embedding = nn.Embedding(longest * (longest + 1) // 2, size)
-            self.column_embedding = nn.Embedding(longest * (longest + 1) // 2, size)
+            self.longest = max(map(max, config.canvases))  # rows or columns
+            self.row_embedding = nn.Embedding(self.longest * (self.longest + 1) // 2, size)
+            self.column_embedding = nn.Embedding(self.longest * (self.longest + 1) // 2, size)
         if config.max_images > 1:
             self.image_embedding = nn.Embedding(config.max_images, size)
             self.image_embedding.starts_at_zero = True
@@ -198,6 +198,26 @@ class PheyeViewEncoding(nn.Module):
 def place_of(number: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """The index of place `number` of `count` in a table of all places of 1, of 2, ..."""
     return count * (count - 1) // 2 + number
+
+
+def place_vectors(table: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors of rows and of columns, each (longest * (longest + 1) / 2, D), to begin with instead of those of views
+    (1 + k * k, D): the means of each row and column of crops, less half the mean of all; for another number of rows,
+    those at their places, between two if need be. A row of one and a column of one are half the global view's."""
+    side = math.isqrt(len(table) - 1)
+    crops = table[1:].unflatten(0, (side, side))  # (columns, rows, D)
+    found = []
+    for means in (crops.mean(0), crops.mean(1)):
+        means = means - crops.mean((0, 1)) / 2  # (k, D)
+        places = [table[0] / 2]
+        for count in range(2, longest + 1):
+            for number in range(count):
+                place = min(max((number + 0.5) / count * side - 0.5, 0), side - 1)
+                low = min(int(place), max(side - 2, 0))
+                high = min(low + 1, side - 1)
+                places.append(torch.lerp(means[low], means[high], place - low))
+        found.append(torch.stack(places))
+    return tuple(found)
 
 
 # --- The high-resolution branch (after FILA) ---
