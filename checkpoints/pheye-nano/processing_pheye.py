@@ -30,9 +30,9 @@ from .configuration_pheye import PheyeConfig
 
 # Text parts of a message are joined. An image leaves no trace, since no image token enters the text; of several, each
 # has its number where it stands. Only images that the processor has seen to are let pass, for a tokenizer that applies
-# the template would lose them. The answer has one space before it inside the generation block, because byte-pair tokens
-# carry the space in front of a word; what an answer brings of its own there is dropped, so that history has the tokens
-# that were generated.
+# the template would lose them. The answer has one space before it inside the generation block, because byte-pair
+# tokens carry the space in front of a word; what an answer brings of its own there is dropped, so that history has the
+# tokens that were generated.
 CHAT_TEMPLATE = """\
 {%- macro text_of(message) -%}
     {%- set content = message['content'] -%}
