@@ -23,7 +23,7 @@ from ..common.models import find_model
 from ..modeling_pheye import PheyeForConditionalGeneration
 from ..processing_pheye import PheyeProcessor
 from .callbacks import Plan
-from .checkpoints import last_checkpoint, whole_checkpoint
+from .checkpoints import last_checkpoint, rotate, whole_checkpoint
 from .collator import PheyeCollator
 from .formats import Source
 from .inspection import show_samples
@@ -170,6 +170,8 @@ def train_to_end(trainer: PheyeTrainer):
     except torch.OutOfMemoryError as error:
         remedy = "Give the same command with a smaller --per_device_train_batch_size to go on."
         raise InputError(f"{error}\n{remedy}") from error
+    if training.should_save:  # once more, for a kill may have come before what a new checkpoint makes superfluous
+        rotate(training.output_dir, training.save_total_limit, trainer.state.best_model_checkpoint)
 
 
 @contextlib.contextmanager
