@@ -230,12 +230,14 @@ class PheyeModel(PheyePreTrainedModel):
             put(self.vision_layers(), self.run_fusion)
 
     def train(self, mode: bool = True) -> "PheyeModel":
-        """A frozen branch stays as it was trained: no statistics move in it, and nothing is dropped."""
+        """A frozen branch stays as it was trained, and drops nothing. Statistics of batch norms stay in any case: they
+        are no parameters, so what trains would be saved without them."""
         super().train(mode)
-        if self.high_res_tower is not None and not any(
-            part.requires_grad for part in self.high_res_tower.parameters()
-        ):
-            self.high_res_tower.eval()
+        if self.high_res_tower is not None:
+            is_frozen = not any(part.requires_grad for part in self.high_res_tower.parameters())
+            for part in self.high_res_tower.modules():
+                if is_frozen or isinstance(part, nn.BatchNorm2d):
+                    part.training = False
         return self
 
     # --- Image: views through the vision tower ---
@@ -319,7 +321,8 @@ class PheyeModel(PheyePreTrainedModel):
                 f"high_res_pixel_values has shape {shape}, but this model takes (images, {tiles * tiles}, 3, {size}, "
                 f"{size}): {tiles} x {tiles} tiles of {size} pixels. Make it with this model's own processor."
             )
-        maps = self.high_res_tower(join_tiles(high_res_pixel_values)).feature_maps
+        pixels = high_res_pixel_values.to(next(self.high_res_tower.parameters()).dtype)  # as vision transformers do
+        maps = self.high_res_tower(join_tiles(pixels)).feature_maps
         return [view_maps(whole, tiles, config.patches_per_side) for whole in maps]
 
     def _view_call(self, images: int, high_res_pixel_values: torch.Tensor | None) -> dict:

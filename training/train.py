@@ -111,9 +111,11 @@ def load_model(
     lora = add_language_model_lora(loaded, **numbers) if language_model_lora else None
     choose_trained(loaded, train, freeze)
     if bf16:
-        for parameter in loaded.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
+        # Not of batch norms: their statistics, which are no parameters, stay in float32, and weights must be like them.
+        for part in loaded.modules():
+            for parameter in () if isinstance(part, torch.nn.BatchNorm2d) else part.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
     if vision_gradient_checkpointing:
         loaded.pheye.vision_tower.gradient_checkpointing_enable()
     return loaded, lora
