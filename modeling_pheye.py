@@ -64,6 +64,7 @@ if TYPE_CHECKING:  # never run, but it makes every saved model carry these files
 
 PIXELS = ("pixel_values", "high_res_pixel_values")
 IMAGE_INPUTS = (*PIXELS, "image_hidden_states")
+MOST_BRANCH_PIXELS = 1536**2  # that the high-resolution branch sees at once: one image of 3 x 3 tiles of 512
 MEDIA = ("pixel", "image", "video", "audio", "input_features")  # how names of inputs begin that text models pass over
 
 logger = logging.get_logger(__name__)
@@ -322,8 +323,15 @@ class PheyeModel(PheyePreTrainedModel):
                 f"{size}): {tiles} x {tiles} tiles of {size} pixels. Make it with this model's own processor."
             )
         pixels = high_res_pixel_values.to(next(self.high_res_tower.parameters()).dtype)  # as vision transformers do
-        maps = self.high_res_tower(join_tiles(pixels)).feature_maps
-        return [view_maps(whole, tiles, config.patches_per_side) for whole in maps]
+        found = []
+        # A few images at a time: without a graph, their large maps are gone before the next ones come.
+        for images in pixels.split(max(1, MOST_BRANCH_PIXELS // (tiles * size) ** 2)):
+            maps = [
+                view_maps(whole, tiles, config.patches_per_side)
+                for whole in self.high_res_tower(join_tiles(images)).feature_maps
+            ]
+            found.append(maps)
+        return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
     def _view_call(self, images: int, high_res_pixel_values: torch.Tensor | None) -> dict:
         """What the vision tower is called with beside its pixels."""
