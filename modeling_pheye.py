@@ -8,6 +8,7 @@ questions, beams or samples of one image are adjacent), T text tokens, H heads, 
 
 import copy
 import functools
+import itertools
 import math
 import os
 import re
@@ -46,7 +47,7 @@ from .blocks_pheye import (
     image_caches,
     text_in,
 )
-from .canvases_pheye import IMAGE, VIEW, view_table, views_in
+from .canvases_pheye import IMAGE, images_in, view_table, views_in
 from .configuration_pheye import HIGH_RES_STRIDE, PheyeConfig, learned_positions
 from .layers_pheye import CACHE, CALL, Step, TextCall, ViewCall, put_before, put_before_checkpoints, transformer_layers
 from .vision_pheye import (
@@ -67,6 +68,7 @@ if TYPE_CHECKING:  # never run, but it makes every saved model carry these files
 
 PIXELS = ("pixel_values", "high_res_pixel_values")
 IMAGE_INPUTS = (*PIXELS, "image_grids", "image_hidden_states")
+MOST_BRANCH_PIXELS = 1536**2  # that the high-resolution branch sees at once: one image of 3 x 3 tiles of 512
 MEDIA = ("pixel", "image", "video", "audio", "input_features")  # how names of inputs begin that text models pass over
 
 logger = logging.get_logger(__name__)
@@ -258,12 +260,14 @@ class PheyeModel(PheyePreTrainedModel):
             put(self.vision_layers(), self.run_fusion)
 
     def train(self, mode: bool = True) -> "PheyeModel":
-        """A frozen branch stays as it was trained: no statistics move in it, and nothing is dropped."""
+        """A frozen branch stays as it was trained, and drops nothing. Statistics of batch norms stay in any case: they
+        are no parameters, so what trains would be saved without them."""
         super().train(mode)
-        if self.high_res_tower is not None and not any(
-            part.requires_grad for part in self.high_res_tower.parameters()
-        ):
-            self.high_res_tower.eval()
+        if self.high_res_tower is not None:
+            is_frozen = not any(part.requires_grad for part in self.high_res_tower.parameters())
+            for part in self.high_res_tower.modules():
+                if is_frozen or isinstance(part, nn.BatchNorm2d):
+                    part.training = False
         return self
 
     # --- Image: views through the vision tower ---
@@ -331,25 +335,42 @@ class PheyeModel(PheyePreTrainedModel):
         call.steps_run += 1
         return self.fusion_blocks[block](hidden_states, call.maps[block])
 
-    def encode_high_res(self, high_res_pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """The branch on whole images: for each fusion block what each view shows of its map, (B * V, G * G, C).
+    def encode_high_res(
+        self, high_res_pixel_values: torch.Tensor, table: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """The branch on whole images: for each fusion block what each view shows of its map, (views, G * G, C).
 
         Args:
-            high_res_pixel_values: (B, k * k, 3, T, T), the image as tiles in the crops' order.
+            high_res_pixel_values: (B, C, 3, T, T), images as tiles in the crops' order.
+            table: the view table (B, V, 6) of images that may have any number of crops.
 
         Raises:
             ValueError: if they have another rank, number of tiles or size.
         """
-        config = self.config
-        size, tiles = config.high_res_tile_size, config.tiles_per_side
+        config, size, tiles = self.config, self.config.high_res_tile_size, self.config.views_per_image - 1
+        images = [] if table is None else images_in(table)
+        if table is not None:
+            tiles = max(image.first_tile + image.rows * image.columns for image in images)
         shape = tuple(high_res_pixel_values.shape)
-        if shape[1:] != (tiles * tiles, 3, size, size):
+        if shape[1:] != (tiles, 3, size, size):
             raise ValueError(
-                f"high_res_pixel_values has shape {shape}, but this model takes (images, {tiles * tiles}, 3, {size}, "
-                f"{size}): {tiles} x {tiles} tiles of {size} pixels. Make it with this model's own processor."
+                f"high_res_pixel_values has shape {shape}, but this model takes (images, {tiles}, 3, {size}, {size}): "
+                f"{tiles} tiles of {size} pixels. Make it with this model's own processor."
             )
-        maps = self.high_res_tower(join_tiles(high_res_pixel_values)).feature_maps
-        return [view_maps(whole, tiles, config.patches_per_side) for whole in maps]
+        pixels = high_res_pixel_values.to(next(self.high_res_tower.parameters()).dtype)  # as vision transformers do
+        if table is None:
+            # A few images at a time: without a graph, their large maps are gone before the next ones come.
+            groups = pixels.split(max(1, MOST_BRANCH_PIXELS // (tiles * size**2)))
+            grids = [(config.tiles_per_side, config.tiles_per_side)] * len(groups)
+        else:
+            grids = [(image.rows, image.columns) for image in images]
+            groups = [pixels[image.row, image.first_tile :][None, : image.rows * image.columns] for image in images]
+        found = [self._maps_of(group, *grid) for group, grid in zip(groups, grids, strict=True)]
+        return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+    def _maps_of(self, tiles: torch.Tensor, rows: int, columns: int) -> list[torch.Tensor]:
+        maps = self.high_res_tower(join_tiles(tiles, rows, columns)).feature_maps
+        return [view_maps(whole, rows, columns, self.config.patches_per_side) for whole in maps]
 
     def views_of(self, image_grids: torch.Tensor | None, rows: int, views: int | None) -> torch.Tensor | None:
         """The view table (B, V, 6) of the images of a call; None if each row has one image of k x k crops.
@@ -398,19 +419,30 @@ class PheyeModel(PheyePreTrainedModel):
             )
         return view_table(grids, most)
 
-    def _view_call(self, images: int, high_res_pixel_values: torch.Tensor | None) -> dict:
-        """What the vision tower is called with beside its pixels."""
+    def _branch_maps(
+        self, images: int, high_res_pixel_values: torch.Tensor | None, table: torch.Tensor | None
+    ) -> list[torch.Tensor] | None:
+        """What `encode_high_res` gives, where the model has a branch."""
         if self.high_res_tower is None:
             if high_res_pixel_values is not None:
                 raise ValueError("high_res_pixel_values is given, but this model has no high-resolution branch.")
-            return {}
+            return None
         if high_res_pixel_values is None or len(high_res_pixel_values) != images:
             found = "is missing" if high_res_pixel_values is None else f"holds {len(high_res_pixel_values)} images"
             raise ValueError(
                 f"high_res_pixel_values {found}, but this model's branch needs it for {images}. Make it with this "
                 "model's own processor."
             )
-        return {CALL: ViewCall(self.vision_tower, self.encode_high_res(high_res_pixel_values))}
+        return self.encode_high_res(high_res_pixel_values, table)
+
+    def _call_vision_tower(self, views: torch.Tensor, maps: list[torch.Tensor] | None, **kwargs) -> BaseModelOutput:
+        """One call of the tower on views, with what `encode_high_res` gave for them."""
+        if maps is None:
+            return self.vision_tower(views, return_dict=True, **kwargs)
+        call = ViewCall(self.vision_tower, maps)
+        outputs = self.vision_tower(views, return_dict=True, **{CALL: call}, **kwargs)
+        call.check()
+        return outputs
 
     def encode_views(
         self,
@@ -451,13 +483,12 @@ class PheyeModel(PheyePreTrainedModel):
             self._check_hooks()
             self._check_lora()
         views = pixel_values.flatten(0, 1)
+        maps = self._branch_maps(len(pixel_values), high_res_pixel_values, table)
         if table is None:
-            carried = self._view_call(len(pixel_values), high_res_pixel_values)
-            outputs = self.vision_tower(views, return_dict=True, **carried, **kwargs)
-            if carried:
-                carried[CALL].check()
+            outputs = self._call_vision_tower(views, maps, **kwargs)
         else:
-            outputs = self._encode_images(views[(table[..., IMAGE] >= 0).flatten().to(views.device)], table, **kwargs)
+            there = (table[..., IMAGE] >= 0).flatten().to(views.device)
+            outputs = self._encode_images(views[there], maps, table, **kwargs)
         tokens = outputs.last_hidden_state.shape[1]
         if tokens != self.config.tokens_per_view:
             raise ValueError(
@@ -466,24 +497,26 @@ class PheyeModel(PheyePreTrainedModel):
             )
         return outputs
 
-    def _encode_images(self, views: torch.Tensor, table: torch.Tensor, **kwargs) -> BaseModelOutput:
+    def _encode_images(
+        self, views: torch.Tensor, maps: list[torch.Tensor] | None, table: torch.Tensor, **kwargs
+    ) -> BaseModelOutput:
         """The vision tower on images of any number of views (those that are there, one image after another).
 
         LoRA's hooks see rows and nothing else, so that threads may share a model: they take `views_per_image` of them
         for an image, or all if there are fewer. So images of that many views share a call, and others have one each.
         """
-        starts = (table[table[..., IMAGE] >= 0][:, VIEW] == 0).nonzero().flatten().tolist()
-        images = list(zip(starts, [*starts[1:], len(views)], strict=True))  # first view and the one behind the last
-        full = [image for image in images if image[1] - image[0] == self.config.views_per_image]
-        calls = [full] * bool(full) + [[image] for image in images if image not in full]
+        counts = [1 + image.rows * image.columns for image in images_in(table)]
+        starts = list(itertools.accumulate(counts, initial=0))
+        full = [number for number, count in enumerate(counts) if count == self.config.views_per_image]
+        calls = [full] * bool(full) + [[number] for number in range(len(counts)) if number not in full]
         order, parts = [], []
-        for call in calls:
-            rows = [row for start, end in call for row in range(start, end)]
-            seen = views if len(rows) == len(views) else views[rows]
-            parts.append(self.vision_tower(seen, return_dict=True, **kwargs))
+        for images in calls:
+            rows = [row for image in images for row in range(starts[image], starts[image + 1])]
+            if len(rows) == len(views):
+                return self._call_vision_tower(views, maps, **kwargs)
+            own = None if maps is None else [level[rows] for level in maps]
+            parts.append(self._call_vision_tower(views[rows], own, **kwargs))
             order += rows
-        if len(parts) == 1:
-            return parts[0]
         back = torch.tensor(order, device=views.device).argsort()
 
         def joined(name: str):

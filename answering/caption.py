@@ -12,6 +12,7 @@ import argparse
 import sys
 
 import torch
+from PIL import Image
 
 from ..common.command import Parser, add_model_options, at_least, exit_status, process_state
 from ..common.tables import IMAGE_SOURCES
@@ -24,11 +25,11 @@ from .sources import find_requests
 
 
 @torch.no_grad()
-def compile_vision_tower(model, images: int):
+def compile_vision_tower(model, processor, images: int):
     """Compile for batches of so many images; smaller ones, such as the last, are encoded as they would be without."""
     model.model.vision_tower.compile(dynamic=False)
-    size = model.config.vision_config.image_size
-    model.get_image_features(torch.zeros(images, model.config.views_per_image, 3, size, size, device=model.device))
+    image_inputs = processor.image_processor([Image.new("RGB", (8, 8))] * images, return_tensors="pt")
+    model.get_image_features(**image_inputs.to(model.device))
     torch.compiler.set_stance("eager_on_recompile")
 
 
@@ -57,7 +58,7 @@ def caption(
     def load() -> tuple:
         loaded, processor = open_whole()
         if compile:
-            compile_vision_tower(loaded, batch_size)
+            compile_vision_tower(loaded, processor, batch_size)
         return loaded, processor
 
     settings = {

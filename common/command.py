@@ -92,7 +92,7 @@ def require(package: str, extra: str = "eval"):
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise InputError(f'This needs {package}: run pip install "pheye[{extra}]".') from error
+        raise InputError(f'This needs {package}: run pip install ".[{extra}]" in a clone of Pheye.') from error
 
 
 def process_state(device: str | None = None) -> "PartialState":

@@ -153,4 +153,4 @@ def test_command_stops_before_it_loads_a_model(tmp_path, monkeypatch, capsys):
     assert "There is no file" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*common, "--data", str(samples_file(tmp_path, [{}]))]) == 1
-    assert 'pip install "pheye[eval]"' in capsys.readouterr().err
+    assert 'pip install ".[eval]"' in capsys.readouterr().err

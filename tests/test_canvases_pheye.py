@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import ConvNextConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor
 from pheye.canvases_pheye import cells, choose_canvas, crop_boxes, fit, scale, view_table
 from pheye.configuration_pheye import CANVASES, read_canvases
-from pheye.image_processing_pheye import cut_views
+from pheye.image_processing_pheye import cut_views, resize
 from pheye.layers_pheye import CACHE
+from pheye.vision_pheye import join_tiles, view_maps
 
-from tiny import randomize, tiny_config, tiny_image, tiny_text
+from tiny import randomize, tiny_config, tiny_image, tiny_text, tiny_vision_config
 
 FILA = [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1]]
 MODEL = [[1, 2], [2, 2], [3, 1]]
@@ -494,3 +497,72 @@ def test_a_square_model_refuses_the_canvases_of_another():
     batch = dict(canvas_processor()([tiny_image(0, 80, 40)], return_tensors="pt"))
     with pytest.raises(ValueError, match=r"Row 0 has an image of \[1, 2\] crops, but this model has .*\[\[2, 2\]\]"):
         model(tiny_text(1, 3), **batch)
+
+
+# --- With the high-resolution branch ---
+
+
+def hybrid(seed: int = 0, **kwargs) -> PheyeForConditionalGeneration:
+    branch = ConvNextConfig(hidden_sizes=[4, 6, 8, 10], depths=[1, 1, 1, 1])
+    vision = tiny_vision_config(num_hidden_layers=5)
+    return canvas_model(seed, vision_config=vision, high_res_vision_config=branch, **kwargs)
+
+
+def hybrid_inputs():
+    wide, square, tall = shapes()
+    prompts = [[wide], [square], [], [tall], [tall, square]]
+    processor = canvas_processor(high_res_tile_size=64)
+    batch = dict(processor(prompts, return_tensors="pt"))
+    return batch, [dict(processor([prompt], return_tensors="pt")) if prompt else {} for prompt in prompts]
+
+
+def test_the_branch_sees_the_same_canvas():
+    batch, _ = hybrid_inputs()
+    tiles = batch["high_res_pixel_values"]
+    assert tiles.shape == (5, 7, 3, 64, 64)  # 3 tiles and 4
+    whole = join_tiles(tiles[3:4, :3], 3, 1)[0]  # the tall image, 30 x 90, fills a third of 64 x 192 pixels' width
+    assert whole.shape == (3, 192, 64)
+    image = tiny_image(2, 30, 90)
+    resized = resize(image, (64, 192), Image.Resampling.BICUBIC)
+    expected = (np.asarray(resized) / 255 - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
+    np.testing.assert_allclose(whole.permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+def test_a_batch_of_all_kinds_with_the_branch_equals_each_row_alone():
+    model, (batch, alone) = hybrid(), hybrid_inputs()
+    text = tiny_text(5, 6)
+    together = model(text, **batch).logits
+    for row, inputs in enumerate(alone):
+        own = model(text[row : row + 1], **inputs).logits
+        torch.testing.assert_close(together[row : row + 1], own, atol=3e-5, rtol=1e-4)
+    fewer = {**batch, "high_res_pixel_values": batch["high_res_pixel_values"][:, :6]}
+    with pytest.raises(ValueError, match=r"high_res_pixel_values has shape \(5, 6, 3, 64, 64\).*7 tiles of 64"):
+        model(text, **fewer)
+
+
+def test_a_new_branch_changes_nothing_on_canvases():
+    batch, _ = hybrid_inputs()
+    model = hybrid()
+    torch.manual_seed(0)
+    for block in model.model.fusion_blocks:
+        torch.nn.init.zeros_(block.mlp_out.weight)
+        torch.nn.init.zeros_(block.mlp_out.bias)
+    plain = canvas_model(vision_config=tiny_vision_config(num_hidden_layers=5))
+    plain.load_state_dict({name: model.state_dict()[name] for name in plain.state_dict()})
+    text = tiny_text(5, 4)
+    pixels = {name: batch[name] for name in ("pixel_values", "image_grids")}
+    assert torch.equal(model(text, **batch).logits, plain(text, **pixels).logits)
+
+
+@pytest.mark.parametrize("grid", [(1, 2), (3, 1), (2, 3)])
+def test_windows_of_any_canvas_are_those_of_a_slow_loop(grid):
+    rows, columns = grid
+    whole = torch.randn(1, 5, rows * 6, columns * 6)
+    found = view_maps(whole, rows, columns, 3).unflatten(1, (3, 3))  # (V, G, G, C)
+    views = [whole[0]]
+    views += [whole[0, :, 6 * row : 6 * row + 6, 6 * column : 6 * column + 6] for row, column in cells(rows, columns)]
+    for view, shown in zip(found, views, strict=True):
+        height, width = shown.shape[1] // 3, shown.shape[2] // 3
+        for row, column in itertools.product(range(3), repeat=2):
+            part = shown[:, row * height : (row + 1) * height, column * width : (column + 1) * width]
+            torch.testing.assert_close(view[row, column], part.mean((1, 2)))

@@ -20,7 +20,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(command.importlib, "import_module", missing)
-    with pytest.raises(InputError, match=r'needs accelerate: run pip install "pheye\[eval\]"'):
+    with pytest.raises(InputError, match=r'needs accelerate: run pip install "\.\[eval\]" in a clone'):
         command.require("accelerate")
 
 

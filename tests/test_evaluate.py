@@ -516,7 +516,7 @@ def test_boxes_that_do_not_fit(refused, tmp_path):
 
 def test_package_that_is_missing(refused, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    assert 'This needs sacrebleu: run pip install "pheye[eval]"' in refused("nocaps", *write(nocaps_toy(), tmp_path))
+    assert 'This needs sacrebleu: run pip install ".[eval]"' in refused("nocaps", *write(nocaps_toy(), tmp_path))
 
 
 def test_output_that_is_a_file(model_folder, tmp_path, capsys):

@@ -19,7 +19,14 @@ from transformers import (
     SwinConfig,
 )
 
-from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor, PheyeModel, PheyeProcessor
+from pheye import (
+    PheyeConfig,
+    PheyeForConditionalGeneration,
+    PheyeImageProcessor,
+    PheyeModel,
+    PheyeProcessor,
+    modeling_pheye,
+)
 from pheye.training.trained import choose_trained
 from pheye.vision_pheye import PheyeFusionBlock, join_tiles, view_maps
 
@@ -167,7 +174,7 @@ def test_tiles_joined_and_cut_again_are_the_image(tiles_per_side):
         for column in range(tiles_per_side)
         for row in range(tiles_per_side)
     ]
-    assert torch.equal(join_tiles(torch.stack(cut, dim=1)), whole)
+    assert torch.equal(join_tiles(torch.stack(cut, dim=1), tiles_per_side, tiles_per_side), whole)
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4])
@@ -175,7 +182,7 @@ def test_tiles_joined_and_cut_again_are_the_image(tiles_per_side):
 def test_windows_are_those_of_a_slow_loop(tiles_per_side, scale):
     patches, side = 3, 3 * scale * tiles_per_side
     whole = torch.randn(2, 5, side, side)
-    found = view_maps(whole, tiles_per_side, patches).unflatten(0, (2, -1))  # (B, V, G * G, C)
+    found = view_maps(whole, tiles_per_side, tiles_per_side, patches).unflatten(0, (2, -1))  # (B, V, G * G, C)
     for image in range(2):
         views = [whole[image]]
         window = side // tiles_per_side
@@ -198,7 +205,7 @@ def test_the_processors_tiles_are_the_image_at_high_resolution_in_the_crops_orde
     image = tiny_image(width=128, height=128)
     found = processor(image, return_tensors="pt")["high_res_pixel_values"]
     assert found.shape == (1, 4, 3, 64, 64)
-    whole = join_tiles(found)[0]
+    whole = join_tiles(found, 2, 2)[0]
     expected = torch.tensor(list(image.getdata())).reshape(128, 128, 3).permute(2, 0, 1) / 255
     assert torch.allclose(whole, expected, atol=1e-6)
 
@@ -434,3 +441,40 @@ def test_a_vision_tower_that_drops_the_maps_is_refused_by_name():
     model.pheye.vision_tower.forward = lambda pixels, return_dict=True, **kwargs: forward(pixels, return_dict=True)
     with pytest.raises(ValueError, match=r"CLIPVisionModel cannot be Pheye's vision tower.*4 of 4 fusion blocks"):
         model(tiny_text(), tiny_pixels(), high_res_pixel_values=tiles())
+
+
+# --- What it costs ---
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_branch_sees_a_few_images_at_a_time_and_gives_the_same(backbone, at_once, monkeypatch):
+    model = hybrid_model(backbone=backbone).pheye
+    whole = model.encode_high_res(tiles(3))
+    seen = []
+    model.high_res_tower.register_forward_pre_hook(lambda tower, args: seen.append(len(args[0])))
+    monkeypatch.setattr(modeling_pheye, "MOST_BRANCH_PIXELS", at_once * 128**2 + 1)
+    parts = model.encode_high_res(tiles(3))
+    assert seen == {1: [1, 1, 1], 2: [2, 1], 3: [3]}[at_once]
+    for part, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_branch_keeps_nothing_for_gradients_where_nothing_in_it_trains(trains):
+    model = hybrid_model()
+    model.pheye.high_res_tower.requires_grad_(trains)
+    model.train()
+    kept, graphs = [], []
+    for module in model.pheye.high_res_tower.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.LayerNorm)):
+            module.register_forward_hook(lambda module, args, output: graphs.append(output.grad_fn))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        maps = model.pheye.encode_high_res(tiles())
+    assert graphs and all((graph is not None) == trains for graph in graphs)
+    assert bool(kept) == trains and all(one.requires_grad == trains for one in maps)
+    text = tiny_text()
+    model(text, tiny_pixels(), high_res_pixel_values=tiles(), labels=text).loss.backward()
+    assert all(part.grad is not None for part in model.pheye.fusion_blocks.parameters())
+    reached = [part.grad is not None for part in model.pheye.high_res_tower.parameters()]
+    assert any(reached) == trains

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from pheye import PheyeForConditionalGeneration
 from pheye.training import train
-from pheye.training.checkpoints import last_checkpoint
+from pheye.training.checkpoints import checkpoints, last_checkpoint
 from pheye.training.collator import PheyeCollator
 from pheye.training.mixture import Mixture, MixtureSampler, read_mixture
 from pheye.training.skipped import read_skipped
@@ -408,13 +409,17 @@ def test_a_run_that_was_stopped_after_its_last_checkpoint_takes_no_further_step(
     arguments = command(base, data, tmp_path / "out", *options, *length, "--save_steps", "2")
     steps = train.run(arguments).state.global_step
     expected = (tmp_path / "out" / "model.safetensors").read_bytes()
+    kept = checkpoints(tmp_path / "out")
+    assert kept[-1].name == f"checkpoint-{steps}"
     for _ in range(times):
         (tmp_path / "out" / "config.json").unlink()
         (tmp_path / "out" / "model.safetensors").unlink()
+        if len(kept) == 2:  # as if it had been stopped before the oldest was removed
+            shutil.copytree(kept[0], tmp_path / "out" / "checkpoint-1")
         trainer = train.run(arguments)
         assert trainer.state.global_step == steps
         assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
-    assert last_checkpoint(tmp_path / "out").name == f"checkpoint-{steps}"
+        assert checkpoints(tmp_path / "out") == kept
     assert f"| steps | {steps} |" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -99,6 +99,20 @@ def test_the_oldest_are_removed_but_neither_the_last_nor_the_best_nor_what_is_no
     assert (output / "checkpoint-2.bak").is_dir()
 
 
+def test_one_whose_removal_is_cut_short_is_absent(output, monkeypatch):
+    def killed(path, **kwargs):
+        (Path(path) / "optimizer.pt").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rotate(output, 2, None)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-9", "checkpoint-10"]
+    rotate(output, 1, None)
+    assert [path.name for path in output.iterdir()] == ["checkpoint-10"]
+
+
 def test_what_a_link_leads_to_is_never_removed(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 CHECKSUMS_FILE = "checksums.json"  # of the other files, written when a checkpoint is whole
 OPTIMIZERS = ("optimizer*", "global_step*")  # the Trainer's file or folder, and DeepSpeed's
+UNFINISHED = "unfinished"  # folder of an output, of what has no place there yet, or no longer
 
 
 def checkpoints(output: str | os.PathLike) -> list[Path]:
@@ -77,14 +78,18 @@ def publish(source: Path, target: Path):
 
 
 def rotate(output: str | os.PathLike, limit: int | None, best: str | None):
-    """Remove the oldest checkpoints beyond `limit`, but neither the last one nor the `best`."""
+    """Remove the oldest checkpoints beyond `limit`, but neither the last one nor the `best`; each is there whole or
+    not at all."""
     earlier = checkpoints(output)[:-1]
     if limit is None or limit <= 0:
         return
     others = [path for path in earlier if best is None or path != Path(best)]
     room = max(0, limit - 1 - (len(earlier) - len(others)))
+    aside = Path(output) / UNFINISHED
     for path in others[: len(others) - room]:
-        shutil.rmtree(path, ignore_errors=True)
+        clear(aside)
+        os.replace(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def clear(path: Path):

@@ -13,13 +13,13 @@ from ..common.files import LOCK_FILE, RUN_FILE, fingerprint, lock, read_folder_r
 from ..common.images import tried
 from ..common.machine import versions
 from ..image_opening_pheye import load_image
-from .checkpoints import clear
+from .checkpoints import UNFINISHED, clear
 from .formats import Row, Source
 from .mixture import Mixture, Stream
 from .report import plot_log, write_model_card
 from .skipped import SKIPPED_FILE
 from .trained import TRAINED_FILE
-from .trainer import UNFINISHED, PheyeTrainer
+from .trainer import PheyeTrainer
 
 IMAGES = 100  # of a run, that are looked at before it goes on
 DIGITS = 16  # of a fingerprint, enough to tell by

@@ -23,7 +23,7 @@ from ..common.models import find_model
 from ..modeling_pheye import PheyeForConditionalGeneration
 from ..processing_pheye import PheyeProcessor
 from .callbacks import Plan
-from .checkpoints import last_checkpoint, whole_checkpoint
+from .checkpoints import last_checkpoint, rotate, whole_checkpoint
 from .collator import PheyeCollator
 from .formats import Source
 from .inspection import show_samples
@@ -111,9 +111,11 @@ def load_model(
     lora = add_language_model_lora(loaded, **numbers) if language_model_lora else None
     choose_trained(loaded, train, freeze)
     if bf16:
-        for parameter in loaded.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
+        # Not of batch norms: their statistics, which are no parameters, stay in float32, and weights must be like them.
+        for part in loaded.modules():
+            for parameter in () if isinstance(part, torch.nn.BatchNorm2d) else part.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
     if vision_gradient_checkpointing:
         loaded.pheye.vision_tower.gradient_checkpointing_enable()
     return loaded, lora
@@ -170,6 +172,8 @@ def train_to_end(trainer: PheyeTrainer):
     except torch.OutOfMemoryError as error:
         remedy = "Give the same command with a smaller --per_device_train_batch_size to go on."
         raise InputError(f"{error}\n{remedy}") from error
+    if training.should_save:  # once more, for a kill may have come before what a new checkpoint makes superfluous
+        rotate(training.output_dir, training.save_total_limit, trainer.state.best_model_checkpoint)
 
 
 @contextlib.contextmanager

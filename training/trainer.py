@@ -14,14 +14,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..common.command import InputError
 from .callbacks import CountSkipped, Ends, Progress, StopAtBadLoss
-from .checkpoints import clear, flaw_of, last_checkpoint, publish, rotate
+from .checkpoints import UNFINISHED, clear, flaw_of, last_checkpoint, publish, rotate
 from .collator import IGNORED, PheyeCollator
 from .mixture import Mixture, MixtureSampler
 from .skipped import SKIPPED_FILE, append_skipped, keep_until
 from .trained import TRAINED_FILE, check_names, copy_state, nonfinite, read_trained, save_trained, trained_state
 
 LEAST_JUDGED = 100  # samples of a run whose share of skipped ones is judged; one may be broken in a smaller one
-UNFINISHED = "unfinished"  # folder in which files are written before they are moved to their place
 
 
 class NextTokenSmoother(LabelSmoother):

@@ -9,6 +9,7 @@ Shapes: B rows of a batch, I images of a row, V views of a row.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers.image_processing_utils import select_best_resolution
@@ -97,3 +98,23 @@ def view_table(grids: list[list[list[int]]], views: int | None = None) -> torch.
         if found:
             table[number, : len(found)] = torch.tensor(found)
     return table
+
+
+class ImagePlace(NamedTuple):
+    """An image of a batch."""
+
+    row: int
+    first_tile: int  # among the crops of its row
+    rows: int
+    columns: int
+
+
+def images_in(table: torch.Tensor) -> list[ImagePlace]:
+    """The images of a `view_table`, row by row."""
+    found = []
+    for row, views in enumerate(table.tolist()):
+        starts = [place for place, view in enumerate(views) if view[VIEW] == 0]
+        for number, first in enumerate(starts):
+            crop = views[first + 1]
+            found.append(ImagePlace(row, first - number, crop[ROWS], crop[COLUMNS]))
+    return found

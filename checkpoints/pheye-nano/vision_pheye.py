@@ -223,23 +223,23 @@ def place_vectors(table: torch.Tensor, longest: int) -> tuple[torch.Tensor, torc
 # --- The high-resolution branch (after FILA) ---
 
 
-def join_tiles(tiles: torch.Tensor) -> torch.Tensor:
-    """Tiles (B, k * k, C, T, T), column by column, to whole images (B, C, k * T, k * T)."""
-    side = math.isqrt(tiles.shape[1])
-    tiles = tiles.unflatten(1, (side, side))  # (B, columns, rows, C, T, T)
+def join_tiles(tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Tiles (B, rows * columns, C, T, T), column by column, to whole images (B, C, rows * T, columns * T)."""
+    tiles = tiles.unflatten(1, (columns, rows))  # (B, columns, rows, C, T, T)
     return tiles.permute(0, 3, 2, 4, 1, 5).flatten(4, 5).flatten(2, 3)
 
 
-def view_maps(whole: torch.Tensor, tiles_per_side: int, patches: int) -> torch.Tensor:
-    """What of a map (B, C, k * S, k * S) of the whole image each view shows, as means over its patches.
+def view_maps(whole: torch.Tensor, rows: int, columns: int, patches: int) -> torch.Tensor:
+    """What of a map (B, C, rows * S, columns * S) of the whole image each view shows, as means over its patches.
 
     The global view shows all of it, a crop its window; no mean crosses a window's border.
 
     Returns: (B * V, G * G, C), in the views' order.
     """
-    global_view = F.avg_pool2d(whole, whole.shape[-1] // patches)[:, None]  # (B, 1, C, G, G)
-    fine = F.avg_pool2d(whole, whole.shape[-1] // (tiles_per_side * patches))  # (B, C, k * G, k * G)
-    crops = fine.unflatten(-1, (tiles_per_side, patches)).unflatten(2, (tiles_per_side, patches))
+    height, width = whole.shape[-2:]
+    global_view = F.avg_pool2d(whole, (height // patches, width // patches))[:, None]  # (B, 1, C, G, G)
+    fine = F.avg_pool2d(whole, height // (rows * patches))  # (B, C, rows * G, columns * G)
+    crops = fine.unflatten(-1, (columns, patches)).unflatten(2, (rows, patches))
     crops = crops.permute(0, 4, 2, 1, 3, 5).flatten(1, 2)  # (B, columns * rows, C, G, G)
     return join_views(global_view, crops).flatten(2).transpose(1, 2)
 
