@@ -28,7 +28,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .canvases_pheye import Box, choose_canvas, crop_boxes, fit, scale
+from .canvases_pheye import Box, Place, crop_boxes, place_image, scale
 from .configuration_pheye import read_canvases
 from .image_opening_pheye import ImageError, check_size, check_sources, load, load_image, naming, open_image
 
@@ -271,7 +271,7 @@ def pad_rows(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
     batch = {}
     for name in rows[0]:
         length = max(len(row[name]) for row in rows)
-        batch[name] = torch.stack([fill(row[name], length) for row in rows])
+        batch[name] = torch.utils.data.default_collate([fill(row[name], length) for row in rows])
     return batch
 
 
@@ -361,6 +361,11 @@ class PheyeImageProcessor(PilBackend):
         if self.max_images == 1:
             left_out.add("max_images")
         return {name: value for name, value in super().to_dict().items() if name not in left_out}
+
+    def place_of(self, image: Image.Image) -> Place:
+        """Which canvas an upright image is put onto, and where."""
+        canvases, view = read_canvases(self.canvases), (self.size.height, self.size.width)
+        return place_image(*image.size, self.tiles_per_side, canvases, view)
 
     def fetch_images(self, images, depth: int = 0):
         """Every path, URL, base64 text or bytes in `images` opened; nesting and everything else stays as it is."""
@@ -460,10 +465,7 @@ class PheyeImageProcessor(PilBackend):
             image = open_image(image, least_side, sources, widest)
         image = upright_rgb(image, input_data_format, widest)
         view = size.height, size.width
-        (rows, columns), box = grids[0], None
-        if canvases is not None:
-            rows, columns = choose_canvas(*image.size, grids, view)
-            box = fit(*image.size, columns * size.width, rows * size.height)
+        rows, columns, box = place_image(*image.size, tiles_per_side, canvases and grids, view)
         views = cut_views(image, (rows, columns), view, resample, box)  # (V, H, W, 3)
         inputs = {
             "pixel_values": to_pixels(views, image_mean, image_std),

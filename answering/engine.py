@@ -21,6 +21,7 @@ from ..common.command import InputError, Interrupted, process_state
 from ..common.images import tried
 from ..common.machine import versions
 from ..common.models import find_model
+from ..image_processing_pheye import pad_rows
 from .rows import Part, Request, Run, check_requests, row
 
 
@@ -176,7 +177,7 @@ def collate(images: list[dict[str, torch.Tensor] | str]) -> tuple[list[str | Non
     """Per image what is wrong with it, or None; and the tensors of the others as a batch."""
     errors = [image if isinstance(image, str) else None for image in images]
     whole = [image for image in images if not isinstance(image, str)]
-    return errors, torch.utils.data.default_collate(whole) if whole else {}
+    return errors, pad_rows(whole) if whole else {}
 
 
 def answer_batches(

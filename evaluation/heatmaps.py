@@ -1,8 +1,9 @@
 """Attention drawn on the image, one word after another.
 
-Shapes: L blocks, N image tokens, V views, k crops and G patches along each side.
+Shapes: L blocks, N image tokens, V views, k x k crops (or those of a canvas), G patches along each side of a view.
 """
 
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..canvases_pheye import crop_boxes
+from ..canvases_pheye import cells, crop_boxes
 from ..image_processing_pheye import resize, to_rgb
 from .word_attention import answer_with_attention, attention_by_word, view_shares
 
@@ -24,29 +25,38 @@ GAMMAS = 0.4, 1.6
 HEATS = 0, 0.25, 0.5, 0.75, 1
 COLOURS = (120, 30, 160, 0), (150, 30, 150, 0.3), (225, 50, 80, 0.5), (250, 140, 20, 0.6), (255, 235, 60, 0.7)
 
+Shares = tuple[float, float, float, float]  # left, upper, right, lower, of a canvas
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
 # --- Weights of image tokens to pixels ---
 
 
-def heat_maps(weights: np.ndarray, tiles_per_side: int, patches_per_side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Attention on the patches of the global view (G, G), and on those of all crops in their places (k * G, k * G).
+def heat_maps(weights: np.ndarray, grid: tuple[int, int], patches_per_side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Attention on the patches of the global view (G, G), and on those of all crops in their places (rows * G,
+    columns * G).
 
-    weights: (N,). Class and register tokens, which come first in a view, stand for no place and are left out.
+    weights: (N,); grid: rows and columns of crops. Class and register tokens, which come first in a view, stand for no
+    place and are left out.
     """
-    size = patches_per_side
-    views = weights.reshape(1 + tiles_per_side**2, -1)[:, -(size**2) :].reshape(-1, size, size)  # (V, G, G)
-    crops = np.empty((tiles_per_side * size, tiles_per_side * size), weights.dtype)
-    boxes = crop_boxes(tiles_per_side, tiles_per_side, size, size)
+    (rows, columns), size = grid, patches_per_side
+    views = weights.reshape(1 + rows * columns, -1)[:, -(size**2) :].reshape(-1, size, size)  # (V, G, G)
+    crops = np.empty((rows * size, columns * size), weights.dtype)
+    boxes = crop_boxes(rows, columns, size, size)
     for (left, top, right, bottom), crop in zip(boxes, views[1:], strict=True):
         crops[top:bottom, left:right] = crop
     return views[0], crops
 
 
-def to_pixels(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map of the whole image, which views show stretched to a square, at the image's `size` (width, height).
+def to_pixels(heat: np.ndarray, size: tuple[int, int], shares: Shares = WHOLE) -> np.ndarray:
+    """The part of a map that shows the image, at the image's `size` (width, height).
 
     Smooth: the centre of a patch has its value, and between centres it changes evenly.
+
+    shares: where on its canvas, which the map covers, the image lies (`Place.shares`).
     """
-    return np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))  # (H, W)
+    height, width = heat.shape
+    box = tuple(share * side for share, side in zip(shares, (width, height) * 2, strict=True))
+    return np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR, box))  # (H, W)
 
 
 # --- Drawings ---
@@ -58,26 +68,43 @@ def fit(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def draw_crops(image: Image.Image, tiles_per_side: int, side: int = 480) -> Image.Image:
-    """The image with thin lines between its crops, whose columns and rows are named outside of it."""
+def draw_crops(image: Image.Image, grid: tuple[int, int], shares: Shares = WHOLE, side: int = 480) -> Image.Image:
+    """The image with thin lines between its crops, whose columns and rows are named outside of it; of a canvas, as far
+    as it shows the image."""
     width, height = fit(image.size, side)
     canvas = Image.new("RGB", (width + ROW_LABEL, height + COLUMN_LABEL), "white")
     canvas.paste(resize(image, (width, height), Image.Resampling.BICUBIC), (ROW_LABEL, COLUMN_LABEL))
     draw = ImageDraw.Draw(canvas, "RGBA")
-    for number in range(1, tiles_per_side):
-        x, y = (
-            ROW_LABEL + round(number * width / tiles_per_side),
-            COLUMN_LABEL + round(number * height / tiles_per_side),
-        )
-        for colour, line in LINES:
+    rows, columns = grid
+    edges = edges_of(columns, shares[0], shares[2]), edges_of(rows, shares[1], shares[3])
+    for edge in edges[0][1:-1]:
+        for colour, line in LINES if 0 < edge < 1 else ():
+            x = ROW_LABEL + round(edge * width)
             draw.line((x, COLUMN_LABEL, x, COLUMN_LABEL + height - 1), colour, line)
+    for edge in edges[1][1:-1]:
+        for colour, line in LINES if 0 < edge < 1 else ():
+            y = COLUMN_LABEL + round(edge * height)
             draw.line((ROW_LABEL, y, ROW_LABEL + width - 1, y), colour, line)
-    for number in range(tiles_per_side):
-        centre = (number + 0.5) / tiles_per_side
-        label = {"fill": "black", "font_size": 13}
-        draw.text((ROW_LABEL + centre * width, COLUMN_LABEL / 2), f"column {number + 1}", anchor="mm", **label)
-        draw.text((0, COLUMN_LABEL + centre * height), f"row {number + 1}", anchor="lm", **label)
+    label = {"fill": "black", "font_size": 13}
+    for number, centre in enumerate(centres_of(edges[0]), start=1):
+        if centre is not None:
+            draw.text((ROW_LABEL + centre * width, COLUMN_LABEL / 2), f"column {number}", anchor="mm", **label)
+    for number, centre in enumerate(centres_of(edges[1]), start=1):
+        if centre is not None:
+            draw.text((0, COLUMN_LABEL + centre * height), f"row {number}", anchor="lm", **label)
     return canvas
+
+
+def edges_of(count: int, low: float, high: float) -> list[float]:
+    """Where the `count` rows or columns of a canvas begin and end, in shares of an image that lies on it from `low` to
+    `high`."""
+    return [(number / count - low) / (high - low) for number in range(count + 1)]
+
+
+def centres_of(edges: list[float]) -> list[float | None]:
+    """The centre of what each row or column shows of the image; None if it shows nothing."""
+    seen = [(max(begin, 0), min(end, 1)) for begin, end in itertools.pairwise(edges)]
+    return [(begin + end) / 2 if begin < end else None for begin, end in seen]
 
 
 def stretched_gray(image: Image.Image) -> np.ndarray:
@@ -92,10 +119,10 @@ def stretched_gray(image: Image.Image) -> np.ndarray:
     return GRAYS[0] + (GRAYS[1] - GRAYS[0]) * gray**gamma
 
 
-def draw_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
+def draw_heat(image: Image.Image, heat: np.ndarray, shares: Shares = WHOLE) -> Image.Image:
     """The image in gray under colours that cover it more, the more attention there is: from none to yellow, the most
     in `heat`."""
-    heat = to_pixels(heat, image.size)
+    heat = to_pixels(heat, image.size, shares)
     heat = heat / max(heat.max(), np.finfo(np.float32).tiny)
     red, green, blue, cover = (np.interp(heat, HEATS, channel)[..., None] for channel in zip(*COLOURS, strict=True))
     colour = np.concatenate([red, green, blue], axis=-1)  # (height, width, 3)
@@ -108,10 +135,19 @@ class Page:
 
     GAP, LABEL, WIDTH = 12, 22, 1200
 
-    def __init__(self, image: Image.Image, tiles_per_side: int, prompt: str, answer_text: str, words: int):
+    def __init__(
+        self,
+        image: Image.Image,
+        grid: tuple[int, int],
+        shares: Shares,
+        prompt: str,
+        answer_text: str,
+        words: int,
+    ):
+        self.shares = shares
         drawn = min(words, DRAWN_WORDS)
         self.thumbnail = resize(image, fit(image.size, 320 if drawn <= FEW_WORDS else 200), Image.Resampling.BICUBIC)
-        top = draw_crops(image, tiles_per_side, 400)
+        top = draw_crops(image, grid, shares, 400)
         lines = [*textwrap.wrap(prompt, 50), "", *textwrap.wrap(answer_text, 50)]
         which = "Per word" if drawn == words else f"For the first {drawn} of {words} words"
         lines += ["", f"{which}: global view, crops.", "Yellow is the most in each."]
@@ -134,14 +170,13 @@ class Page:
         labels = (f"{word}   global {global_share:.0%}", f"crops {1 - global_share:.0%}")
         for label, heat in zip(labels, heats, strict=True):
             self.draw.text((left, top + 2), label, fill="black", font_size=14)
-            self.canvas.paste(draw_heat(self.thumbnail, heat), (left, top + self.LABEL))
+            self.canvas.paste(draw_heat(self.thumbnail, heat, self.shares), (left, top + self.LABEL))
             left += self.thumbnail.width + self.GAP
         self.count += 1
 
 
-def view_names(tiles_per_side: int) -> list[str]:
-    boxes = crop_boxes(tiles_per_side, tiles_per_side, 1, 1)
-    return ["global", *(f"column {left + 1} row {top + 1}" for left, top, _, _ in boxes)]
+def view_names(grid: tuple[int, int]) -> list[str]:
+    return ["global", *(f"column {column + 1} row {row + 1}" for row, column in cells(*grid))]
 
 
 def explain(model, processor, image: Image.Image, prompt: str, max_new_tokens: int = 30) -> tuple[Image.Image, dict]:
@@ -150,24 +185,25 @@ def explain(model, processor, image: Image.Image, prompt: str, max_new_tokens: i
     An answer without words gives the image with its crops alone, and no shares.
     """
     config = model.config
-    views, crops = config.views_per_image, config.tiles_per_side
-    patches = config.vision_config.image_size // config.vision_config.patch_size
     image = to_rgb(image)
+    place = processor.image_processor.place_of(image)
+    grid, shares = (place.rows, place.columns), place.shares((config.vision_config.image_size,) * 2)
     answer = answer_with_attention(model, processor, image, prompt, max_new_tokens)
-    page = Page(image, crops, prompt, f"{answer.text} …" if answer.is_cut else answer.text, len(answer.words))
+    text = f"{answer.text} …" if answer.is_cut else answer.text
+    page = Page(image, grid, shares, prompt, text, len(answer.words))
     rows, total, tokens = [], 0, 0
     for word, count, weights in attention_by_word(answer):
-        shares = view_shares(weights, views)  # (L, V)
+        by_view = view_shares(weights, config.tokens_per_view)  # (L, V)
         mean = weights.mean(0)  # (N,)
-        heats = heat_maps(mean, crops, patches)
-        page.add(word, float(shares[:, 0].mean()), heats)
+        heats = heat_maps(mean, grid, config.patches_per_side)
+        page.add(word, float(by_view[:, 0].mean()), heats)
         unplaced = round(max(0.0, 1 - float(heats[0].sum() + heats[1].sum())), 6)
-        rows.append({"word": word, "tokens": count, **share_fields(shares), "unplaced": unplaced})
-        total, tokens = total + count * shares, tokens + count
+        rows.append({"word": word, "tokens": count, **share_fields(by_view), "unplaced": unplaced})
+        total, tokens = total + count * by_view, tokens + count
     return page.canvas, {
         "prompt": prompt,
         "answer": answer.text,
-        "views": view_names(crops),
+        "views": view_names(grid),
         "layers": list(config.cross_attention_layers),
         "overall": {"tokens": tokens, **share_fields(total / tokens)} if tokens else None,
         "words": rows,

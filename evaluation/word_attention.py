@@ -24,9 +24,9 @@ from .tertiles import TERTILES
 TOKENS_PER_PASS = 16  # of the answer, so that memory does not grow with it
 
 
-def view_shares(weights: np.ndarray, views: int) -> np.ndarray:
+def view_shares(weights: np.ndarray, tokens_per_view: int) -> np.ndarray:
     """Attention on each view, class and register tokens included: (..., N) to (..., V)."""
-    return weights.reshape(*weights.shape[:-1], views, -1).sum(-1)
+    return weights.reshape(*weights.shape[:-1], -1, tokens_per_view).sum(-1)
 
 
 # --- The model's answer and its attention ---
@@ -83,11 +83,14 @@ def answer_with_attention(model, processor, image: Image.Image, prompt: str, max
     inputs = processor(images=image, text=text, return_tensors="pt").to(model.device, model.dtype)
     image_inputs = {name: inputs[name] for name in processor.image_processor.model_input_names}
     image_hidden_states = model.get_image_features(**image_inputs).last_hidden_state  # (1, N, D)
+    encoded = {"image_hidden_states": image_hidden_states}
+    if "image_grids" in image_inputs:
+        encoded["image_grids"] = image_inputs["image_grids"]
     prompt_ids = inputs["input_ids"]
     ids = model.generate(
         prompt_ids,
         attention_mask=inputs["attention_mask"],
-        image_hidden_states=image_hidden_states,
+        **encoded,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
@@ -97,21 +100,23 @@ def answer_with_attention(model, processor, image: Image.Image, prompt: str, max
     return AttendedAnswer(
         processor.post_process_image_text_to_text(ids)[0].strip(),
         words,
-        token_attention(model, prompt_ids, image_hidden_states, ids),
+        token_attention(model, prompt_ids, encoded, ids),
         is_cut(model, ids[0], max_new_tokens),
     )
 
 
 @torch.no_grad()
 def token_attention(
-    model, prompt_ids: torch.Tensor, image_hidden_states: torch.Tensor, answer_ids: torch.Tensor
+    model, prompt_ids: torch.Tensor, encoded: dict[str, torch.Tensor], answer_ids: torch.Tensor
 ) -> Iterator[np.ndarray]:
     """Attention (L, N) at the position that predicts each token of the answer, given the ones before it.
 
     The prompt is read without its last token, which predicts the answer's first; ids have one row.
+
+    encoded: the image's features, and its grid where the model has canvases.
     """
     cache = DynamicCache(config=model.config.text_config)
-    model(prompt_ids[:, :-1], image_hidden_states=image_hidden_states, cache=cache, use_cache=True, logits_to_keep=1)
+    model(prompt_ids[:, :-1], **encoded, cache=cache, use_cache=True, logits_to_keep=1)
     predicting = torch.cat([prompt_ids[:, -1:], answer_ids[:, :-1]], dim=1)  # (1, T)
     for tokens in predicting.split(TOKENS_PER_PASS, dim=1):
         yield from mean_over_heads(model, tokens, cache).numpy()
@@ -148,7 +153,6 @@ def global_shares(model, processor, samples: Iterable[dict], max_new_tokens: int
     `image` is an image or its path. Samples whose image cannot be read, or whose answer has no words, are listed and
     left out.
     """
-    views = model.config.views_per_image
     sums, counts, left_out = {}, {}, []
     for sample in tqdm(samples, unit=" images"):
         try:
@@ -157,7 +161,10 @@ def global_shares(model, processor, samples: Iterable[dict], max_new_tokens: int
             answer = answer_with_attention(model, processor, image, sample["prompt"], max_new_tokens)
             total, tokens = 0, 0
             for _, count, weights in attention_by_word(answer):
-                total, tokens = total + count * view_shares(weights, views)[:, 0], tokens + count
+                total, tokens = (
+                    total + count * view_shares(weights, model.config.tokens_per_view)[:, 0],
+                    tokens + count,
+                )
             if not tokens:
                 raise InputError("The answer has no words.")
         except ValueError as error:  # which all faults of an image are

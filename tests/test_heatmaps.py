@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from pheye import blocks_pheye
+from pheye import PheyeForConditionalGeneration, blocks_pheye
 from pheye.evaluation import heatmaps
 from pheye.evaluation.heatmaps import (
     COLUMN_LABEL,
@@ -20,7 +20,7 @@ from pheye.evaluation.heatmaps import (
 )
 from pheye.evaluation.word_attention import AttendedAnswer, answer_with_attention, attention_by_word
 
-from tiny import tiny_image, tiny_model, tiny_processor, tiny_vision_config
+from tiny import randomize, tiny_config, tiny_image, tiny_model, tiny_processor, tiny_vision_config
 
 WIDE, TALL = (120, 37), (33, 110)
 
@@ -45,7 +45,7 @@ def one_hot(size, index):
 def test_each_patch_has_its_weight_at_its_place(tiles, patches, extra):
     tokens = extra + patches**2
     weights = np.random.default_rng(tiles).random((1 + tiles**2) * tokens)
-    global_map, crop_map = heat_maps(weights, tiles, patches)
+    global_map, crop_map = heat_maps(weights, (tiles, tiles), patches)
     assert (global_map.shape, crop_map.shape) == ((patches, patches), (tiles * patches, tiles * patches))
     for y in range(patches):
         for x in range(patches):
@@ -97,12 +97,42 @@ def test_attention_on_the_patches_that_show_a_spot_peaks_at_the_spots_pixels(mon
 
     found = answer_with_attention(model, processor, image, "What?", 2)
     _, _, attended = next(attention_by_word(found))
-    for heat, cells, share in zip(heat_maps(attended.mean(0), tiles, patches), (4, 12), (0.25, 0.75), strict=True):
+    for heat, cells, share in zip(
+        heat_maps(attended.mean(0), (tiles, tiles), patches), (4, 12), (0.25, 0.75), strict=True
+    ):
         assert heat.max() == pytest.approx(share)
         row, column = np.unravel_index(to_pixels(heat, size).argmax(), size[::-1])
         # The centre of the brightest patch, which holds a part of the spot.
         assert spot[0] - width / cells / 2 - 1 <= column <= spot[2] + width / cells / 2
         assert spot[1] - height / cells / 2 - 1 <= row <= spot[3] + height / cells / 2
+
+
+@pytest.mark.parametrize("size", [WIDE, TALL])
+@pytest.mark.parametrize("place", [(0.8, 0.15), (0.3, 0.9), (0.55, 0.6)])
+def test_on_a_canvas_the_same_pixels_are_found_and_what_lies_around_the_image_is_left_out(monkeypatch, size, place):
+    config = tiny_config(canvases=[[1, 3], [3, 1]], vision_config=tiny_vision_config(patch_size=8))
+    model = randomize(PheyeForConditionalGeneration(config)).eval()
+    processor = tiny_processor(config)
+    image, side = Image.new("RGB", size), size[0] // 12
+    centre = int(place[0] * size[0]), int(place[1] * size[1])
+    image.paste("white", (centre[0] - 3, centre[1] - 3, centre[0] + 4, centre[1] + 4))
+    where = processor.image_processor.place_of(image)
+    grid, shares = (where.rows, where.columns), where.shares((32, 32))
+    assert grid == ((1, 3) if size == WIDE else (3, 1)) and shares != (0, 0, 1, 1)
+    pixels = processor(images=image, text="a", return_tensors="pt")["pixel_values"][0].mean(1)  # (V, 32, 32)
+    brightness = pixels.unfold(1, 8, 8).unfold(2, 8, 8).mean((-1, -2)).flatten(1)  # (V, 16)
+    weights = np.zeros((4, config.tokens_per_view))
+    weights[0, 1 + brightness[0].argmax()] = 0.25
+    view, patch = divmod(int(brightness[1:].argmax()), 16)
+    weights[1 + view, 1 + patch] = 0.75
+    force_attention(monkeypatch, weights.flatten())
+    found = answer_with_attention(model, processor, image, "What?", 2)
+    _, _, attended = next(attention_by_word(found))
+    for heat, patch_size in zip(heat_maps(attended.mean(0), grid, 4), (max(size) / 4, max(size) / 12), strict=True):
+        row, column = np.unravel_index(to_pixels(heat, size, shares).argmax(), size[::-1])
+        assert abs(column - centre[0]) <= patch_size + side and abs(row - centre[1]) <= patch_size + side
+    drawing, result = explain(model, processor, image, "What?", 2)
+    assert len(result["views"]) == 4 and drawing.width > 100
 
 
 # --- The drawing and its numbers ---
@@ -146,9 +176,9 @@ def test_every_word_gets_its_heat_maps(model, processor, monkeypatch):
     drawn = []
     original = heatmaps.draw_heat
 
-    def draw_heat(image, heat):
+    def draw_heat(image, heat, shares):
         drawn.append((image.size, heat.argmax()))
-        return original(image, heat)
+        return original(image, heat, shares)
 
     monkeypatch.setattr(heatmaps, "draw_heat", draw_heat)
     canvas, _ = explain(model, processor, tiny_image(width=200, height=100), "What?")
@@ -177,7 +207,9 @@ def test_a_long_answer_is_drawn_in_part_and_counted_in_full(model, processor, mo
 def test_an_answer_without_words_gives_the_crops_alone(model, processor, monkeypatch):
     monkeypatch.setattr(heatmaps, "answer_with_attention", lambda *args: AttendedAnswer("", [], iter([])))
     canvas, result = explain(model, processor, tiny_image(width=300, height=200), "What?")
-    assert canvas.height == pytest.approx(draw_crops(tiny_image(width=300, height=200), 2, 400).height, abs=40)
+    assert canvas.height == pytest.approx(
+        draw_crops(tiny_image(width=300, height=200), (2, 2), side=400).height, abs=40
+    )
     assert (result["words"], result["overall"]) == ([], None)
 
 
@@ -188,7 +220,7 @@ def test_an_answer_without_words_gives_the_crops_alone(model, processor, monkeyp
 @pytest.mark.parametrize("colour", ["black", "white", "red", (127, 127, 127)])
 def test_lines_between_crops_are_thin_seen_on_anything_and_all_that_lies_on_the_image(size, colour):
     image = Image.new("RGB", size, colour)
-    drawn = np.asarray(draw_crops(image, 3, side=240)).astype(int)[COLUMN_LABEL:, ROW_LABEL:]
+    drawn = np.asarray(draw_crops(image, (3, 3), side=240)).astype(int)[COLUMN_LABEL:, ROW_LABEL:]
     height, width = drawn.shape[:2]
     assert width / height == pytest.approx(size[0] / size[1], rel=0.05)
     changed = (drawn != np.asarray(image)[0, 0]).any(-1)  # (height, width)
@@ -204,7 +236,7 @@ def test_lines_between_crops_are_thin_seen_on_anything_and_all_that_lies_on_the_
 
 
 def test_columns_and_rows_are_named_beside_the_image():
-    drawn = np.asarray(draw_crops(Image.new("RGB", (300, 300), "black"), 3, side=300)).astype(int)
+    drawn = np.asarray(draw_crops(Image.new("RGB", (300, 300), "black"), (3, 3), side=300)).astype(int)
     for label in (drawn[:COLUMN_LABEL, ROW_LABEL:], drawn[COLUMN_LABEL:, :ROW_LABEL]):
         assert label.min() < 100 < label.max()
     assert drawn[:COLUMN_LABEL, :ROW_LABEL].min() == 255

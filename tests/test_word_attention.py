@@ -22,7 +22,7 @@ from tiny import END, tiny_image, tiny_model, tiny_tokenizer
 
 def test_share_per_view_is_the_sum_over_its_tokens():
     weights = np.random.default_rng(0).random((2, 3, 5 * 7))
-    shares = view_shares(weights, 5)
+    shares = view_shares(weights, 7)
     for block in range(2):
         for token in range(3):
             for view in range(5):
@@ -87,7 +87,9 @@ def test_attention_is_that_of_the_positions_that_predict_the_answer(monkeypatch,
     inputs = processor(images=tiny_image(), text=prompt, return_tensors="pt")
     ids = torch.randint(1, 257, (1, 10), generator=torch.Generator().manual_seed(1))
     image = model.get_image_features(inputs["pixel_values"]).last_hidden_state
-    found = np.stack(list(token_attention(model, inputs["input_ids"], image, ids)))  # (T, L, N)
+    found = np.stack(
+        list(token_attention(model, inputs["input_ids"], {"image_hidden_states": image}, ids))
+    )  # (T, L, N)
 
     whole = torch.cat([inputs["input_ids"], ids], dim=1)
     model.set_attn_implementation("eager")
@@ -130,7 +132,7 @@ def test_nothing_on_the_model_changes_meanwhile(monkeypatch, model):
     monkeypatch.setattr(blocks_pheye, "eager_attention", spy)
     ids = torch.randint(1, 257, (1, 5), generator=torch.Generator().manual_seed(1))
     image = torch.randn(1, model.config.tokens_per_image, 32)
-    for _ in token_attention(model, torch.tensor([[5, 6, 7]]), image, ids):
+    for _ in token_attention(model, torch.tensor([[5, 6, 7]]), {"image_hidden_states": image}, ids):
         assert state() == before
     assert seen == [before] * len(model.config.cross_attention_layers)
     assert "eager" not in before
@@ -150,7 +152,7 @@ def test_no_weights_per_head_outlive_their_pass_and_no_pass_is_longer_than_it_ma
     ids = torch.randint(1, 257, (1, 11), generator=torch.Generator().manual_seed(1))
     image = torch.randn(1, model.config.tokens_per_image, 32)
     monkeypatch.setattr(blocks_pheye, "eager_attention", spy)
-    for _ in token_attention(model, torch.tensor([[5, 6, 7]]), image, ids):
+    for _ in token_attention(model, torch.tensor([[5, 6, 7]]), {"image_hidden_states": image}, ids):
         pass
     assert [length for length, _ in seen] == [4] * 8 + [3] * 4
     kept = [count for _, count in seen]

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ..common.command import InputError
 from ..common.images import tried
+from ..image_processing_pheye import pad_rows
 
 IGNORED = -100  # the label of a token that is not learnt
 NO_IMAGE = "It has no image, or several; Pheye sees exactly one."
@@ -118,9 +119,9 @@ class PheyeCollator:
                 opened, error = tried(partial(image_processor, [image], return_tensors="pt"))
             if error is not None:
                 opened = image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")
-            rows.append(opened)
+            rows.append({name: opened[name][0] for name in names})
             errors.append(error)
-        return {name: torch.cat([row[name] for row in rows]) for name in names}, errors
+        return pad_rows(rows), errors
 
 
 def name_of(sample: dict) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..canvases_pheye import cells
 from .collator import IGNORED, PheyeCollator
 
 GAP = 4  # pixels between views
@@ -34,7 +35,8 @@ def show_samples(samples: Iterable[dict], processor, out: str | Path, count: int
             print(f"SKIPPED: {batch['skipped'][0]['error']}")
             continue
         views = batch["pixel_values"][0]
-        draw_views(views, processor.image_processor).save(file)
+        grid = batch["image_grids"][0, 0].tolist() if "image_grids" in batch else None
+        draw_views(views, processor.image_processor, grid).save(file)
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         learnt = int((labels != IGNORED).sum())
         print(marked_text(processor.tokenizer, ids, labels))
@@ -54,18 +56,20 @@ def learns(token: tuple[int, int]) -> bool:
     return token[1] != IGNORED
 
 
-def draw_views(views: torch.Tensor, image_processor) -> Image.Image:
-    """One image of the views (V, 3, height, width): the global one, and beside it the crops where they lie."""
+def draw_views(views: torch.Tensor, image_processor, grid: list[int] | None = None) -> Image.Image:
+    """One image of the views (V, 3, height, width): the global one, and beside it the crops where they lie.
+
+    grid: rows and columns of the crops; by default as many of both.
+    """
     mean, std = (
         torch.tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
     )
     pixels = ((views * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)  # (V, H, W, 3)
     global_view, *crops = (Image.fromarray(view.numpy()) for view in pixels)
     width, height = global_view.size
-    side = math.isqrt(len(crops))
-    drawn = Image.new("RGB", ((side + 1) * (width + GAP), side * (height + GAP) - GAP), BACKGROUND)
+    rows, columns = grid or (math.isqrt(len(crops)),) * 2
+    drawn = Image.new("RGB", ((columns + 1) * (width + GAP), rows * (height + GAP) - GAP), BACKGROUND)
     drawn.paste(global_view, (0, 0))
-    for number, crop in enumerate(crops):
-        column, row = divmod(number, side)
+    for (row, column), crop in zip(cells(rows, columns), crops, strict=True):
         drawn.paste(crop, ((column + 1) * (width + GAP) + GAP, row * (height + GAP)))
     return drawn

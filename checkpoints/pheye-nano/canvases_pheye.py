@@ -37,6 +37,34 @@ def fit(width: int, height: int, canvas_width: int, canvas_height: int) -> Box:
     return left, top, left + new_width, top + new_height
 
 
+class Place(NamedTuple):
+    """Where an image lies: its grid of crops, and the box (in pixels of the crops) inside of it, None for all of it."""
+
+    rows: int
+    columns: int
+    box: Box | None
+
+    def shares(self, view: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The box in shares of the canvas, whose crops have this height and width: left, upper, right, lower."""
+        if self.box is None:
+            return 0.0, 0.0, 1.0, 1.0
+        width, height = self.columns * view[1], self.rows * view[0]
+        return tuple(edge / side for edge, side in zip(self.box, (width, height) * 2, strict=True))
+
+
+def place_image(
+    width: int, height: int, tiles_per_side: int, canvases: list[list[int]] | None, view: tuple[int, int]
+) -> Place:
+    """Where an image of this size lies: stretched onto k x k crops, or with its shape on one of the canvases.
+
+    view: height and width of a crop, in pixels.
+    """
+    if canvases is None:
+        return Place(tiles_per_side, tiles_per_side, None)
+    rows, columns = choose_canvas(width, height, canvases, view)
+    return Place(rows, columns, fit(width, height, columns * view[1], rows * view[0]))
+
+
 def scale(box: Box, old: tuple[int, int], new: tuple[int, int]) -> Box:
     """A box on a canvas of the size `old` (width, height), on the same canvas at the size `new`; never empty."""
     edges = []
