@@ -38,7 +38,7 @@ def fit(width: int, height: int, canvas_width: int, canvas_height: int) -> Box:
 
 
 class Place(NamedTuple):
-    """Where an image lies: its grid of crops, and the box (in pixels of the crops) inside of it, None for all of it."""
+    """Where an image lies: its grid of crops, and the box in it (in pixels of the crops), None for all of it."""
 
     rows: int
     columns: int

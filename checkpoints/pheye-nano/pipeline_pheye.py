@@ -8,6 +8,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Pipeline
 
+from .image_processing_pheye import pad_rows
 from .processing_pheye import CAPTION_INSTRUCTION
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -79,14 +80,20 @@ class PheyeImageToTextPipeline(Pipeline):
             return super().__call__(LazyImages(images), **kwargs)
         return super().__call__(images, **kwargs)
 
-    def preprocess(self, image, prompt: str = CAPTION_INSTRUCTION) -> dict[str, torch.Tensor]:
+    def preprocess(self, image, prompt: str = CAPTION_INSTRUCTION) -> dict:
         if image is None:
             raise ValueError("The image is None; give an image to answer about.")
         conversation = [{"role": "user", "content": prompt}]
         text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
-        return self.processor(images=image, text=text, return_tensors="pt")
+        inputs = self.processor(images=image, text=text, return_tensors="pt")
+        # In a dict, which the library leaves as it is: it joins pixels as if all images had as many views.
+        names = self.processor.image_processor.model_input_names
+        image_inputs = {name: inputs.pop(name)[0] for name in names}
+        return {**inputs, "image_inputs": image_inputs}
 
-    def _forward(self, inputs: dict[str, torch.Tensor], **generate_kwargs) -> dict[str, torch.Tensor]:
+    def _forward(self, inputs: dict, **generate_kwargs) -> dict[str, torch.Tensor]:
+        image_inputs = inputs.pop("image_inputs")
+        inputs = {**inputs, **pad_rows(image_inputs if isinstance(image_inputs, list) else [image_inputs])}
         length_given = {"max_new_tokens", "max_length", "generation_config"} & generate_kwargs.keys()
         if not length_given and self.model.generation_config.max_new_tokens is None:
             generate_kwargs = {**generate_kwargs, "max_new_tokens": DEFAULT_MAX_NEW_TOKENS}

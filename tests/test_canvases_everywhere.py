@@ -1,0 +1,175 @@
+"""Where a model with canvases is used: every way that reads several images at once gives each its own answer."""
+
+import json
+
+import pytest
+import torch
+from accelerate import PartialState
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, pipeline
+
+from pheye import PheyeForConditionalGeneration
+from pheye.answering import caption
+from pheye.evaluation.attention import main as attention
+from pheye.training.collator import PheyeCollator
+from pheye.training.trainer import PheyeTrainer
+
+from tiny import randomize, tiny_config, tiny_image, tiny_processor
+
+NEW = 6
+CAPTION = "Provide a one-sentence caption for the provided image"
+CANVASES = [[1, 2], [2, 2], [3, 1]]
+SIZES = [(80, 40), (50, 50), (30, 90), (64, 60)]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    config = tiny_config(canvases=CANVASES)
+    return randomize(PheyeForConditionalGeneration(config)).eval(), tiny_processor(config)
+
+
+@pytest.fixture(scope="module")
+def saved(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "canvases"
+    for part in parts:
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for number, (width, height) in enumerate(SIZES):
+        tiny_image(number, width, height).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(parts, photos) -> list[str]:
+    """What each picture gets by itself."""
+    model, processor = parts
+    text = processor.apply_chat_template([{"role": "user", "content": CAPTION}], add_generation_prompt=True)
+    answers = []
+    for path in sorted(photos.iterdir()):
+        inputs = processor(images=path, text=text, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=NEW)[:, inputs["input_ids"].shape[1] :]
+        answers += processor.post_process_image_text_to_text(ids)
+    assert len(set(answers)) == len(SIZES)
+    return answers
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_pipeline_answers_about_images_of_all_shapes_at_once(saved, photos, expected, batch_size):
+    pipe = pipeline("image-to-text", model=str(saved), trust_remote_code=True, device="cpu")
+    paths = [str(path) for path in sorted(photos.iterdir())]
+    answers = pipe(paths, max_new_tokens=NEW, batch_size=batch_size)
+    assert [answer[0]["generated_text"] for answer in answers] == expected
+
+
+def test_transformers_own_pipeline_answers(saved, photos, expected):
+    pipe = pipeline("image-text-to-text", model=str(saved), trust_remote_code=True, device="cpu")
+    for path, answer in zip(sorted(photos.iterdir()), expected, strict=True):
+        content = [{"type": "image", "path": str(path)}, {"type": "text", "text": CAPTION}]
+        found = pipe(text=[{"role": "user", "content": content}], max_new_tokens=NEW, return_full_text=False)
+        assert found[0]["generated_text"].strip() == answer.strip()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_captions_of_all_shapes_in_one_batch(saved, photos, expected, tmp_path, workers):
+    PartialState._reset_state()
+    output = tmp_path / "out.jsonl"
+    options = ["--batch_size", "4", "--max_new_tokens", str(NEW), "--dtype", "float32", "--workers", str(workers)]
+    status = caption.main(
+        ["--model", str(saved), "--images", str(photos), "--output", str(output), "--device", "cpu", *options]
+    )
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert status == 0 and [row["caption"] for row in rows] == expected
+
+
+def test_attention_is_drawn_on_the_image_and_not_on_what_lies_around_it(saved, photos, tmp_path):
+    arguments = ["--model", str(saved), "--image", str(photos / "0.png"), "--prompt", "What?"]
+    status = attention([*arguments, "--output", str(tmp_path / "out.png"), "--dtype", "float32", "--device", "cpu"])
+    assert status == 0
+    assert json.loads((tmp_path / "out.json").read_text())["views"] == ["global", "column 1 row 1", "column 2 row 1"]
+
+
+def samples(photos) -> list[dict]:
+    return [
+        {
+            "id": path.name,
+            "image": str(path),
+            "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": path.stem * 3}],
+        }
+        for path in sorted(photos.iterdir())
+    ]
+
+
+def test_the_collator_fills_up_and_a_broken_image_keeps_its_row(parts, photos, tmp_path):
+    model, processor = parts
+    collator = PheyeCollator(processor)
+    batch = collator(samples(photos))
+    assert batch["image_grids"].tolist() == [[[1, 2]], [[2, 2]], [[3, 1]], [[2, 2]]]
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    broken = [*samples(photos)[:2], {**samples(photos)[2], "image": str(tmp_path / "broken.png")}]
+    with_broken = collator(broken)
+    assert len(with_broken["skipped"]) == 1 and (with_broken["labels"][2] == -100).all()
+    assert torch.equal(with_broken["pixel_values"][:2], batch["pixel_values"][:2])
+    names = ("input_ids", "attention_mask", "labels", "pixel_values", "image_grids")
+    together = model(**{name: batch[name] for name in names}).loss
+    alone = []
+    for sample in samples(photos):
+        own = collator([sample])
+        alone.append((model(**{name: own[name] for name in names}).loss, int((own["labels"] != -100).sum())))
+    weighted = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
+    torch.testing.assert_close(together, weighted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trainer", [PheyeTrainer, Trainer])
+def test_trainers_train(photos, tmp_path, trainer):
+    config = tiny_config(canvases=CANVASES)
+    model, processor = randomize(PheyeForConditionalGeneration(config)), tiny_processor(config)
+    collator = PheyeCollator(processor)
+
+    def collate(rows: list[dict]) -> dict:
+        batch = collator(rows)
+        return batch if trainer is PheyeTrainer else {k: v for k, v in batch.items() if k not in ("seen", "skipped")}
+
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = {"processing_class": processor} if trainer is PheyeTrainer else {}
+    trainer(model, arguments, data_collator=collate, train_dataset=samples(photos), **options).train()
+    for part in ("row_embedding", "column_embedding"):
+        name = f"pheye.view_encoding.{part}.weight"
+        assert not torch.equal(model.state_dict()[name], before[name])
+
+
+def test_loaded_by_the_auto_classes_without_the_package_it_answers(saved, photos, expected):
+    model = AutoModelForImageTextToText.from_pretrained(saved, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(saved, trust_remote_code=True)
+    text = processor.apply_chat_template([{"role": "user", "content": CAPTION}], add_generation_prompt=True)
+    images = [Image.open(path) for path in sorted(photos.iterdir())]
+    inputs = processor(images=images, text=[text] * len(images), return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=NEW)[:, inputs["input_ids"].shape[1] :]
+    assert processor.post_process_image_text_to_text(ids) == expected
+
+
+def test_a_compiled_vision_tower_gives_the_same(parts, photos):
+    model, processor = parts
+    text = processor.apply_chat_template([{"role": "user", "content": CAPTION}], add_generation_prompt=True)
+    images = [Image.open(path) for path in sorted(photos.iterdir())]
+    inputs = processor(images=images, text=[text] * len(images), return_tensors="pt")
+    expected = model(**inputs).logits
+    compiled = PheyeForConditionalGeneration(model.config).eval()
+    compiled.load_state_dict(model.state_dict())
+    compiled.model.vision_tower.compile(dynamic=False, backend="eager")
+    torch.testing.assert_close(compiled(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
