@@ -10,12 +10,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pheye import PheyeForConditionalGeneration
-from pheye.benchmarks import branch, complexity, generation
+from pheye.benchmarks import branch, complexity, generation, preprocessing
 from pheye.benchmarks.designs import LlavaStyle, Ours, Published
 from pheye.benchmarks.full_size import random_model
 from pheye.benchmarks.measuring import Stamps
 
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config, tiny_image, tiny_model
 
 TOKENS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
@@ -164,6 +164,20 @@ def test_the_floor_of_fusion_has_the_products_of_the_blocks():
     model = hybrid_model()
     counted = complexity.counted_branch(model.to("meta"), torch.empty(5, 3, 32, 32, device="meta"))["fusion blocks"]
     assert complexity.count(lambda: branch.multiply_as_fusion(model)) == counted > 0
+
+
+@pytest.mark.once
+def test_preprocessing_for_a_branch_is_measured_beside_its_resizes(monkeypatch):
+    ticks, calls = itertools.count(), []
+    monkeypatch.setattr(preprocessing, "now", lambda: next(ticks))
+    monkeypatch.setattr(preprocessing, "SIZES", ((40, 30),))
+    monkeypatch.setattr(preprocessing, "resizes", lambda picture, sides: calls.append((picture.size, sides)))
+    rows = preprocessing.high_res_costs(tiny_image(), repeats=2)
+    assert calls == 2 * [((40, 30), (224, 448, 1024))] + 2 * [((40, 30), (224, 672, 1536))]
+    assert [(row["tiles"], row["width"], row["ratio"]["median"], row["ratio"]["n"]) for row in rows] == [
+        (2, 40, 1, 2),
+        (3, 40, 1, 2),
+    ]
 
 
 @pytest.mark.once
