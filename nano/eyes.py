@@ -271,7 +271,10 @@ def accuracies(eyes: Eyes, seed: int) -> dict[str, float]:
 
 
 def learning_rate_share(step: int, passed: float) -> float:
-    """Warm-up, and a straight fall to 0 over the last minutes; `passed` is the share of the minutes that is over."""
+    """Warm-up, and a straight fall to 0 over the last minutes.
+
+    `step`: since the branch, or then all of the eyes, began to learn; `passed`: share of the minutes that is over.
+    """
     return min((step + 1) / WARMUP, 1.0, max(0.0, (1 - passed) / FALL))
 
 
@@ -328,6 +331,19 @@ def begin_with(eyes: Eyes, start: Path):
     eyes.load_state_dict({**eyes.state_dict(), **weights})
 
 
+def learn(eyes: Eyes, optimizers: tuple, inputs: tuple, labels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A step; its losses."""
+    with autocast(inputs[1].device):
+        outputs = eyes(*inputs)
+    losses = losses_of(outputs, *labels)
+    sum(losses.values()).backward()
+    nn.utils.clip_grad_norm_(eyes.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
 def train(
     output: Path,
     minutes: float,
@@ -355,21 +371,16 @@ def train(
     skipped = HARD if start else 0  # eyes that read need no easy pictures
     sums, steps, logged, saved = {}, 0, time.time(), time.time()
     for arrays in drawn(draws, seed, skipped, together, workers):
-        views, tiles, letters, maps, counts, is_page = (array.to(device) for array in arrays)
-        inverted = 0.5 * (1 - ease_of(skipped + draws * together))  # dark letters come first
+        views, tiles, *labels, is_page = (array.to(device) for array in arrays)
+        seen = skipped + draws * together  # pictures
+        inverted = 0.5 * (1 - ease_of(seen))  # dark letters come first
+        first = 0 if seen < ALONE else echoes * max(0, math.ceil((ALONE - skipped) / together))  # step of this part
         for echo in range(echoes):
             step = draws * echoes + echo
-            set_learning_rates(optimizers, learning_rate_share(step, (time.time() - began) / (60 * minutes)))
+            set_learning_rates(optimizers, learning_rate_share(step - first, (time.time() - began) / (60 * minutes)))
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             inputs = prepared(views, tiles, is_page, generator, inverted)
-            with autocast(views.device):
-                outputs = eyes(None if draws * together + skipped < ALONE else inputs[0], inputs[1])
-            losses = losses_of(outputs, letters, maps, counts)
-            sum(losses.values()).backward()
-            nn.utils.clip_grad_norm_(eyes.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            losses = learn(eyes, optimizers, (None if seen < ALONE else inputs[0], inputs[1]), labels)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
             steps += 1
@@ -378,8 +389,10 @@ def train(
         is_due = is_over or time.time() - saved > 60 * SAVE_EVERY
         if is_due or time.time() - logged > 60 * LOG_EVERY:
             entry = {"pictures": draws * together, "step": draws * echoes}
-            entry["minutes"] = round((time.time() - began) / 60, 1)
-            entry["cpu_minutes"] = round(time.process_time() / 60, 1)
+            entry |= {
+                "minutes": round((time.time() - began) / 60, 1),
+                "cpu_minutes": round(time.process_time() / 60, 1),
+            }
             entry["loss"] = round(float(sum(sums.values())) / steps, 4)
             entry |= {f"loss_{name}": round(float(value) / steps, 4) for name, value in sums.items()}
             if is_due:
