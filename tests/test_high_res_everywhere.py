@@ -22,7 +22,7 @@ from test_quantization import TOLERANCES, difference, linears, quantized_modules
 from test_quantization import load as load_quantized
 from test_remote_code import HIDE, superfluous_packages
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+from transformers import AutoModelForCausalLM, ConvNextBackbone, Trainer, TrainingArguments, pipeline
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
 from pheye.answering import ask, caption
@@ -681,6 +681,10 @@ def test_a_plain_model_becomes_a_hybrid_one_that_learns(data, tmp_path):
     config = PheyeConfig.from_dict({**old.to_dict(), "high_res_vision_config": copy.deepcopy(BACKBONES["convnext"])})
     assert config.high_res_fusion_layers == [1, 2, 4]
     model = PheyeForConditionalGeneration.from_pretrained(tmp_path / "plain", config=config)
+    trained = randomize(ConvNextBackbone(config.high_res_vision_config), seed=5)
+    trained.save_pretrained(tmp_path / "backbone")
+    loaded = ConvNextBackbone.from_pretrained(tmp_path / "backbone", config=config.high_res_vision_config)
+    model.model.high_res_tower.load_state_dict(loaded.state_dict())
     processor = PheyeProcessor.from_pretrained(tmp_path / "plain")
     processor.image_processor.high_res_tile_size = config.high_res_tile_size
     model.save_pretrained(tmp_path / "hybrid")
@@ -696,6 +700,8 @@ def test_a_plain_model_becomes_a_hybrid_one_that_learns(data, tmp_path):
     train.run(command(tmp_path / "hybrid", data, tmp_path / "out", *options))
     tuned = PheyeForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert parts_that_moved(model, tuned) == PARTS
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(tuned.pheye.high_res_tower.state_dict()[name], weight), name
     assert not torch.equal(tuned(**batch).logits, blind(tuned)(**batch).logits)
 
 
