@@ -302,13 +302,8 @@ class PheyeConfig(PreTrainedConfig):
                 )
             return
         depth = self.vision_config.num_hidden_layers
-        is_integers = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
-        if (
-            not layers
-            or not is_integers
-            or list(layers) != sorted(set(layers))
-            or not 1 <= layers[0] <= layers[-1] < depth
-        ):
+        is_integers = isinstance(layers, (list, tuple)) and all(map(_is_integer, layers))
+        if not (is_integers and layers and list(layers) == sorted({*layers}) and 1 <= layers[0] <= layers[-1] < depth):
             raise ValueError(
                 f"high_res_fusion_layers={layers} must be ascending integers from 1 to {depth - 1}, since the vision "
                 f"transformer has {depth} layers."

@@ -1,10 +1,12 @@
 """What an image costs in multiplications: the paper's formulas (section 2.2), and what the real modules compute.
 
-    python -m pheye.benchmarks.complexity [--variant x4-672 | --model FOLDER_OR_ID] [--text_tokens 65]
+    python -m pheye.benchmarks.complexity [--variant x4-672 | --model FOLDER_OR_ID] [--text_tokens 65] [--branch L]
 
 Prints a table for the formulas, a table of counted floating-point operations (two to a multiplication) part by part,
 beside those of a LLaVA-style model, which has the same language model read as many visual tokens in its text; at the
 end, one line of JSON. Nothing is computed: the modules run on torch's meta device, so no weights are needed.
+`--branch` gives the model a ConvNeXt of that size as high-resolution branch. What a branch adds is counted, and for a
+ConvNeXt stands beside its formula.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pheye import PheyeConfig, PheyeForConditionalGeneration
 
 from ..common.command import Parser
+from .full_size import CONVNEXT_SIZES, with_branch
 
 PAPER_SIZES = {
     "text_tokens": 65,
@@ -60,6 +63,33 @@ def paper_ratios() -> dict[str, float]:
     }
 
 
+def vision_tower_flops(config: PheyeConfig) -> int:
+    """Of a CLIP's ViT without LoRA on all views of an image, two operations to a multiplication."""
+    vision, tokens, patches = config.vision_config, config.tokens_per_view, config.patches_per_side**2
+    size, mlp = vision.hidden_size, vision.intermediate_size
+    layer = tokens * (4 * size**2 + 2 * size * mlp) + 2 * tokens**2 * size
+    view = vision.num_hidden_layers * layer + patches * 3 * vision.patch_size**2 * size
+    return 2 * config.views_per_image * view
+
+
+def fusion_flops(config: PheyeConfig, channels: list[int]) -> int:
+    """Of the fusion blocks on all views of an image, for maps of `channels`."""
+    size, patches = config.vision_config.hidden_size, config.patches_per_side**2
+    return 2 * config.views_per_image * patches * sum((size + width) * size + size**2 for width in channels)
+
+
+def convnext_flops(config: PheyeConfig) -> int:
+    """Of a branch that is a ConvNeXt on a whole image."""
+    branch, side = config.high_res_vision_config, config.tiles_per_side * config.high_res_tile_size
+    multiplications, into, kernel = 0, branch.num_channels, branch.patch_size
+    for width, depth in zip(branch.hidden_sizes, branch.depths, strict=True):
+        side //= kernel
+        layer = 7 * 7 * width + 2 * width * 4 * width
+        multiplications += side**2 * (kernel**2 * into * width + depth * layer)
+        into, kernel = width, 2
+    return 2 * multiplications
+
+
 def count(call: Callable[[], object]) -> int:
     """Floating-point operations of a call on the meta device."""
     # torch counts batched products that make a new tensor, not those that add to one.
@@ -78,21 +108,48 @@ def counted_parts(config: PheyeConfig, text_tokens: int) -> dict[str, int]:
         image = torch.empty(1, config.tokens_per_image, vision)
         text = torch.zeros(1, text_tokens, dtype=torch.long)
         prefix = torch.empty(1, text_tokens + config.tokens_per_image, config.text_config.hidden_size)
-    blocks, pixels = model.model.cross_attention_blocks, views[None]
-    with_lora = count(lambda: model.get_image_features(pixels))
-    tower = with_lora - count_lora(model, views)
+    blocks, lora = model.model.cross_attention_blocks, count_lora(model, views)
+    tower = count(lambda: model.model.vision_tower(views)) - lora
     text_only = count(lambda: model(text, logits_to_keep=1))
     conditioned = count(lambda: model(text, image_hidden_states=image, logits_to_keep=1))
     projections = count(lambda: [block.project(image) for block in blocks])
     return {
         "vision tower": tower,
-        "LoRA in the vision tower": with_lora - tower,
+        "LoRA in the vision tower": lora,
         "keys and values of all blocks": projections,
         "rest of the blocks": conditioned - text_only - projections,
         "language model": text_only,
         "LLaVA-style: language model": count(
             lambda: model.model.language_model(inputs_embeds=prefix, logits_to_keep=1)
         ),
+        **counted_branch(model, views),
+    }
+
+
+def counted_branch(model: PheyeForConditionalGeneration, views: torch.Tensor) -> dict[str, int]:
+    """What a high-resolution branch adds to encoding an image, if the model has one."""
+    config = model.config
+    if config.high_res_vision_config is None:
+        return {}
+    size = config.high_res_tile_size
+    tiles = torch.empty(1, config.tiles_per_side**2, 3, size, size, device="meta")
+    backbone = count(lambda: model.model.encode_high_res(tiles))
+    plain = count(lambda: model.model.vision_tower(views))
+    return {
+        "high-resolution backbone": backbone,
+        "fusion blocks": count(lambda: model.get_image_features(views[None], tiles)) - plain - backbone,
+    }
+
+
+def branch_formulas(config: PheyeConfig) -> dict[str, int]:
+    """The formulas for parts of `counted_parts`, where the branch is a ConvNeXt beside a CLIP."""
+    branch = config.high_res_vision_config
+    if branch is None or (branch.model_type, config.vision_config.model_type) != ("convnext", "clip_vision_model"):
+        return {}
+    return {
+        "vision tower": vision_tower_flops(config),
+        "high-resolution backbone": convnext_flops(config),
+        "fusion blocks": fusion_flops(config, branch.hidden_sizes[-len(config.high_res_fusion_layers) :]),
     }
 
 
@@ -109,12 +166,15 @@ def main(argv: list[str] | None = None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="x4-672")
     parser.add_argument("--model", help="folder or Hub id of any Pheye, in place of a published variant")
+    parser.add_argument("--branch", choices=CONVNEXT_SIZES, help="size of a ConvNeXt as high-resolution branch")
     parser.add_argument("--text_tokens", type=int, default=PAPER_SIZES["text_tokens"])
     arguments = parser.parse_args(argv)
     if arguments.model:
         config = PheyeConfig.from_pretrained(arguments.model)
     else:
         config = PheyeConfig.from_variant(arguments.variant)
+    if arguments.branch:
+        config = with_branch(config, arguments.branch)
 
     ratios = paper_ratios()
     print("| by the paper's formulas | ratio |\n| --- | --- |")
@@ -125,7 +185,14 @@ def main(argv: list[str] | None = None):
     print(f"\n| counted, {tokens} | GFLOP |\n| --- | --- |")
     for name, flops in parts.items():
         print(f"| {name} | {flops / 1e9:,.4g} |")
-    after_vision = sum(parts[name] for name in list(parts)[2:5])
+    formulas = branch_formulas(config)
+    if formulas:
+        print("\n| high-resolution branch | GFLOP counted | by formula |\n| --- | --- | --- |")
+    for name, flops in formulas.items():
+        print(f"| {name} | {parts[name] / 1e9:,.4g} | {flops / 1e9:,.4g} |")
+    after_vision = sum(
+        parts[name] for name in ("keys and values of all blocks", "rest of the blocks", "language model")
+    )
     ratio = parts["LLaVA-style: language model"] / after_vision
     print(f"\nLLaVA-style over Pheye after the vision tower, counted: {ratio:.4g}")
     print(json.dumps({"benchmark": "complexity", "paper": ratios, "counted_flops": parts, "counted_ratio": ratio}))

@@ -2,11 +2,16 @@
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, PhiConfig, PreTrainedModel
+from transformers import CLIPVisionConfig, ConvNextConfig, PhiConfig, PreTrainedModel
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration
 
 NOISE_SIZE = 1 << 20
+CONVNEXT_SIZES = {  # widths and depths of the published ConvNeXt's stages
+    "T": ([96, 192, 384, 768], [3, 3, 9, 3]),
+    "B": ([128, 256, 512, 1024], [3, 3, 27, 3]),
+    "L": ([192, 384, 768, 1536], [3, 3, 27, 3]),
+}
 
 
 def chosen_config(variant: str) -> PheyeConfig:
@@ -27,6 +32,13 @@ def chosen_config(variant: str) -> PheyeConfig:
         ),
         tiles_per_side=2,
     )
+
+
+def with_branch(config: PheyeConfig, convnext: str, **kwargs) -> PheyeConfig:
+    """`config` with a ConvNeXt of the size "T", "B" or "L" as high-resolution branch; `kwargs` override its fields."""
+    widths, depths = CONVNEXT_SIZES[convnext]
+    branch = ConvNextConfig(hidden_sizes=widths, depths=depths)
+    return PheyeConfig.from_dict(config.to_dict() | {"high_res_vision_config": branch.to_dict(), **kwargs})
 
 
 def random_model(

@@ -1,14 +1,15 @@
 """How fast a Pheye of full size answers, beside the floors that the hardware sets.
 
     python -m pheye.benchmarks.generation --variant x4-672 [--dtype bfloat16] [--beams 4] [--batch 8] [--device cpu]
-        [--compare] [--compile] [--static] [--plot FILE]
+        [--compare] [--compile] [--static] [--plot FILE | --branch T B L]
 
 Random weights, made straight in their dtype. Parts are timed by stamping the clock at their borders (the end of the
 vision tower, each step's logits), all in one process and in turn; medians over `--repeats` rounds are printed as a
 table and, last, as one line of JSON. A first round that compiles, and on a GPU chooses kernels, does not count.
 `--compare` adds the published way of computing and a LLaVA-style model of the same parts (see designs.py), `--compile`
 a compiled vision tower, `--static` answers with a static cache, whose steps are compiled on a GPU. `--plot` draws
-instead what an answer costs against the number of crops.
+instead what an answer costs against the number of crops. `--branch` measures instead what encoding costs with
+ConvNeXts of these sizes as high-resolution branch (see branch.py).
 """
 
 import argparse
@@ -30,8 +31,9 @@ from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcesso
 
 from ..common.command import Parser
 from ..common.machine import machine
+from .branch import branch_costs, print_costs
 from .designs import LlavaStyle, Ours, Published
-from .full_size import chosen_config, random_model
+from .full_size import CONVNEXT_SIZES, chosen_config, random_model
 from .measuring import Stamps, memory, now, reset_peak_memory, summary
 
 PROMPT_TOKENS = 65  # of the paper's section 2.2
@@ -342,7 +344,14 @@ def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
     parser.add_argument("--only_steps", action="store_true", help="leave out preprocessing and encoding")
     parser.add_argument("--compare", action="store_true", help="measure the published way and a LLaVA-style model too")
     parser.add_argument("--questions", action="store_true", help="measure 8 questions on one image too")
-    parser.add_argument("--plot", metavar="FILE", help="draw the cost of an answer for 1 to 5 crops a side instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--plot", metavar="FILE", help="draw the cost of an answer for 1 to 5 crops a side instead")
+    instead.add_argument(
+        "--branch",
+        nargs="+",
+        choices=CONVNEXT_SIZES,
+        help="measure encoding with a ConvNeXt of these sizes as high-resolution branch instead",
+    )
     args = parser.parse_args(argv)
     start_memory = memory("VmRSS")
     config = config or chosen_config(args.variant)
@@ -355,6 +364,12 @@ def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
             print(" | ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
         plot_costs(rows, args.plot, f"Pheye-{args.variant[:2]}, {args.dtype}")
         result = {"answer_costs": rows}
+    elif args.branch:
+        result = {"branches": {}}
+        for convnext in args.branch:
+            costs = branch_costs(config, convnext, getattr(torch, args.dtype), args.device, args.repeats)
+            print_costs(convnext, costs)
+            result["branches"][convnext] = costs
     else:
         model = random_model(config, getattr(torch, args.dtype), args.device)
         model.set_attn_implementation(args.attention)

@@ -59,6 +59,7 @@ PARTS = [
         "x4-672, compiled", 150, "generation", *SIZES, "--compile", "--static", "--batch", "8", "--repeats", "5"
     ),
     benchmark("x2-672", 60, "generation", "--variant", "x2-672", *SIZES, "--compare", "--repeats", "3"),
+    benchmark("high-resolution branch", 60, "generation", *SIZES, "--branch", "T", "B", "L", "--repeats", "5"),
     *(
         benchmark(
             f"training, batch {batch}", 45, "training", "--batch", str(batch), "--settings", "plain", "--repeats", "3"
@@ -111,10 +112,16 @@ def table(results: list[dict]) -> str:
         figures = result.get("figures", {})
         single = {name: value for name, value in figures.items() if isinstance(value, float)}
         single |= figures.get("ratios", {}) | figures.get("rates", {})
+        parts = figures.get("seconds", {})
+        for size, costs in figures.get("branches", {}).items():
+            single |= {f"{name}, ConvNeXt-{size}": row["median"] for name, row in costs["ratios"].items()}
+            single |= {
+                f"peak of {name}, ConvNeXt-{size}, MB": (peak or 0) / 1e6 for name, peak in costs["peaks"].items()
+            }
+            parts = {**parts, **{f"{name}, ConvNeXt-{size}": row for name, row in costs["seconds"].items()}}
         if single:
             lines += ["", f"{result['part']}: {figures['machine']}", "", "| figure | |", "| --- | --- |"]
             lines += [f"| {name} | {value:.4g} |" for name, value in single.items()]
-        parts = figures.get("seconds", {})
         for setting, row in figures.get("settings", {}).items():
             parts = {**parts, f"{setting}, step": row["step"]}
         for name, row in parts.items():

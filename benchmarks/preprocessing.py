@@ -2,7 +2,8 @@
 
 Photographs of 12 megapixels, put together from those of scikit-image at their own scale, go through the image
 processor as decoded pictures and as JPEG files, on one thread and on all, in turn with the resizes alone; then as
-JPEGs decoded at reduced scale, with the change of the pixel values. Prints a table, and a line of JSON last.
+JPEGs decoded at reduced scale, with the change of the pixel values. Last, one picture of each of several sizes also
+becomes the tiles of a high-resolution branch. Prints tables, and a line of JSON last.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from .measuring import now, summary
 
 WIDTH, HEIGHT = 4000, 3000
 VIEW, TILES = 224, 3
+HIGH_RES_TILE = 512  # for views of 16 x 16 patches
+SIZES = ((4000, 3000), (1920, 1080), (320, 240))
 
 
 def photographs(count: int) -> list[Image.Image]:
@@ -46,8 +49,8 @@ def photographs(count: int) -> list[Image.Image]:
     return pictures
 
 
-def resizes(picture: Image.Image):
-    for side in (VIEW, VIEW * TILES):
+def resizes(picture: Image.Image, sides: tuple[int, ...] = (VIEW, VIEW * TILES)):
+    for side in sides:
         resize(picture, (side, side), Image.Resampling.BICUBIC)
 
 
@@ -101,6 +104,28 @@ def measure(pictures: list[Image.Image], repeats: int) -> dict:
     }
 
 
+def high_res_costs(photo: Image.Image, repeats: int) -> list[dict]:
+    """Seconds of the processor on one picture whose tiles it makes too, beside its three resizes, by size and k."""
+    rows = []
+    for tiles in (2, 3):
+        processor = PheyeImageProcessor(tiles_per_side=tiles, high_res_tile_size=HIGH_RES_TILE)
+        for width, height in SIZES:
+            picture, seconds = photo.crop((0, 0, width, height)), defaultdict(list)
+            calls = {
+                "resizes": lambda picture=picture, k=tiles: resizes(picture, (VIEW, VIEW * k, HIGH_RES_TILE * k)),
+                "processor": lambda picture=picture, processor=processor: processor(picture),
+            }
+            for _ in range(repeats):
+                for name, call in calls.items():
+                    start = now()
+                    call()
+                    seconds[name].append(now() - start)
+            ratios = [ours / bare for ours, bare in zip(seconds["processor"], seconds["resizes"], strict=True)]
+            row = {name: summary(values) for name, values in seconds.items()}
+            rows.append({"tiles": tiles, "width": width, "height": height, **row, "ratio": summary(ratios)})
+    return rows
+
+
 def pixel_change(exact: PheyeImageProcessor, reduced: PheyeImageProcessor, files: list[bytes]) -> dict:
     """Of pixels in steps of 1/255, with every picture at full and at reduced scale."""
     options = {"do_normalize": False, "return_tensors": "np"}
@@ -116,7 +141,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(argv)
-    result = measure(photographs(args.pictures), args.repeats)
+    pictures = photographs(args.pictures)
+    result = measure(pictures, args.repeats) | {"high resolution": high_res_costs(pictures[0], args.repeats)}
     print(f"{args.pictures} pictures of {WIDTH} x {HEIGHT} pixels; {machine()}\n")
     print("| seconds | median | fastest | slowest |\n| --- | --- | --- | --- |")
     for name, row in result["seconds"].items():
@@ -126,6 +152,12 @@ def main(argv: list[str] | None = None):
         print(f"| {name} | {ratio:.3f} |")
     for name, change in result["change at reduced scale"].items():
         print(f"| change of pixels at reduced scale, {name}, in 1/255 | {change:.2f} |")
+    print("\n| k | picture | resizes, s | processor, s | ratio, median | least | most |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in result["high resolution"]:
+        times = " | ".join(f"{row[name]['median']:.4f}" for name in ("resizes", "processor"))
+        ratio = " | ".join(f"{row['ratio'][name]:.2f}" for name in ("median", "min", "max"))
+        print(f"| {row['tiles']} | {row['width']} x {row['height']} | {times} | {ratio} |")
     print(json.dumps({"benchmark": "preprocessing", **vars(args), "machine": machine(), **result}))
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from .command import InputError
 from .files import fingerprint
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "*processor_config.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "*processor_config.json",
+           "chat_template*")  # fmt: skip
 UNFINISHED = {
     "trained.safetensors": "holds only what was trained: put it onto its base model first, by `load_trained` of "
     "pheye.training.trained",
@@ -19,11 +20,13 @@ def find_model(model: str, revision: str | None = None) -> str:
     """What tells this model from others of its name: the commit of a repository, or a fingerprint of a folder's files.
 
     Raises:
-        InputError: if it is no Pheye; the message says what it is instead.
+        InputError: if it is no Pheye, when the message says what it is instead; for a revision of a folder.
     """
     from transformers.utils import cached_file
 
     folder = Path(model)
+    if folder.is_dir() and revision is not None:
+        raise InputError(f"{model} is a folder, which has no revision {revision!r}; leave --revision out.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         held = next((what for name, what in UNFINISHED.items() if (folder / name).is_file()), "has no config.json")
         raise InputError(f"{model} {held}. Give the folder or Hub id of a whole model.")

@@ -52,12 +52,13 @@ def main():
         path = arguments.output / f"sign-{number}.png"
         sign.image.save(path)
         print(f"  {sign.signs[0]:8} read as {answer['generated_text']!r:12} {path}")
-    right = sum(answer["generated_text"] == sign.signs[0] for sign, [answer] in zip(signs, answers, strict=True))
-    print(f"  {right} of {len(signs)} right\n")
+    right = [answer["generated_text"] == sign.signs[0] for sign, [answer] in zip(signs, answers, strict=True)]
+    print(f"  {sum(right)} of {len(signs)} right\n")
+    shown = signs[right.index(True) if any(right) else 0]  # where it looks as it reads a sign, if it has read one
 
     photograph = Image.open(Path(data.__file__).parent / "coffee.png").convert("RGB")
     for name, image, question in (
-        ("sign", signs[0].image, CAPTION_INSTRUCTION),
+        ("sign", shown.image, CAPTION_INSTRUCTION),
         ("photograph", photograph, "Is there a circle?"),
     ):
         drawing, found = explain(model, processor, image, question, max_new_tokens=TOKENS)

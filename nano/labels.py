@@ -68,7 +68,8 @@ def letter_maps(picture: Picture, origin: np.ndarray, scale: np.ndarray) -> np.n
         corners = (np.array([letter.corners for letter in picture.letters]) - origin) * scale  # (letters, 4, 2)
         rows = letter_rows(picture, visible_shares(corners))
         seen = (corners.max(1) > 0).all(1) & (corners.min(1) < GRID).all(1)
-        where, which = covered_points(corners[seen])
+        x, y = (np.arange(GRID * POINTS) + 0.5) / POINTS, np.arange(GRID) + 0.5
+        where, which = covered_points(corners[seen], x, y)
         points.reshape(-1, 5)[where] = rows[seen][which]
     columns = points.reshape(GRID, GRID, POINTS, 5)
     letters = columns[..., 0].transpose(2, 0, 1)  # (POINTS, GRID, GRID)
@@ -107,11 +108,10 @@ def letter_rows(picture: Picture, shares: np.ndarray) -> np.ndarray:
     return rows
 
 
-def covered_points(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which points lie in which of the quadrilaterals (letters, 4, 2): flat indices of points, and of letters."""
-    x = (np.arange(GRID * POINTS) + 0.5) / POINTS
-    y = np.arange(GRID) + 0.5
-    inside = np.ones((len(corners), GRID, GRID * POINTS), bool)
+def covered_points(corners: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which points of the grid of all `x` and all `y` lie in which of the quadrilaterals (letters, 4, 2): flat indices
+    of points (rows first), and of letters."""
+    inside = np.ones((len(corners), len(y), len(x)), bool)
     for corner in range(4):
         start, end = corners[:, corner], corners[:, (corner + 1) % 4]
         edge = end - start
@@ -119,5 +119,5 @@ def covered_points(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             edge[:, 0, None, None] * (y[:, None] - start[:, 1, None, None])
             - edge[:, 1, None, None] * (x - start[:, 0, None, None])
         ) >= 0
-    which, where = np.nonzero(inside.reshape(len(corners), GRID * GRID * POINTS))
+    which, where = np.nonzero(inside.reshape(len(corners), len(y) * len(x)))
     return where, which

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, Dataset
-from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+from transformers import PhiForCausalLM, PreTrainedTokenizerFast
 
 from ..common.command import Parser, at_least, default_device, exit_status
 from ..image_processing_pheye import PheyeImageProcessor
@@ -31,6 +31,7 @@ from ..training.collator import IGNORED, encode
 from ..training.mixture import CAPTION_INSTRUCTIONS
 from . import pictures, questions, words
 from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
+from .configs import language_config
 from .muon import optimizers_for, set_learning_rates
 from .pictures import Picture, Shape
 
@@ -109,22 +110,6 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     template = PheyeProcessor(PheyeImageProcessor(), tokenizer).apply_chat_template
     backend.train_from_iterator((template(conversation(rng)) for _ in range(TOKENIZER_TEXTS)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=END)
-
-
-def language_config(vocabulary: int) -> PhiConfig:
-    return PhiConfig(
-        vocab_size=vocabulary,
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        initializer_range=0.07,  # about 1 / sqrt(hidden_size); with Phi's 0.02 attention begins, and long stays, even
-        hidden_act="gelu_pytorch_tanh",  # Phi's own, in one kernel
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
 
 
 @functools.lru_cache(maxsize=1)

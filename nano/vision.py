@@ -31,11 +31,11 @@ from ..common.command import Parser, at_least, default_device, exit_status
 from ..image_processing_pheye import cut_views
 from . import pictures
 from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
+from .configs import TILES, VIEW, vision_config
 from .labels import HEADS, IGNORED, MOST_SHAPES, ViewLabels, view_labels
 from .muon import optimizers_for, set_learning_rates
+from .recolouring import recoloured
 
-VIEW = 224
-TILES = 3
 PAGES, SCENES, CROPS = 10, 2, 3  # of a batch; of each scene the global view and the crops with most letters
 ECHOES = 3  # times that a batch is used, its colours changed: drawing costs more than a step
 BATCHES_AT_ONCE = 8  # that a process draws
@@ -45,18 +45,6 @@ NOTHING_WEIGHT, NO_SHAPE_WEIGHT = 0.15, 0.01  # of patches without a letter and 
 WARMUP = 200  # steps
 SAVE_EVERY, LOG_EVERY, TEST_EVERY = 250, 50, 250
 TEST_BATCHES = 10
-
-
-def vision_config() -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        patch_size=14,
-        image_size=VIEW,
-        hidden_act="gelu",
-    )
 
 
 class Reader(nn.Module):
@@ -145,19 +133,6 @@ def drawn(
             for first in range(0, len(batches), together):
                 parts = zip(*batches[first : first + together], strict=True)
                 yield tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in parts)
-
-
-def recoloured(
-    pixels: torch.Tensor, is_page: torch.Tensor, generator: torch.Generator, inverted: float = 0.5
-) -> torch.Tensor:
-    """Pages with channels rolled and a share of them inverted: other pictures with the same letters. Scenes keep
-    theirs, for their shapes are asked for their colours."""
-    rows = len(pixels)
-    shifts = torch.randint(0, 3, (rows, 1), generator=generator).to(pixels.device)
-    inverts = (torch.rand(rows, generator=generator) < inverted).to(pixels.device)
-    channels = (torch.arange(3, device=pixels.device) - shifts * is_page[:, None]) % 3  # (B, 3)
-    rolled = pixels.gather(-1, channels[:, None, None].expand_as(pixels))
-    return torch.where((inverts & is_page)[:, None, None, None], 255 - rolled, rolled)
 
 
 def normalized(pixels: torch.Tensor) -> torch.Tensor:

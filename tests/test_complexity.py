@@ -3,8 +3,14 @@
 import json
 
 import pytest
+import torch
+from test_high_res import hybrid_config
+from transformers import AutoBackbone, AutoModel
 
+from pheye import PheyeConfig
 from pheye.benchmarks import complexity
+from pheye.benchmarks.full_size import with_branch
+from pheye.vision_pheye import PheyeFusionBlock
 
 from tiny import tiny_config
 
@@ -38,3 +44,69 @@ def test_command_prints_one_line_of_json_last(capsys, tmp_path):
     complexity.main(["--model", str(tmp_path), "--text_tokens", "7"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["counted_flops"] == complexity.counted_parts(tiny_config(), 7)
+
+
+# --- The high-resolution branch ---
+
+GFLOPS = {  # of the design, for an image at k = 2 and 3
+    "vision tower": (1671, 3342),
+    "fusion blocks": (43, 86),
+    "T": (186, 419),
+    "B": (642, 1444),
+    "L": (1436, 3231),
+}
+
+
+@pytest.mark.parametrize("tiles_per_side", [1, 2, 3])
+def test_the_formulas_of_a_branch_are_what_its_model_computes(tiles_per_side):
+    config = hybrid_config(tiles_per_side=tiles_per_side)
+    formulas = complexity.branch_formulas(config)
+    counted = complexity.counted_parts(config, text_tokens=7)
+    assert formulas == {name: counted[name] for name in formulas} and len(formulas) == 3
+    plain = complexity.counted_parts(tiny_config(vision_config=config.vision_config, tiles_per_side=tiles_per_side), 7)
+    assert plain == {name: counted[name] for name in plain} and len(counted) == len(plain) + 2
+
+
+def test_other_backbones_are_counted_without_a_formula():
+    assert complexity.branch_formulas(hybrid_config("swin")) == complexity.branch_formulas(tiny_config()) == {}
+    assert complexity.counted_parts(hybrid_config("swin"), 7)["high-resolution backbone"] > 0
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("size", ["T", "B", "L"])
+def test_a_convnext_costs_what_the_design_says(size, place):
+    config = with_branch(PheyeConfig(), size, tiles_per_side=2 + place)
+    with torch.device("meta"):
+        backbone = AutoBackbone.from_config(config.high_res_vision_config)
+        image = torch.empty(1, 3, *2 * [config.tiles_per_side * config.high_res_tile_size])
+    counted = complexity.count(lambda: backbone(image))
+    assert counted == pytest.approx(complexity.convnext_flops(config), rel=0.01)
+    assert counted == pytest.approx(1e9 * GFLOPS[size][place], rel=0.01)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_vision_tower_and_fusion_blocks_cost_what_the_design_says(place):
+    config = with_branch(PheyeConfig(), "L", tiles_per_side=2 + place)
+    channels, views = config.high_res_vision_config.hidden_sizes, config.views_per_image
+    with torch.device("meta"):
+        tower = AutoModel.from_config(config.vision_config)
+        blocks = [PheyeFusionBlock(1280, width) for width in channels]
+        pixels, states = torch.empty(views, 3, 224, 224), torch.empty(views, 257, 1280)
+        maps = [torch.empty(views, 256, width) for width in channels]
+    formulas = complexity.branch_formulas(config)
+    fusion = complexity.count(lambda: [block(states, one) for block, one in zip(blocks, maps, strict=True)])
+    for name, counted in (("vision tower", complexity.count(lambda: tower(pixels))), ("fusion blocks", fusion)):
+        assert counted == pytest.approx(formulas[name], rel=0.01)
+        assert counted == pytest.approx(1e9 * GFLOPS[name][place], rel=0.01)
+    millions = [sum(part.numel() for part in block.parameters()) / 1e6 for block in blocks]
+    assert millions == pytest.approx([3.53, 3.77, 4.27, 5.25], abs=0.005)
+    assert sum(millions) == pytest.approx(16.8, abs=0.05)
+
+
+def test_command_gives_a_branch_to_a_model_and_prints_its_formulas(capsys, monkeypatch):
+    config = hybrid_config()
+    monkeypatch.setattr(complexity, "with_branch", lambda plain, size: config if size == "T" else None)
+    complexity.main(["--branch", "T", "--text_tokens", "7"])
+    output = capsys.readouterr().out
+    assert "| high-resolution branch | GFLOP counted | by formula |" in output
+    assert json.loads(output.splitlines()[-1])["counted_flops"] == complexity.counted_parts(config, 7)

@@ -1,19 +1,21 @@
 """`python -m pheye.benchmarks.generation`: what it compares with, its floors, and its clock."""
 
+import itertools
 import json
 
 import pytest
 import torch
+from test_high_res import hybrid_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pheye import PheyeForConditionalGeneration
-from pheye.benchmarks import complexity, generation
+from pheye.benchmarks import branch, complexity, generation, preprocessing
 from pheye.benchmarks.designs import LlavaStyle, Ours, Published
 from pheye.benchmarks.full_size import random_model
 from pheye.benchmarks.measuring import Stamps
 
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config, tiny_image, tiny_model
 
 TOKENS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
@@ -136,6 +138,46 @@ def test_attention_and_cache_can_be_chosen(capsys, monkeypatch):
     generation.main(options, tiny_config())
     assert ("static", "eager") in caches
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["attention"] == "eager"
+
+
+def test_encoding_with_a_branch_is_measured_beside_its_parts(capsys, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(branch, "now", lambda device: next(ticks))  # so that every call takes a second
+    generation.main(["--repeats", "2", "--dtype", "float32", "--branch", "T"], tiny_config())
+    output = capsys.readouterr().out
+    costs = json.loads(output.splitlines()[-1])["branches"]["T"]
+    assert set(costs["peaks"]) == {"encode", branch.VIT, branch.BACKBONE, branch.PRODUCTS}
+    assert set(costs["seconds"]) == set(costs["peaks"])
+    assert all(row == {"median": 1, "min": 1, "max": 1, "n": 2} for row in costs["seconds"].values())
+    assert [row["median"] for row in costs["ratios"].values()] == [pytest.approx(1 / 3, abs=1e-3), 1]
+    assert "| ConvNeXt-T | median |" in output and "| encode / ViT |" in output
+
+
+def test_peaks_of_memory_are_those_of_a_call():
+    size = 64 << 20
+    if branch.memory("VmRSS") is not None:
+        peak = branch.peak_of(lambda: bytearray(size), torch.device("cpu"))
+        assert size - (4 << 20) <= peak <= size + (4 << 20)
+
+
+def test_the_floor_of_fusion_has_the_products_of_the_blocks():
+    model = hybrid_model()
+    counted = complexity.counted_branch(model.to("meta"), torch.empty(5, 3, 32, 32, device="meta"))["fusion blocks"]
+    assert complexity.count(lambda: branch.multiply_as_fusion(model)) == counted > 0
+
+
+@pytest.mark.once
+def test_preprocessing_for_a_branch_is_measured_beside_its_resizes(monkeypatch):
+    ticks, calls = itertools.count(), []
+    monkeypatch.setattr(preprocessing, "now", lambda: next(ticks))
+    monkeypatch.setattr(preprocessing, "SIZES", ((40, 30),))
+    monkeypatch.setattr(preprocessing, "resizes", lambda picture, sides: calls.append((picture.size, sides)))
+    rows = preprocessing.high_res_costs(tiny_image(), repeats=2)
+    assert calls == 2 * [((40, 30), (224, 448, 1024))] + 2 * [((40, 30), (224, 672, 1536))]
+    assert [(row["tiles"], row["width"], row["ratio"]["median"], row["ratio"]["n"]) for row in rows] == [
+        (2, 40, 1, 2),
+        (3, 40, 1, 2),
+    ]
 
 
 @pytest.mark.once

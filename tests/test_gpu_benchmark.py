@@ -48,6 +48,14 @@ def test_a_part_that_fails_or_hangs_costs_only_itself(monkeypatch, tmp_path, cap
             time.sleep(0.1)
 
 
+def test_the_costs_of_branches_stand_in_the_table():
+    one = {"median": 0.002, "min": 0.001, "max": 0.003, "n": 3}
+    branches = {"T": {"seconds": {"encode": one}, "ratios": {"a / b": one}, "peaks": {"encode": 3_000_000}}}
+    found = gpu.table([{"part": "x", "status": "passed", "seconds": 1, "figures": {**FIGURES, "branches": branches}}])
+    assert "| encode, ConvNeXt-T, ms | 2 (1 to 3) |" in found and "| step, ms | 2 (1 to 3) |" in found
+    assert "| a / b, ConvNeXt-T | 0.002 |" in found and "| peak of encode, ConvNeXt-T, MB | 3 |" in found
+
+
 def test_parts_for_which_no_time_is_left_are_said_not_to_have_begun(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "PARTS", parts("print('ran')", "print('ran')"))
     assert gpu.main(["--output", str(tmp_path), "--minutes", "0"]) == 1

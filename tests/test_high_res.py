@@ -144,6 +144,19 @@ def test_gradients_begin_at_the_last_linear_and_none_reach_a_frozen_tower():
     assert all(parameter.grad is None for parameter in hybrid.pheye.high_res_tower.parameters())
 
 
+def test_after_two_steps_the_features_are_others():
+    plain, hybrid = fresh_pair()
+    choose_trained(hybrid, freeze=["cross_attention_blocks", "lora", "view_encoding"])
+    optimizer = torch.optim.SGD([one for one in hybrid.parameters() if one.requires_grad], lr=0.5)
+    text, inputs = tiny_text(), {"pixel_values": tiny_pixels(), "high_res_pixel_values": tiles()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        hybrid.train()(text, **inputs, labels=text).loss.backward()
+        optimizer.step()
+    features = hybrid.eval().get_image_features(**inputs).last_hidden_state
+    assert (features - plain.get_image_features(tiny_pixels()).last_hidden_state).abs().max() > 1e-3
+
+
 def test_fusion_blocks_train_and_the_branch_only_if_asked():
     parts = {name.split(".")[1] for name in choose_trained(hybrid_model())}
     assert parts == {"cross_attention_blocks", "global_lora", "local_lora", "view_encoding", "fusion_blocks"}
@@ -389,6 +402,12 @@ def test_attention_is_chosen_for_all_parts_but_the_branch(attention, backbone, t
         ({"high_res_fusion_layers": [0, 1]}, "must be ascending integers from 1 to 4"),
         ({"high_res_fusion_layers": [1, 5]}, "has 5 layers"),
         ({"high_res_fusion_layers": []}, "must be ascending"),
+        ({"high_res_fusion_layers": 2}, "high_res_fusion_layers=2 must be ascending integers"),
+        ({"high_res_fusion_layers": "12"}, "must be ascending integers"),
+        ({"high_res_fusion_layers": [1.0, 2.0]}, "must be ascending integers"),
+        ({"high_res_fusion_layers": [True, 2]}, "must be ascending integers"),
+        ({"high_res_fusion_layers": [None, 2]}, "must be ascending integers"),
+        ({"high_res_fusion_layers": [1, 1]}, "must be ascending integers"),
         ({"high_res_fusion_layers": [1, 2], "high_res_vision_config": None}, "needs a branch"),
         ({"high_res_vision_config": tiny_vision_config()}, "backbone with stages"),
         ({"high_res_vision_config": TWO_STAGES, "high_res_fusion_layers": [1, 2, 3]}, "has 2 stages"),
@@ -403,6 +422,21 @@ def test_fusion_layers_are_filas_scaled_to_the_depth():
     assert PheyeConfig(high_res_vision_config=ConvNextConfig()).high_res_fusion_layers == [3, 8, 16, 27]
     six = tiny_vision_config(num_hidden_layers=6)
     assert hybrid_config(vision_config=six, high_res_fusion_layers=None).high_res_fusion_layers == [1, 2, 3, 5]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("image_size", "patch_size"), [(224, 14), (224, 16), (384, 16), (32, 16)])
+def test_the_last_map_has_a_cell_for_each_patch_of_every_crop(backbone, image_size, patch_size):
+    vision = tiny_vision_config(num_hidden_layers=5, image_size=image_size, patch_size=patch_size)
+    patches = image_size // patch_size
+    for tiles_per_side in (1, 2, 3):
+        config = hybrid_config(backbone, vision_config=vision, tiles_per_side=tiles_per_side)
+        assert config.high_res_tile_size == 32 * patches
+        side = tiles_per_side * config.high_res_tile_size
+        with torch.device("meta"):
+            maps = PheyeModel(config).high_res_tower(torch.empty(1, 3, side, side)).feature_maps
+        cells = [tiles_per_side * patches * scale for scale in (8, 4, 2, 1)]
+        assert [tuple(one.shape[-2:]) for one in maps] == [(count, count) for count in cells]
 
 
 def test_a_backbone_of_another_stride_is_refused_with_both_grids():

@@ -1,21 +1,32 @@
 """A model with a high-resolution branch does all that a plain one does, and nobody is told of the second input."""
 
+import contextlib
 import copy
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 
 import datasets
 import pytest
 import torch
+import transformers
 from accelerate import PartialState, cpu_offload
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from test_high_res import BACKBONES, hybrid_model
+from test_high_res import BACKBONES, hybrid_config, hybrid_model
+from test_quantization import TOLERANCES, difference, linears, quantized_modules
+from test_quantization import load as load_quantized
+from test_remote_code import HIDE, superfluous_packages
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+from transformers import AutoModelForCausalLM, ConvNextBackbone, Trainer, TrainingArguments, pipeline
 
-from pheye import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
+from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
 from pheye.answering import ask, caption
+from pheye.benchmarks import quantization
 from pheye.evaluation import attention, evaluate
 from pheye.evaluation.word_attention import answer_with_attention
 from pheye.modeling_pheye import PIXELS
@@ -27,6 +38,7 @@ from pheye.training.mixture import Mixture, read_mixture
 from pheye.training.trained import choose_trained, load_trained
 from pheye.training.trainer import PheyeTrainer
 
+from hub_server import FakeHub
 from tiny import randomize, tiny_image, tiny_model, tiny_text_config, tiny_tokenizer, tiny_vision_config
 from training_runs import STEPS, command, weights, write_data
 
@@ -377,7 +389,8 @@ def test_the_train_command_trains_fusion_blocks_and_its_result_loads_and_answers
 @pytest.mark.parametrize("backbone", ["convnext", "resnet"])
 def test_the_branch_trains_if_asked_and_what_was_trained_is_whole_by_itself(backbone, data, tmp_path):
     folder = save(hybrid_model(backbone=backbone), tmp_path / "base")
-    arguments = command(folder, data, tmp_path / "out", *STEPS, "--max_steps", "2", "--train", "high_res_tower")
+    options = [*STEPS, "--num_train_epochs", "1", "--max_steps", "2", "--train", "high_res_tower"]
+    arguments = command(folder, data, tmp_path / "out", *options)
     trainer = train.run([*arguments, "--trained_only"])
     before = PheyeForConditionalGeneration.from_pretrained(folder)
     loaded = load_trained(copy.deepcopy(before), tmp_path / "out").eval()
@@ -543,3 +556,186 @@ def test_a_device_map_keeps_fusion_blocks_whole_and_weights_may_be_offloaded(hyb
     assert torch.allclose(spread(**batch).logits, hybrid(**batch).logits, atol=1e-5)
     offloaded = cpu_offload(copy.deepcopy(hybrid), torch.device("cpu"))
     assert torch.allclose(offloaded(**batch).logits, hybrid(**batch).logits, atol=1e-5)
+
+
+# --- Quantization ---
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", quantization.METHODS)
+def test_only_the_language_model_is_quantized_and_the_branch_still_matters(method, tmp_path):
+    config = hybrid_config(
+        vision_config=tiny_vision_config(hidden_size=64, intermediate_size=128, num_hidden_layers=5),
+        text_config=tiny_text_config(intermediate_size=256),
+    )
+    plain, batch = tiny_model(config), questions("What is this, and why?")
+    plain.save_pretrained(tmp_path)
+    quantized = load_quantized(tmp_path, method)
+    expected = linears(plain, "pheye.language_model.") - {"pheye.language_model.lm_head"}
+    assert quantized_modules(quantized) == expected
+    for name, parameter in plain.named_parameters():
+        if name.rpartition(".")[0] not in expected:
+            assert torch.equal(quantized.get_parameter(name), parameter), name
+    logits = quantized(**batch).logits
+    assert 0 < difference(logits, plain(**batch).logits) < TOLERANCES[method]
+    other = {**batch, "high_res_pixel_values": batch["high_res_pixel_values"].flip(-1)}
+    assert difference(quantized(**other).logits, logits) > 0.01
+    ids = quantized.generate(**batch, max_new_tokens=6, min_new_tokens=6)
+    assert torch.equal(quantized.generate(**batch, max_new_tokens=6, min_new_tokens=6, use_cache=False), ids)
+
+
+# --- TRL ---
+
+
+learns_assistant_only = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"),
+    reason="TRL refuses assistant_only_loss for data with images before transformers 5.18",
+)
+
+
+def trl_trainer(kind: str, model, folder):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    rows = []
+    for seed, answer in enumerate(("A cat.", "Me.", "Two.", "Here.")):
+        prompt = [{"role": "system", "content": ""}, {"role": "user", "content": "What?"}]
+        chat = (
+            {"messages": [*prompt, {"role": "assistant", "content": answer}]} if kind == "SFT" else {"prompt": prompt}
+        )
+        rows.append({"images": [tiny_image(seed)], **chat})
+    options = {"output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 2}
+    options |= {"save_strategy": "no", "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    given = {"model": model, "processing_class": hybrid_processor(), "train_dataset": datasets.Dataset.from_list(rows)}
+    if kind == "SFT":
+        return trl.SFTTrainer(args=trl.SFTConfig(**options, assistant_only_loss=True), **given)
+    options["max_completion_length"] = 4
+    if kind == "Distillation":
+        args = trl.DistillationConfig(**options)
+        return trl.DistillationTrainer(args=args, teacher_model=hybrid_model(seed=1), **given)
+    args = getattr(trl, f"{kind}Config")(**options, num_generations=2, beta=0.0)
+    return getattr(trl, f"{kind}Trainer")(
+        args=args, reward_funcs=lambda completions, **_: [0.0, 1.0, 2.0, 3.0], **given
+    )
+
+
+@learns_assistant_only
+def test_trls_trainer_for_conversations(tmp_path):
+    model = hybrid_model(lora_dropout=0.0)
+    choose_trained(model)
+    before = copy.deepcopy(model)
+    trl_trainer("SFT", model, tmp_path / "run").train()
+    assert parts_that_moved(before, model) == PARTS
+
+
+@learns_assistant_only
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "Distillation"])
+def test_trls_trainers_whose_model_answers_know_inputs_by_names_of_their_own(kind, tmp_path):
+    """They would train without the branch; docs/usage.md says so."""
+    model = hybrid_model()
+    choose_trained(model)
+    with pytest.raises((ValueError, TypeError), match="high_res_pixel_values"):
+        trl_trainer(kind, model, tmp_path).train()
+
+
+# --- From nothing to an answer, and where processor and model disagree ---
+
+STRANGER = """
+import json, sys
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+source, hub = "folder", "me/hybrid.v1"
+model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True)
+model.push_to_hub(hub)
+AutoProcessor.from_pretrained(source, trust_remote_code=True).push_to_hub(hub)
+pipe = pipeline("image-to-text", model=hub, trust_remote_code=True)
+[answer] = pipe("image.png", prompt="What is this?", max_new_tokens=NEW)
+print(json.dumps({"answer": answer["generated_text"], "imported": "pheye" in sys.modules}))
+"""
+
+
+@pytest.mark.slow
+def test_remote_code_loads_pushes_and_answers_where_only_transformers_is_installed(folder, answers, tmp_path):
+    (tmp_path / "folder").symlink_to(folder)
+    PICTURES[0].save(tmp_path / "image.png")
+    with FakeHub() as hub:
+        script = f"HIDDEN, NEW = {superfluous_packages()!r}, {NEW}\n{HIDE}{STRANGER}"
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, **hub.environment(tmp_path / "cache")},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"answer": answers[0], "imported": False}
+
+
+def test_a_plain_model_becomes_a_hybrid_one_that_learns(data, tmp_path):
+    """The lines of docs/usage.md."""
+    plain = tiny_model(vision_config=tiny_vision_config(num_hidden_layers=5))
+    plain.save_pretrained(tmp_path / "plain")
+    hybrid_processor(None).save_pretrained(tmp_path / "plain")
+
+    old = PheyeConfig.from_pretrained(tmp_path / "plain")
+    config = PheyeConfig.from_dict({**old.to_dict(), "high_res_vision_config": copy.deepcopy(BACKBONES["convnext"])})
+    assert config.high_res_fusion_layers == [1, 2, 4]
+    model = PheyeForConditionalGeneration.from_pretrained(tmp_path / "plain", config=config)
+    trained = randomize(ConvNextBackbone(config.high_res_vision_config), seed=5)
+    trained.save_pretrained(tmp_path / "backbone")
+    loaded = ConvNextBackbone.from_pretrained(tmp_path / "backbone", config=config.high_res_vision_config)
+    model.model.high_res_tower.load_state_dict(loaded.state_dict())
+    processor = PheyeProcessor.from_pretrained(tmp_path / "plain")
+    processor.image_processor.high_res_tile_size = config.high_res_tile_size
+    model.save_pretrained(tmp_path / "hybrid")
+    processor.save_pretrained(tmp_path / "hybrid")
+
+    batch = PheyeProcessor.from_pretrained(tmp_path / "hybrid")(
+        images=tiny_image(), text="What is it?", return_tensors="pt"
+    )
+    model = PheyeForConditionalGeneration.from_pretrained(tmp_path / "hybrid")
+    without = {name: tensor for name, tensor in batch.items() if name != "high_res_pixel_values"}
+    assert torch.equal(model(**batch).logits, plain(**without).logits)
+    options = [*STEPS, "--num_train_epochs", "0.5"]
+    train.run(command(tmp_path / "hybrid", data, tmp_path / "out", *options))
+    tuned = PheyeForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert parts_that_moved(model, tuned) == PARTS
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(tuned.pheye.high_res_tower.state_dict()[name], weight), name
+    assert not torch.equal(tuned(**batch).logits, blind(tuned)(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("tile_size", "has_branch", "said"),
+    [
+        (None, False, None),
+        (64, True, None),
+        (64, False, "high_res_pixel_values is given, but this model has no high-resolution branch"),
+        (
+            None,
+            True,
+            "high_res_pixel_values is missing, but this model's branch needs it for 2. Make it with this mod",
+        ),
+        (32, True, "has shape (2, 4, 3, 32, 32), but this model takes (images, 4, 3, 64, 64): 2 x 2 tiles of 64 pixe"),
+    ],
+)
+@pytest.mark.parametrize(
+    "options", [None, {}, {"use_cache": False}, {"prefill_chunk_size": 3}, {"num_beams": 2}], ids=str
+)
+def test_a_processor_and_a_model_that_disagree_are_told_apart(hybrid, tile_size, has_branch, said, options):
+    model = hybrid if has_branch else tiny_model()
+    images = [tiny_image(0), tiny_image(1)]
+    batch = hybrid_processor(tile_size)(images=images, text=["What?", "And this?"], return_tensors="pt")
+    with pytest.raises(ValueError, match=re.escape(said)) if said else contextlib.nullcontext():
+        if options is None:
+            model(**batch)
+        else:
+            model.generate(**batch, max_new_tokens=1, **options)
+
+
+def test_an_image_smaller_than_its_tiles_is_enlarged_as_pillow_does():
+    small = tiny_image(width=20, height=10)
+    whole = small.resize((128, 128), Image.Resampling.BICUBIC)
+    processor = hybrid_processor().image_processor
+    found, expected = (processor(image, return_tensors="pt")["high_res_pixel_values"] for image in (small, whole))
+    assert torch.equal(found, expected)

@@ -35,7 +35,15 @@ def test_other_settings_are_another_model(folder):
     identity = find_model(str(folder))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "local_lora_alpha": 1.0}))
-    assert find_model(str(folder)) != identity
+    other = find_model(str(folder))
+    assert other != identity
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert find_model(str(folder)) not in (identity, other)
+
+
+def test_a_folder_has_no_revision(folder):
+    with pytest.raises(InputError, match=r"no revision 'v1'; leave --revision out"):
+        find_model(str(folder), "v1")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ class Data(list):
     """Samples as a `Mixture` has them."""
 
 
-def card(folder: Path, base: str, log=LOG, **options) -> str:
+def card(folder: Path, base: str, log=LOG, best: str | None = "checkpoint-2", **options) -> str:
     training = SimpleNamespace(
         output_dir=str(folder / "tuned"),
         effective_batch_size=16,
@@ -32,7 +32,7 @@ def card(folder: Path, base: str, log=LOG, **options) -> str:
         seed=42,
         load_best_model_at_end=True,
     )
-    state = SimpleNamespace(log_history=log, global_step=3, best_global_step=2)
+    state = SimpleNamespace(log_history=log, global_step=3, best_global_step=2, best_model_checkpoint=best)
     data = Data([{"messages": [{"role": "user", "content": 'Which "word"?'}]}] * 64)
     trainer = SimpleNamespace(args=training, state=state, train_dataset=data)
     (folder / "data.json").write_text("[]")
@@ -105,6 +105,7 @@ def test_the_card_of_weights_alone_says_how_they_are_used(tmp_path):
 def test_the_card_has_the_loss_of_the_model_that_was_kept(tmp_path):
     log = [*LOG, {"step": 2, "eval_loss": 0.5}, {"step": 3, "eval_loss": 0.75}]
     assert "| loss on other data | 0.5000, at step 2 |" in card(tmp_path, "me/base", log)
+    assert "| loss on other data | 0.7500, at step 3 |" in card(tmp_path, "me/base", log, best=None)  # it was gone
 
 
 def test_the_plot_is_an_image_also_of_a_run_without_a_log(tmp_path):

@@ -195,6 +195,21 @@ def test_a_finished_run_is_left_as_it_is(base, data, tmp_path, capsys):
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_is_pushed_by_the_same_command(base, data, tmp_path, monkeypatch):
+    def offline(*args):
+        raise OSError("There is no network.")
+
+    arguments = command(base, data, tmp_path / "out", "--max_steps", "1", "--effective_batch_size", "4")
+    arguments += ["--push_to_hub", "--hub_model_id", "me/tuned"]
+    monkeypatch.setattr(train, "open_repo", lambda output, name, private, token: name)
+    monkeypatch.setattr(train, "push", offline)
+    assert train.main(arguments) == 1
+    pushed = []
+    monkeypatch.setattr(train, "push", lambda *args: pushed.append(args))
+    assert train.main(arguments) == 0
+    assert pushed == [(tmp_path / "out", "me/tuned", None)]
+
+
 # --- What is left in it ---
 
 

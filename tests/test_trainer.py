@@ -392,11 +392,25 @@ def test_training_stops_early_and_a_restart_does_not_go_further(base, data, tmp_
     found = losses(trainer)
     best = min(found, key=found.get)
     assert list(found)[-1] == best + 3 < 12
+    assert [row["step"] for row in trainer.state.log_history if "loss" in row][-1] == best + 3
     expected = (output / "model.safetensors").read_bytes()
     (output / "config.json").unlink()  # as if it had been stopped before
     again = train.run(arguments)
     assert again.state.global_step == best + 3 and losses(again) == found
     assert (output / "model.safetensors").read_bytes() == expected
+
+
+def test_evaluation_before_the_first_step_costs_no_patience_when_a_run_goes_on(base, data, tmp_path, monkeypatch):
+    options = ["--eval_steps", "1", "--early_stopping_patience", "3", "--eval_on_start"]
+    arguments, _ = best_command(base, data, tmp_path, *options)
+    expected = losses(train.run(arguments))
+    assert 0 in expected
+    last = max(expected)
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(PheyeTrainer, "training_step", stopping_at(last))
+    assert train.main(arguments) == 130
+    monkeypatch.undo()
+    assert losses(train.run(arguments)) == expected
 
 
 # --- Nothing is left to do ---

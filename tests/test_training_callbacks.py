@@ -50,6 +50,13 @@ def test_the_first_and_the_last_step_are_logged_whatever_the_interval(strategy):
     assert logged == ([] if strategy == "no" else [1, 5])
 
 
+@pytest.mark.parametrize("ends", [Ends.on_step_end, Ends.on_epoch_end])
+def test_a_step_that_is_evaluated_may_be_the_last_and_is_logged(ends):
+    control = TrainerControl(should_evaluate=True)
+    ends(Ends(), arguments(), TrainerState(global_step=3, max_steps=5), control)
+    assert control.should_log
+
+
 def test_intervals_are_those_of_now_and_not_of_the_checkpoint():
     state = TrainerState(max_steps=20, logging_steps=500, save_steps=500, eval_steps=3)
     Ends().on_train_begin(arguments(), state, TrainerControl())

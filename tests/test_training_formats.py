@@ -202,6 +202,28 @@ def test_json_of_another_form_is_refused_with_what_was_found(folder, rows, messa
         mixture(write_json(folder, rows))
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "input_text", "text": "Mind."},
+        {"type": "text", "text": None},
+        {"type": "text", "content": "Mind."},
+        {"text": "Mind."},
+        {"type": "image", "text": "Mind."},
+        {"type": "image", "image": "b.png"},
+        {"type": "image_url", "image_url": {"url": "b.png"}},
+        {"type": "video", "video": "b.mp4"},
+    ],
+)
+def test_parts_of_messages_that_would_be_left_out_are_refused(folder, part):
+    row = {"image": "a.png", "messages": messages(("Q?", "A"))}
+    row["messages"][0]["content"] = [{"type": "image"}, part, {"type": "text", "text": "Q?"}]
+    with pytest.raises(
+        ValueError, match=r"Sample '0' .* has the part .*which is neither a text nor {'type': 'image'}"
+    ):
+        mixture(write_json(folder, [row]))
+
+
 # --- Tables of `datasets` ---
 
 

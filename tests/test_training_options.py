@@ -43,11 +43,13 @@ def refused(options: list[str]) -> str:
         (["--eval_data", "e.json", "--eval_strategy", "epoch", "--eval_steps", "5"], "--eval_strategy is epoch"),
         (["--eval_data", "e.json", "--bf16_full_eval"], "as training does"),
         (["--eval_data", "e.json", "--metric_for_best_model", "cider"], "evaluation gives the loss"),
+        (["--eval_data", "e.json", "--metric_for_best_model", "loss", "--greater_is_better", "true"], "worst model"),
         (["--eval_data", "e.json", "--eval_steps", "5", "--load_best_model_at_end", "--save_steps", "10"],
          "a checkpoint of each evaluation"),
         (["--save_steps", "5", "--save_strategy", "epoch"], "--save_strategy is epoch"),
         (["--save_total_limit", "5", "--save_strategy", "no"], "saves no checkpoints"),
         (["--logging_steps", "5", "--logging_strategy", "epoch"], "--logging_strategy is epoch"),
+        (["--max_steps", "5", "--num_train_epochs", "2"], "--max_steps says where the run ends"),
         (["--warmup_steps", "5", "--lr_scheduler_type", "constant"], "constant_with_warmup"),
         (["--optim_args", "rank=8"], "takes no further arguments"),
         (["--optim", "sgd", "--adam_beta1", "0.5"], "--optim is sgd"),
@@ -55,6 +57,7 @@ def refused(options: list[str]) -> str:
         (["--run_name", "first"], "TensorBoard"),
         (["--gradient_checkpointing_kwargs", '{"use_reentrant": false}'], "needs --gradient_checkpointing"),
         (["--lora_rank", "8"], "needs --language_model_lora"),
+        (["--dataloader_num_workers", "0", "--dataloader_persistent_workers"], "--dataloader_num_workers is 0"),
     ],
 )  # fmt: skip
 def test_an_option_that_would_do_nothing_is_refused_by_name(options, remedy):
@@ -77,6 +80,9 @@ def test_an_option_that_would_do_nothing_is_refused_by_name(options, remedy):
         (["--num_train_epochs", "inf"], "and finite"),
         (["--max_steps", "0"], "greater than 0, or left out"),
         (["--save_steps", "0"], "greater than 0"),
+        (["--save_total_limit", "0"], "greater than 0"),
+        (["--seed", "-1"], "at least 0"),
+        (["--data_seed", str(2**32)], "below 2"),
         (["--learning_rate", "nan"], "and finite"),
         (["--learning_rate", "-1"], "at least 0"),
         (["--label_smoothing_factor", "1"], "below 1"),
@@ -191,5 +197,5 @@ def test_matplotlib_is_asked_for_before_the_run_and_not_at_its_end(monkeypatch):
         others = {"cosine_with_min_lr": ["--lr_scheduler_kwargs", '{"min_lr": 1e-6}']}.get(schedule, [])
         check_installed(train.parse([*COMMON, "--report_to", "none", "--lr_scheduler_type", schedule, *others])[3])
     monkeypatch.setattr("pheye.common.command.importlib.import_module", without)
-    with pytest.raises(ValueError, match=r"needs matplotlib.*pheye\[train\]"):
+    with pytest.raises(ValueError, match=r"needs matplotlib.*\.\[train\]"):
         check_installed(training)

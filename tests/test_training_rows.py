@@ -154,7 +154,7 @@ def test_what_does_not_exist_is_refused_by_its_name(tmp_path, name):
 
 def test_a_missing_package_is_named_with_the_way_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r'pip install "pheye\[train\]"'):
+    with pytest.raises(InputError, match=r'pip install "\.\[train\]"'):
         mixture(tmp_path / "table")
 
 

@@ -74,9 +74,12 @@ def tiny_model(config: PheyeConfig | None = None, seed: int = 0, **kwargs) -> Ph
 def tiny_processor(config: PheyeConfig | None = None) -> PheyeProcessor:
     config = config or tiny_config()
     size = config.vision_config.image_size
-    options = {"canvases": config.canvases, "max_images": config.max_images}
     image_processor = PheyeImageProcessor(
-        tiles_per_side=config.tiles_per_side, size={"height": size, "width": size}, **options
+        tiles_per_side=config.tiles_per_side,
+        canvases=config.canvases,
+        max_images=config.max_images,
+        size={"height": size, "width": size},
+        high_res_tile_size=config.high_res_tile_size,
     )
     return PheyeProcessor(image_processor, tiny_tokenizer())
 

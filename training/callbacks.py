@@ -36,14 +36,18 @@ def counted(number: int, noun: str) -> str:
 
 
 class Ends(TrainerCallback):
-    """Logs the first and the last step whatever the interval is."""
+    """Logs the first and the last step whatever the interval is, and those of evaluations, of which any may be the
+    last."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # intervals as given now, not as in the checkpoint
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.logging_strategy != "no" and (state.global_step == 1 or state.global_step >= state.max_steps):
+        is_end = state.global_step == 1 or state.global_step >= state.max_steps
+        if args.logging_strategy != "no" and (is_end or control.should_evaluate):
             control.should_log = True
+
+    on_epoch_end = on_step_end
 
 
 class StopAtBadLoss(TrainerCallback):

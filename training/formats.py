@@ -22,6 +22,7 @@ IMAGE_COLUMNS = ("image", "images")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
+PART_SOURCES = ("image", "path", "url", "base64", "image_url")  # of an image in a chat message
 WORDS = {str: "a text", bool: "true or false", int: "an integer", float: "a number"}
 
 
@@ -170,9 +171,24 @@ def unknown_column(option: str, column: str, columns: list[str], source: Source)
 
 def text_of(content: str | list[dict]) -> str:
     """The text of a message: a string, or the text parts of a list."""
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
-    return content
+    return "".join(map(text_of_part, content)) if isinstance(content, list) else content
+
+
+def text_of_part(part: dict) -> str:
+    """The text of a part of a message; none if it only marks the place of the row's image.
+
+    Raises:
+        ValueError: if it is anything else, which would be left out.
+    """
+    text, others = part.get("text"), [part.get(name) for name in PART_SOURCES]
+    if part.get("type") == "text" and isinstance(text, str):
+        return text
+    if part.get("type") == "image" and not text and others == [None] * len(others):
+        return ""
+    raise ValueError(
+        f"a message has the part {str(part)[:200]}, which is neither a text nor {{'type': 'image'}}, which stands for "
+        "the image of the row"
+    )
 
 
 def paired(messages: list[tuple[str, str]]) -> tuple[str | None, list[tuple[str, list[str]]]]:

@@ -22,7 +22,7 @@ SAVE_STEPS = 500
 MODEL_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")  # that are made from the model
 
 POSITIVE = ("effective_batch_size", "gradient_accumulation_steps", "per_device_train_batch_size", "num_train_epochs",
-            "per_device_eval_batch_size", "save_steps", "eval_steps", "logging_steps",
+            "per_device_eval_batch_size", "save_steps", "save_total_limit", "eval_steps", "logging_steps",
             "early_stopping_patience")  # fmt: skip
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "label_smoothing_factor", "dataloader_num_workers")
 
@@ -67,7 +67,7 @@ FREE = {
     "dataloader_multiprocessing_context",
     "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
     "ddp_timeout", "local_rank",
-    # Names of files: what they hold is bound in `run_settings`.
+    # Names of files: what they hold is bound in `settings_that_matter`.
     "eval_data",
     # They follow from others.
     "do_eval",
@@ -202,6 +202,8 @@ class PheyeTrainingArguments(TrainingArguments):
             raise InputError(
                 f"--metric_for_best_model {self.metric_for_best_model} is not computed; evaluation gives the loss."
             )
+        if self.greater_is_better:
+            raise InputError("--greater_is_better would keep the worst model; evaluation gives the loss.")
         self.save_strategy = self.save_strategy or (self.eval_strategy if self.load_best_model_at_end else "steps")
         if self.load_best_model_at_end and self.save_strategy == "steps":
             if self.save_steps not in (None, self.eval_steps):
@@ -237,6 +239,10 @@ def check_numbers(training: PheyeTrainingArguments):
             raise InputError(f"--{name} {value} must be {least}, and finite.")
     if training.max_steps != -1 and training.max_steps < 1:
         raise InputError(f"--max_steps {training.max_steps} must be greater than 0, or left out.")
+    for name in ("seed", "data_seed"):
+        value = getattr(training, name)
+        if value is not None and not 0 <= value < 2**32:
+            raise InputError(f"--{name} {value} must be at least 0 and below 2 ** 32.")
     if training.label_smoothing_factor >= 1:
         raise InputError(f"--label_smoothing_factor {training.label_smoothing_factor} must be below 1.")
 
@@ -281,6 +287,8 @@ def idle_beside_others(training: PheyeTrainingArguments) -> dict[str, str]:
         idle.setdefault("greater_is_better", "it needs --metric_for_best_model")
     if not training.push_to_hub:
         idle |= dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_token"), "it needs --push_to_hub")
+    if training.max_steps > 0:
+        idle["num_train_epochs"] = "--max_steps says where the run ends"
     if training.lr_scheduler_type == "constant":
         idle["warmup_steps"] = "--lr_scheduler_type constant has no warm-up; give constant_with_warmup"
     if not training.optim.startswith(("galore", "apollo")):
@@ -291,6 +299,9 @@ def idle_beside_others(training: PheyeTrainingArguments) -> dict[str, str]:
         idle |= dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), f"--optim is {training.optim}")
     if training.save_strategy == "no":
         idle |= dict.fromkeys(("save_total_limit", "save_only_model"), "--save_strategy no saves no checkpoints")
+    if training.dataloader_num_workers == 0:
+        workers = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
+        idle |= dict.fromkeys(workers, "--dataloader_num_workers is 0")
     if not (training.gradient_checkpointing or getattr(training, "activation_checkpointing", None)):
         kwargs = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
         idle |= dict.fromkeys(kwargs, "it needs --gradient_checkpointing")

@@ -122,7 +122,7 @@ def facts_of(trainer, stage: str | None) -> dict[str, object]:
     }
     if evaluated:
         step, loss = evaluated[-1]
-        if training.load_best_model_at_end and best is not None:
+        if training.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             step, loss = best, dict(evaluated).get(best, loss)
         facts["loss on other data"] = f"{loss:.4f}, at step {step}"
     return facts

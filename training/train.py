@@ -111,7 +111,7 @@ def load_model(
     lora = add_language_model_lora(loaded, **numbers) if language_model_lora else None
     choose_trained(loaded, train, freeze)
     if bf16:
-        # Not of batch norms: their statistics, which are no parameters, stay in float32, and weights must be like them.
+        # Not of batch norms: their statistics, no parameters, stay in float32, and weights must be like them.
         for part in loaded.modules():
             for parameter in () if isinstance(part, torch.nn.BatchNorm2d) else part.parameters(recurse=False):
                 if not parameter.requires_grad:
@@ -167,6 +167,8 @@ def train_to_end(trainer: PheyeTrainer):
             print(f"{name} is left out: {flaw}.")
         if flaws:
             print(f"The run goes on from {checkpoint.name}." if checkpoint else "The run begins anew.", flush=True)
+    if checkpoint is not None:
+        training.eval_on_start = False  # it has been; once more would be an evaluation that was no better
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError as error:
@@ -221,11 +223,12 @@ def run(argv: list[str] | None = None) -> PheyeTrainer | None:
         **{f"files of {source.name}": fingerprint_of(source)[:DIGITS] for source in sources},
         **{f"files of {source.name}, evaluation": fingerprint_of(source)[:DIGITS] for source in eval_sources},
     }
+    pushes = training.push_to_hub and training.should_save
+    repo_options = (training.hub_model_id, training.hub_private_repo, training.hub_token)
     if not of_run.inspect and claim(output, settings):
-        print(
-            f"{output} holds this run, finished. There is nothing to do. To train on, begin another run with --model "
-            f"{output}."
-        )
+        print(f"{output} holds this run, finished. To train on, begin another run with --model {output}.")
+        if pushes:  # this may have failed
+            push(output, open_repo(output, *repo_options), training.hub_token)
         return None
     with loading(base):
         processor = PheyeProcessor.from_pretrained(base, revision=of_model.revision)
@@ -240,10 +243,7 @@ def run(argv: list[str] | None = None) -> PheyeTrainer | None:
     with training.main_process_first():
         held = begin(output, settings, data) if training.should_save else contextlib.nullcontext()
     with held, interruptible(output):
-        pushes = training.push_to_hub and training.should_save
-        repo = (
-            open_repo(output, training.hub_model_id, training.hub_private_repo, training.hub_token) if pushes else None
-        )
+        repo = open_repo(output, *repo_options) if pushes else None
         set_seed(training.seed)  # of new LoRA weights
         model, lora = load_model(**vars(of_model), bf16=training.bf16)
         if training.should_log:

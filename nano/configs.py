@@ -1,0 +1,52 @@
+"""How large the parts of Pheye-nano are."""
+
+from transformers import CLIPVisionConfig, ConvNextConfig, PhiConfig
+
+from .. import PheyeConfig
+
+VIEW = 224  # pixels along each side
+TILES = 3  # crops along each side of a picture
+VOCABULARY = 633  # tokens that the texts give
+
+
+def vision_config() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        patch_size=14,
+        image_size=VIEW,
+        hidden_act="gelu",
+    )
+
+
+def language_config(vocabulary: int) -> PhiConfig:
+    return PhiConfig(
+        vocab_size=vocabulary,
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        initializer_range=0.07,  # about 1 / sqrt(hidden_size); with Phi's 0.02 attention begins, and long stays, even
+        hidden_act="gelu_pytorch_tanh",  # Phi's own, in one kernel
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+def nano_config() -> PheyeConfig:
+    """All of the model: what trains here, and the language model and its blocks."""
+    return PheyeConfig(
+        vision_config=vision_config(),
+        text_config=language_config(VOCABULARY),
+        high_res_vision_config=ConvNextConfig(
+            depths=[1, 1, 3, 3], hidden_sizes=[16, 32, 64, 128], layer_scale_init_value=0.0
+        ),
+        tiles_per_side=TILES,
+        cross_attention_interval=1,
+        global_lora_rank=8,
+        local_lora_rank=16,
+    )

@@ -1,0 +1,23 @@
+"""Pheye-nano is small in all its parts together."""
+
+import pytest
+import torch
+
+from pheye import PheyeForConditionalGeneration
+from pheye.nano import eyes
+from pheye.nano.configs import nano_config
+
+pytestmark = pytest.mark.once
+
+
+def test_the_whole_model_has_at_most_twelve_million_parameters_and_26_megabytes():
+    with torch.device("meta"):
+        model = PheyeForConditionalGeneration(nano_config())
+        parts = eyes.Eyes(nano_config()).parts()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters <= 12_000_000 and 2 * parameters <= 26_000_000
+    assert model.config.high_res_tile_size == eyes.TILE
+    trained = sum(weight.numel() for weight in parts.values())
+    assert (
+        2 * trained <= 16_000_000 and 12 * trained <= 5 * eyes.PART_BYTES
+    )  # eight files, log and settings among them
