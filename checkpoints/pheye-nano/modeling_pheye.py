@@ -348,14 +348,15 @@ class PheyeModel(PheyePreTrainedModel):
             ValueError: if they have another rank, number of tiles or size.
         """
         config, size, tiles = self.config, self.config.high_res_tile_size, self.config.views_per_image - 1
-        images = [] if table is None else images_in(table)
+        images, grid = [], f"{config.tiles_per_side} x {config.tiles_per_side}"
         if table is not None:
-            tiles = max(image.first_tile + image.rows * image.columns for image in images)
+            images = images_in(table)
+            grid = tiles = max(image.first_tile + image.rows * image.columns for image in images)
         shape = tuple(high_res_pixel_values.shape)
         if shape[1:] != (tiles, 3, size, size):
             raise ValueError(
                 f"high_res_pixel_values has shape {shape}, but this model takes (images, {tiles}, 3, {size}, {size}): "
-                f"{tiles} tiles of {size} pixels. Make it with this model's own processor."
+                f"{grid} tiles of {size} pixels. Make it with this model's own processor."
             )
         pixels = high_res_pixel_values.to(next(self.high_res_tower.parameters()).dtype)  # as vision transformers do
         if table is None:
