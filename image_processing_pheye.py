@@ -339,6 +339,7 @@ class PheyeImageProcessor(PilBackend):
 
     def __init__(self, **kwargs: Unpack[PheyeImageProcessorKwargs]):
         super().__init__(**kwargs)
+        self.canvases = read_canvases(self.canvases)
         # But for do_convert_rgb, which transformers' own tests set to see it kept; calls refuse it.
         options = {name: getattr(self, name, None) for name in self._valid_kwargs_names if name != "do_convert_rgb"}
         self._validate_preprocess_kwargs(**self._standardize_kwargs(**options))

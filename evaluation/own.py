@@ -1,6 +1,7 @@
 """Data of one's own: what training reads is asked here as it was learnt, one turn after another, each by itself.
 
-LLaVA's files and columns of conversations are read by training's reader, so that a row means the same to both.
+LLaVA's files and columns of conversations are read by training's reader, so that a row means the same to both. Rows
+without an image, or with several, are left out.
 """
 
 import functools
@@ -11,7 +12,7 @@ from pathlib import Path
 from ..common.command import InputError
 from ..common.tables import ImageColumn
 from ..training.formats import TURNS_COLUMNS, Source, find_turns, read_turns
-from ..training.rows import ELSEWHERE, JsonRows, scan_json
+from ..training.rows import ELSEWHERE, JsonRows, say, scan_json
 from .formats import FORMATS, file_samples, load_json
 from .samples import Sample
 from .tasks import Task
@@ -65,8 +66,15 @@ def json_samples(path: Path, task: Task, images: str | None, image_sources: str 
     for row in (rows[index] for index in range(len(rows))):
         if row.error is not None:
             raise InputError(f"Sample {row.id!r} of {path}: {row.error}")
-        elsewhere = not isinstance(row.image, str) or row.image.lower().startswith(ELSEWHERE)
-        opened.append((row.id, row.image if elsewhere else Path(row.image), row.system, row.turns))
+        if not row.images:
+            continue
+        [image] = row.images
+        elsewhere = not isinstance(image, str) or image.lower().startswith(ELSEWHERE)
+        opened.append((row.id, image if elsewhere else Path(image), row.system, row.turns))
+    if not opened:
+        raise InputError(f"None of the {len(rows)} rows of {path} has an image, and each question is asked about one.")
+    if len(opened) < len(rows):
+        say(f"{len(rows) - len(opened)} of {len(rows)} rows of {path} have no image and are left out.")
     missing = [image for _, image, _, _ in opened if isinstance(image, Path) and not image.is_file()]
     if missing:
         raise InputError(

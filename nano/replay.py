@@ -63,7 +63,7 @@ class FeatureStore:
         if self.file(number).exists():
             return
         samples = [self.sample(number * BATCH + row) for row in range(BATCH)]
-        image_inputs, errors = self.collator.open_images([sample["image"] for sample in samples])
+        image_inputs, errors = self.collator.open_images([sample["images"] for sample in samples])
         for sample, error in zip(samples, errors, strict=True):
             if error is not None:
                 raise InputError(f"{sample['id']}: {error} Draw the data anew.")

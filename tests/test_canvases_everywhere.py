@@ -1,6 +1,7 @@
 """Where a model with canvases is used: every way that reads several images at once gives each its own answer."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,14 +9,16 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, pipeline
 
-from pheye import PheyeForConditionalGeneration
+from pheye import PheyeForConditionalGeneration, PheyeProcessor
 from pheye.answering import caption
+from pheye.benchmarks.canvases import measure
 from pheye.evaluation.attention import main as attention
 from pheye.training.collator import PheyeCollator
 from pheye.training.trainer import PheyeTrainer
 
 from tiny import randomize, tiny_config, tiny_image, tiny_processor
 
+ROOT = Path(__file__).parent.parent
 NEW = 6
 CAPTION = "Provide a one-sentence caption for the provided image"
 CANVASES = [[1, 2], [2, 2], [3, 1]]
@@ -97,7 +100,7 @@ def samples(photos) -> list[dict]:
     return [
         {
             "id": path.name,
-            "image": str(path),
+            "images": [str(path)],
             "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": path.stem * 3}],
         }
         for path in sorted(photos.iterdir())
@@ -110,7 +113,7 @@ def test_the_collator_fills_up_and_a_broken_image_keeps_its_row(parts, photos, t
     batch = collator(samples(photos))
     assert batch["image_grids"].tolist() == [[[1, 2]], [[2, 2]], [[3, 1]], [[2, 2]]]
     (tmp_path / "broken.png").write_bytes(b"no image")
-    broken = [*samples(photos)[:2], {**samples(photos)[2], "image": str(tmp_path / "broken.png")}]
+    broken = [*samples(photos)[:2], {**samples(photos)[2], "images": [str(tmp_path / "broken.png")]}]
     with_broken = collator(broken)
     assert len(with_broken["skipped"]) == 1 and (with_broken["labels"][2] == -100).all()
     assert torch.equal(with_broken["pixel_values"][:2], batch["pixel_values"][:2])
@@ -173,3 +176,34 @@ def test_a_compiled_vision_tower_gives_the_same(parts, photos):
     compiled.load_state_dict(model.state_dict())
     compiled.model.vision_tower.compile(dynamic=False, backend="eager")
     torch.testing.assert_close(compiled(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+# --- What stands beside the model ---
+
+
+def test_a_processor_loaded_for_canvases_leaves_its_tokenizer_as_it_is(saved, tmp_path):
+    processor = PheyeProcessor.from_pretrained(saved, canvases="fila", max_images=3)
+    assert processor.image_processor.canvases == [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1]]
+    assert processor.image_processor.max_images == 3
+    processor.save_pretrained(tmp_path)
+    assert "max_images" not in (tmp_path / "tokenizer_config.json").read_text()
+
+
+@pytest.mark.once
+def test_the_example_draws_the_crops_of_every_image(photos, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import show_crops
+
+    output = tmp_path / "crops.png"
+    assert show_crops.main([str(photos / "0.png"), str(photos / "2.png"), "--output", str(output)]) == 0
+    with Image.open(output) as drawn:
+        assert drawn.size == (2 * 116, 112 + 12 + 112)  # one crop each: they are small
+    assert show_crops.main(["--output", str(output)]) == 0
+
+
+@pytest.mark.once
+def test_the_benchmark_counts_views_and_stored_numbers():
+    result = measure(64, 1, 1, images=4)
+    assert set(result["ratios"]) == {"mixed / full", "full / square"}
+    stored = result["keys_and_values"]
+    assert [stored[name] / stored["1 x 1"] for name in stored] == [1, 1.5, 2.5, 5]  # as the views

@@ -29,7 +29,7 @@ def conversation(*texts: str, system: str | None = None) -> list[dict]:
 
 def sample(*texts: str, image=None, name: str = "s1") -> dict:
     image = tiny_image() if image is None else image
-    return {"id": name, "source": "set", "image": image, "messages": conversation(*(texts or ("Why?", "So.")))}
+    return {"id": name, "source": "set", "images": [image], "messages": conversation(*(texts or ("Why?", "So.")))}
 
 
 def joining_tokenizer() -> PreTrainedTokenizerFast:
@@ -131,7 +131,7 @@ def test_a_batch_is_its_rows_padded_on_the_right_whatever_the_processors_side(si
         assert batch["labels"][row, place].tolist() == labels
         assert batch["attention_mask"][row, place].sum() == batch["attention_mask"][row].sum() == len(ids)
         assert (batch["labels"][row] != IGNORED).sum() == sum(label != IGNORED for label in labels)
-    expected = processor.image_processor([one["image"] for one in samples], return_tensors="pt")["pixel_values"]
+    expected = processor.image_processor([one["images"] for one in samples], return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"], expected)
 
 
@@ -223,7 +223,7 @@ def broken_images(folder) -> dict:
         "missing": (str(folder / "missing.png"), "there is no such file"),
         "cut": (str(folder / "cut.png"), "could not be read as an image"),
         "text": (b"no image", "could not be read as an image"),
-        "none": (None, "no image, or several"),
+        "none": (None, "of the type NoneType, which is no image"),
         "number": (3, "int"),
         "empty": (np.zeros((0, 4, 3), np.uint8), "empty"),
         "bomb": (black_png(1, 2_000_000), "too tall"),
@@ -248,7 +248,7 @@ class OddImage(Image.Image):
 def test_a_sample_with_a_broken_image_keeps_its_row_without_labels_and_is_reported(tmp_path, kind):
     image, message = broken_images(tmp_path)[kind]
     good, other = sample(name="good"), sample("Is it?", "It is.", image=tiny_image(1), name="other")
-    bad = {**sample("What now?", "Nothing.", name="bad"), "image": image}
+    bad = {**sample("What now?", "Nothing.", name="bad"), "images": [image]}
     collator = PheyeCollator(tiny_processor())
     batch, without = collator([good, bad, other]), collator([good, other])
     assert batch["seen"] == 3
@@ -290,7 +290,7 @@ def test_a_skipped_sample_adds_nothing_to_the_loss(tmp_path):
 
 def test_a_batch_of_broken_images_only_has_no_labels(tmp_path):
     bad = sample(image=str(tmp_path / "missing.png"))
-    batch = PheyeCollator(tiny_processor())([bad, {**bad, "image": None}])
+    batch = PheyeCollator(tiny_processor())([bad, {**bad, "images": [None]}])
     assert len(batch["skipped"]) == batch["seen"] == 2
     assert (batch["labels"] == IGNORED).all()
     assert batch["pixel_values"].shape == (2, 5, 3, 32, 32) and torch.isfinite(batch["pixel_values"]).all()

@@ -456,3 +456,14 @@ def test_transformers_serve_looks_where_the_model_is_named():
     assert modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["pheye"] == "PheyeForConditionalGeneration"
     server = Path(transformers.__file__).parent / "cli" / "serving" / "model_manager.py"
     assert "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES" in server.read_text()
+
+
+def test_fields_that_override_a_saved_configuration_are_checked_like_it(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    assert PheyeConfig.from_pretrained(tmp_path, canvases="fila").canvases[0] == [1, 2]
+    assert PheyeConfig.from_pretrained(tmp_path, text_config={"vocab_size": 300}).text_config.vocab_size == 300
+    config, unused = PheyeConfig.from_pretrained(tmp_path, tiles_per_side=3, nothing=1, return_unused_kwargs=True)
+    assert config.views_per_image == 10 and unused == {"nothing": 1}
+    for wrong, said in (({"tiles_per_side": 0}, "tiles_per_side=0"), ({"canvases": [[0, 1]]}, r"entry \[0, 1\]")):
+        with pytest.raises(ValueError, match=said):
+            PheyeConfig.from_pretrained(tmp_path, **wrong)

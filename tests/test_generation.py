@@ -123,6 +123,18 @@ def test_assisted_decoding_by_pheye_by_a_text_model_and_by_prompt_lookup(model, 
         assert torch.equal(model.generate(**question, **GREEDY, **options), expected)
 
 
+def test_an_assistant_sees_the_image_once(model, question):
+    assistant, seen = copy.deepcopy(model), []
+    assistant.model.vision_tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    passes = []
+    asked = copy.deepcopy(model)
+    asked.model.language_model.register_forward_pre_hook(lambda module, args: passes.append(1))
+    expected = model.generate(**question, **GREEDY)
+    assert torch.equal(asked.generate(**question, **GREEDY, assistant_model=assistant), expected)
+    assert len(seen) == 1
+    assert len(passes) <= NEW / 2  # its guesses are right, for it is the same model
+
+
 def test_streamer_gives_the_answer_piece_by_piece(model, question):
     tokenizer = tiny_processor().tokenizer
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)

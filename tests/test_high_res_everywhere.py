@@ -364,7 +364,7 @@ def parts_that_moved(before, after) -> set[str]:
 
 def test_a_batch_has_the_second_input_and_a_broken_image_is_black_in_both(processor, data):
     samples = [Mixture(read_mixture([str(data)]), 42)[index] for index in range(3)]
-    samples[1]["image"] = b"broken"
+    samples[1]["images"] = [b"broken"]
     batch = PheyeCollator(processor)(samples)
     assert batch["high_res_pixel_values"].shape == (3, 4, 3, 64, 64)
     assert len(batch["skipped"]) == 1 and (batch["labels"][1] == -100).all()

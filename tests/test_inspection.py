@@ -14,7 +14,7 @@ from toy_data import messages
 
 def sample(name: str) -> dict:
     turns = messages(("Why?", "So."), ("How?", "Thus."))
-    return {"id": name, "source": "set", "image": tiny_image(), "messages": turns}
+    return {"id": name, "source": "set", "images": [tiny_image()], "messages": turns}
 
 
 @pytest.mark.parametrize("tiles_per_side", [2, 3])
@@ -35,7 +35,7 @@ def test_the_drawing_shows_the_views_where_they_lie(tiles_per_side):
 
 def test_inspection_marks_what_is_learnt_and_writes_an_image_per_sample(tmp_path, capsys):
     samples = [sample(f"s{number}") for number in range(10)]
-    samples[5]["image"] = str(tmp_path / "missing.png")
+    samples[5]["images"] = [str(tmp_path / "missing.png")]
     show_samples(samples, tiny_processor(), tmp_path / "out", count=4)
     printed = capsys.readouterr().out
     assert [name in printed for name in ("s0", "s2", "s5", "s7", "s1", "s9")] == [True] * 4 + [False] * 2

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from pheye.training.collator import PheyeCollator
-from pheye.training.formats import Source, image_of
+from pheye.training.formats import Source, images_of
 from pheye.training.mixture import Mixture, Stream, read_mixture
 
 from tiny import tiny_image, tiny_processor
@@ -41,7 +41,7 @@ def test_llava_rows_become_messages_without_image_marks(folder, name):
     turns = [[("What?", "A"), ("Is it red?", "B")], [("Was ist das?", "Ein Fuß.")], [("Why?\nHow?", "C\nD")]]
     places = [f"{folder}/b.png", f"{folder}/a.png", "http://host/c.png"]
     assert samples == [
-        {"id": row_id, "source": "data", "image": image, "messages": messages(*shown)}
+        {"id": row_id, "source": "data", "images": [image], "messages": messages(*shown)}
         for row_id, image, shown in zip("17u", places, turns, strict=True)
     ]
 
@@ -74,12 +74,12 @@ def test_names_that_lead_elsewhere_are_skipped_with_the_reason_and_never_opened(
     samples = mixture(write_json(folder, rows))
     assert "of its first 9 images will be skipped" in capsys.readouterr().out
     found = {sample["id"]: sample for sample in samples}
-    assert found["good"]["image"] == f"{folder}/a.png" and "error" not in found["good"]
+    assert found["good"]["images"] == [f"{folder}/a.png"] and "error" not in found["good"]
     batch = PheyeCollator(tiny_processor())(list(found.values()))
     errors = {row["id"]: row["error"] for row in batch["skipped"]}
     assert errors.keys() == places.keys()
     for what in places:
-        assert found[what]["image"] is None and what.strip() in errors[what], errors[what]
+        assert found[what]["images"] == [] and what.strip() in errors[what], errors[what]
 
 
 @pytest.mark.parametrize("sources", ["local", "any"])
@@ -88,12 +88,12 @@ def test_the_user_may_let_names_lead_elsewhere(folder, places, sources):
     for sample in mixture(write_json(folder, rows), image_sources=sources):
         is_remote = sample["id"].lower().startswith("http")
         expected = sample["id"] if is_remote else os.path.join(folder, sample["id"])
-        assert sample["image"] == (None if is_remote and sources == "local" else expected)
+        assert sample["images"] == ([] if is_remote and sources == "local" else [expected])
 
 
 def test_a_folder_that_holds_all_images_is_enough_for_absolute_names(folder):
     rows = [{"image": f"{folder}/a.png", "conversations": conversation(("Q?", "A"))}]
-    assert mixture(write_json(folder, rows), image_folder=str(folder.parent))[0]["image"] == f"{folder}/a.png"
+    assert mixture(write_json(folder, rows), image_folder=str(folder.parent))[0]["images"] == [f"{folder}/a.png"]
     (folder / "sub").mkdir()
     with pytest.raises(ValueError, match=r"None of the first 1 images .* may be opened: .*holds all images"):
         mixture(write_json(folder, rows), image_folder=str(folder / "sub"))
@@ -110,11 +110,11 @@ def test_names_in_tables_may_lead_to_the_tables_own_folder_and_to_what_was_downl
     allowed = ["a.png", str(tmp_path / "work" / "a.png"), str(tmp_path / "set" / "a.png"), str(cache / "a.png")]
     allowed += ["../set/a.png"]
     for name in allowed:
-        assert image_of({"image": name}, source) == (name, None)
-        assert image_of({"image": {"path": name, "bytes": None}}, source) == (name, None)
+        assert images_of({"image": name}, source) == ([name], None)
+        assert images_of({"image": {"path": name, "bytes": None}}, source) == ([name], None)
     for name in ("../private/a.png", str(tmp_path / "private" / "a.png"), "/a\0.png", "/" * 9000):
-        image, error = image_of({"image": name}, source)
-        assert image is None and "--image_sources local" in error
+        images, error = images_of({"image": name}, source)
+        assert images == [] and "--image_sources local" in error
 
 
 def test_only_the_user_says_where_names_may_lead(folder):
@@ -174,7 +174,7 @@ def test_json_of_messages_and_of_questions_is_read_too(folder):
     rows = [{"file": "a.png", "q": "Q?", "a": ["x", "y", "y"]}]
     columns = {"image_column": "file", "question_column": "q", "answers_column": "a"}
     sample = mixture(write_json(folder, rows), **columns)[0]
-    assert sample["messages"] == messages(("Q?", "y")) and sample["image"] == f"{folder}/a.png"
+    assert sample["messages"] == messages(("Q?", "y")) and sample["images"] == [f"{folder}/a.png"]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_each_format_of_tables_gives_the_same_messages(tmp_path, form, is_stream
     source = Source(path, turns=None, streaming=is_stream, **fields)
     [sample] = Stream([source], 0) if is_stream else Mixture([source], 0)
     assert sample["messages"] == expected
-    assert sample["image"] == png(0) and sample["source"] == "table"
+    assert sample["images"] == [png(0)] and sample["source"] == "table"
 
 
 def test_a_sequence_of_dicts_is_read_as_a_list(tmp_path):

@@ -71,7 +71,7 @@ def test_json_that_is_not_whole_is_refused_wherever_it_ends(tmp_path):
 def test_images_are_looked_for_in_the_image_folder(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     path = write_json(elsewhere, llava_rows(2))
-    assert mixture(path, image_folder=str(folder))[0]["image"] == f"{folder}/a.png"
+    assert mixture(path, image_folder=str(folder))[0]["images"] == [f"{folder}/a.png"]
     with pytest.raises(ValueError, match=rf"None of the first 2 images of data exists.*at {elsewhere}/a\.png\. .*--image_folder"):  # fmt: skip  # noqa: E501
         mixture(path)
 
@@ -82,18 +82,29 @@ def test_a_few_missing_images_do_not_stop_the_reading(folder):
     assert len(mixture(write_json(folder, rows))) == 3
 
 
-def test_rows_without_an_image_are_left_out_and_counted(folder, capsys):
-    rows = llava_rows(4)
+def test_rows_that_speak_of_images_they_have_not_are_left_out_and_counted(folder, capsys):
+    rows = llava_rows(7)
     del rows[0]["image"]
-    rows[2]["image"] = ["a.png", "b.png"]
-    rows[3]["image"] = ["b.png"]
+    del rows[1]["image"]
+    rows[1]["conversations"][0]["value"] = "<image>\nWhat?"
+    rows[2]["image"] = None
+    rows[3]["image"] = ["a.png", "b.png"]
+    rows[4]["image"] = ["a.png", None]
+    rows[5]["image"] = ["b.png"]
+    rows[6]["image"] = []
     samples = by_id(mixture(write_json(folder, rows)))
-    assert [(sample["id"], sample["image"]) for sample in samples] == [
-        ("row-1", f"{folder}/a.png"),
-        ("row-3", f"{folder}/b.png"),
+    assert [(sample["id"], sample["images"]) for sample in samples] == [
+        ("row-0", []),
+        ("row-5", [f"{folder}/b.png"]),
+        ("row-6", []),
     ]
-    assert capsys.readouterr().out == "data: 2 of 4 rows left out for not having exactly one image.\n"
-    with pytest.raises(ValueError, match=r"None of the 1 rows of .* has exactly one image"):
+    assert capsys.readouterr().out == (
+        "data: 4 of 7 rows left out: 1 whose marks of images (<image>) are not as many as their images; 2 whose image "
+        "is null; 1 with more images than the model takes (max_images=1).\n"
+    )
+    with pytest.raises(ValueError, match=r"None of the 1 rows of .* can be used: 1 whose image is null\."):
+        mixture(write_json(folder, rows[2:3]))
+    with pytest.raises(ValueError, match=r"None of the 1 rows of .* has an image \(field 'image'\).*--image_column"):
         mixture(write_json(folder, rows[:1]))
 
 
@@ -103,18 +114,27 @@ def test_rows_without_an_image_are_left_out_and_counted(folder, capsys):
 def test_images_in_tables_may_be_paths_or_bytes(folder):
     rows = {"messages": [messages(("Q?", "A"))]}
     path = write_table(folder, "paths", image=["a.png"], **rows)
-    assert mixture(path, image_folder=str(folder))[0]["image"] == f"{folder}/a.png"
+    assert mixture(path, image_folder=str(folder))[0]["images"] == [f"{folder}/a.png"]
     with pytest.raises(ValueError, match="None of the first 1 images of paths exists"):
         mixture(path, image_folder=str(folder / "wrong"))
-    assert mixture(write_table(folder, "bytes", image=[png(3)], **rows))[0]["image"] == png(3)
+    assert mixture(write_table(folder, "bytes", image=[png(3)], **rows))[0]["images"] == [png(3)]
 
 
-def test_a_broken_image_is_not_opened_and_none_or_several_are_none(tmp_path):
-    column = [[{"bytes": b"broken", "path": None}], [], images(0, 1)]
-    path = image_table(
-        tmp_path, image_column="images", is_list=True, images=column, messages=[messages(("Q", "A"))] * 3
-    )
-    assert [sample["image"] for sample in by_id(mixture(path))] == [b"broken", None, None]
+@pytest.mark.parametrize("max_images", [1, 2])
+def test_a_broken_image_is_not_opened_and_too_many_are_left_out_and_counted(tmp_path, capsys, max_images):
+    column = [[{"bytes": b"broken", "path": None}], images(0, 1), [], images(1, None), images(0, 1, 2), None]
+    rows = {"images": column, "messages": [messages(("Q", "A"))] * 6}
+    path = image_table(tmp_path, image_column="images", is_list=True, **rows)
+    samples = by_id(Mixture([Source(path)], 0, max_images))
+    found = {sample["id"]: (sample["images"], sample.get("error")) for sample in samples}
+    assert found.pop("0") == ([b"broken"], None) and found.pop("2") == ([], None)
+    for row in ("3", "5")[2 - max_images :]:
+        images_found, error = found.pop(row)
+        assert images_found == [] and "names an image that is null" in error
+    assert found == ({} if max_images == 1 else {"1": ([png(0), png(1)], None)})
+    left_out = {1: 3, 2: 1}[max_images]
+    said = f"{left_out} of 6 rows left out: {left_out} with more images than the model takes (max_images={max_images})."
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["split", "parquet", "folder"])

@@ -60,8 +60,8 @@ def write_table(folder, name: str = "table", **columns) -> str:
     return str(folder / name)
 
 
-def images(*seeds: int) -> list[dict]:
-    return [{"bytes": png(seed), "path": None} for seed in seeds]
+def images(*seeds: int | None) -> list[dict | None]:
+    return [None if seed is None else {"bytes": png(seed), "path": None} for seed in seeds]
 
 
 def image_table(folder, name: str = "table", image_column: str = "image", is_list: bool = False, **columns) -> str:

@@ -147,6 +147,15 @@ class PheyeConfig(PreTrainedConfig):
             stages = self.high_res_vision_config.stage_names[-len(self.high_res_fusion_layers) :]
             self.high_res_vision_config.out_features = stages
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As the library's, which sets `kwargs` after all checks: Pheye's own fields are checked like those of the
+        dict."""
+        own = [name for name in cls.__annotations__ if name in kwargs]
+        # A dict for a part changes some of its fields; the library sees to that.
+        own = [name for name in own if not (isinstance(kwargs[name], dict) and config_dict.get(name) is not None)]
+        return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in own}}, **kwargs)
+
     def to_diff_dict(self) -> dict:
         """What is saved: without settings of what the model has not."""
         without = {"canvases": None, "max_images": 1, "high_res_vision_config": None, "high_res_fusion_layers": None}

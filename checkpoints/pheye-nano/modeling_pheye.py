@@ -957,10 +957,13 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
-        if not is_first_iteration and inputs.get("use_cache", True):
+        if not is_first_iteration and inputs.get("use_cache", True) and self._holds_image(inputs.get(CACHE)):
             for name in IMAGE_INPUTS:
                 inputs.pop(name, None)
         return inputs
+
+    def _holds_image(self, cache: Cache | None) -> bool:
+        return cache is not None and self.pheye.image_caches(cache)[0].is_initialized
 
     def _get_candidate_generator(self, generation_config, model_kwargs, assistant_model=None, **kwargs):
         if generation_config.assistant_early_exit is not None:
@@ -971,9 +974,16 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, GenerationMixin):
                 f"The assistant has {positions} positions, but the text may get {generation_config.max_length} tokens "
                 "long; give a smaller max_new_tokens, or another assistant."
             )
-        if assistant_model is not None and "image" not in assistant_model.input_modalities:
-            # An assistant that only reads text guesses without the image; this model corrects it.
+        if assistant_model is not None:
+            # An assistant that only reads text guesses without the image; this model corrects it. One that sees gets
+            # features of its own, for pixels do not reach its first pass, which is no first iteration to the library.
+            images = {name: model_kwargs.get(name) for name in (*PIXELS, "image_grids")}
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IMAGE_INPUTS}
+            if assistant_model.config.model_type == self.config.model_type and images["pixel_values"] is not None:
+                if assistant_model.config.high_res_vision_config is None:
+                    images["high_res_pixel_values"] = None
+                features, _ = assistant_model.pheye.image_features(None, **images)
+                model_kwargs.update(image_hidden_states=features, image_grids=images["image_grids"])
         generator = super()._get_candidate_generator(
             generation_config=generation_config, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )

@@ -224,6 +224,8 @@ class PheyeProcessor(ProcessorMixin):
         # The Auto classes would ask whether to trust the folder's code, which is not needed: ours is here. For the
         # same reason the tokenizer is given a config; it asks for the model's type and nothing else.
         image_processor = PheyeImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        of_images = image_processor.valid_kwargs.__annotations__  # a tokenizer would keep them, and save them
+        kwargs = {name: value for name, value in kwargs.items() if name not in of_images}
         kwargs = {**kwargs, "config": PheyeConfig(), "trust_remote_code": kwargs.get("trust_remote_code") or False}
         return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
 

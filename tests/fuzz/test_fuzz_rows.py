@@ -86,9 +86,9 @@ def test_no_word_is_lost_no_name_leads_out_and_no_other_error_is_raised(tmp_path
         except InputError as error:
             assert str(error)
             return
-        if len(samples) == 1:  # the row has none or several images, and was left out
+        if len(samples) == 1:  # the row has several images, or speaks of one and has none, and was left out
             return
-        for image in [sample["image"] for sample in samples]:
+        for image in [image for sample in samples for image in sample["images"]]:
             if isinstance(image, str) and not image.startswith("data:"):
                 assert Path(os.path.realpath(image)).is_relative_to(os.path.realpath(folder))
         if kind == "messages":  # nor an image beside the row's own
