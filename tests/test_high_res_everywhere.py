@@ -447,15 +447,14 @@ def test_frozen_bfloat16_and_trained_float32_train_under_autocast(backbone, also
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_of_the_vision_tower_alone(reentrant):
+def test_gradient_checkpointing_of_the_vision_tower_alone():
     """`pheye train --vision_gradient_checkpointing`."""
 
     def gradients(checkpointed: bool) -> dict[str, torch.Tensor]:
         model = hybrid_model(lora_dropout=0.0)
         names = choose_trained(model, train=["high_res_tower"])
         if checkpointed:
-            model.pheye.vision_tower.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.pheye.vision_tower.gradient_checkpointing_enable()
         model.train()(**learnt()).loss.backward()
         return {name: model.get_parameter(name).grad for name in names}
 
