@@ -366,7 +366,7 @@ def train(
     eyes = Eyes(nano_config())
     has_branch = start is not None and begin_with(eyes, start)
     skipped = HARD if has_branch else 0  # eyes that read need no easy pictures
-    alone = ALONE if start is None else 0
+    alone = 0 if has_branch else ALONE
     eyes.to(device)
     trained = nn.ModuleList([eyes.pheye.vision_layers(), eyes.pheye.high_res_tower, eyes.pheye.fusion_blocks])
     optimizers = optimizers_for(eyes, trained, *RATES)

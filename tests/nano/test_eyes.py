@@ -170,6 +170,7 @@ def test_a_tower_that_is_given_without_a_branch_is_frozen(toy, draws, tmp_path, 
     eyes.save(tmp_path, eyes.Eyes(eyes.nano_config()), (), 1)
     given = load_file(tmp_path / eyes.EYES)
     eyes.save_file({name: one for name, one in given.items() if "vision_tower" in name}, tmp_path / "tower")
+    monkeypatch.setattr(eyes, "ALONE", 0)
     draws(1)
     eyes.train(tmp_path / "new branch", 1e9, echoes=1, start=tmp_path / "tower")
     eyes.train(tmp_path / "both", 1e9, echoes=1, start=tmp_path / eyes.EYES)
