@@ -58,9 +58,7 @@ ECHOES = 2  # times that a picture is used, its colours changed
 NOTHING_WEIGHT, NO_SHAPE_WEIGHT = 0.15, 0.01  # of columns without a letter and patches without a shape, most of all
 RATES = 3e-3, 1.5e-3  # of matrices by Muon, and of everything else by AdamW
 WARMUP = 100  # steps
-ALONE = (
-    600  # pictures at first from which only the branch learns: a third of the time, and convolutions find letters soon
-)
+ALONE = 600  # pictures at first from which only the branch learns, in less than half of the time
 FALL = 0.3  # share of the minutes over which the learning rate falls to 0
 SAVE_EVERY, LOG_EVERY = 8, 2  # minutes
 TEST_PICTURES = 24
@@ -316,8 +314,10 @@ def load(output: Path, eyes: Eyes, optimizers: tuple) -> int:
     return 0
 
 
-def begin_with(eyes: Eyes, start: Path):
-    """Take weights from a Pheye's, or from those that another run wrote; a branch that it lacks begins from nothing.
+def begin_with(eyes: Eyes, start: Path) -> bool:
+    """Take weights from a Pheye's, or from those that another run wrote; whether it has a branch.
+
+    Beside a branch that begins from nothing the tower is frozen: it would forget how to read.
 
     Raises:
         InputError: if it holds other parts, or parts of other sizes.
@@ -331,6 +331,8 @@ def begin_with(eyes: Eyes, start: Path):
     if mismatched:
         raise InputError(f"{start} is of other sizes: {mismatched[0]} is {tuple(weights[mismatched[0]].shape)}.")
     eyes.load_state_dict({**eyes.state_dict(), **weights})
+    eyes.pheye.vision_tower.requires_grad_(not lacking)
+    return not lacking
 
 
 def learn(eyes: Eyes, optimizers: tuple, inputs: tuple, labels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -364,25 +366,25 @@ def train(
     claim(output, seed=seed, together=together, echoes=echoes, start=start)
     torch.manual_seed(seed)
     eyes = Eyes(nano_config())
-    if start is not None:
-        begin_with(eyes, start)
+    has_branch = start is not None and begin_with(eyes, start)
+    skipped = HARD if has_branch else 0  # eyes that read need no easy pictures
+    alone = 0 if has_branch else ALONE
     eyes.to(device)
     trained = nn.ModuleList([eyes.pheye.vision_layers(), eyes.pheye.high_res_tower, eyes.pheye.fusion_blocks])
     optimizers = optimizers_for(eyes, trained, *RATES)
     draws = load(output, eyes, optimizers)
-    skipped = HARD if start else 0  # eyes that read need no easy pictures
     sums, steps, logged, saved = {}, 0, time.time(), time.time()
     for arrays in drawn(draws, seed, skipped, together, workers):
         views, tiles, *labels, is_page = (array.to(device) for array in arrays)
         seen = skipped + draws * together  # pictures
         inverted = 0.5 * (1 - ease_of(seen))  # dark letters come first
-        first = 0 if seen < ALONE else echoes * max(0, math.ceil((ALONE - skipped) / together))  # step of this part
+        first = 0 if seen < alone else echoes * math.ceil(alone / together)  # step of this part
         for echo in range(echoes):
             step = draws * echoes + echo
             set_learning_rates(optimizers, learning_rate_share(step - first, (time.time() - began) / (60 * minutes)))
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             inputs = prepared(views, tiles, is_page, generator, inverted)
-            losses = learn(eyes, optimizers, (None if seen < ALONE else inputs[0], inputs[1]), labels)
+            losses = learn(eyes, optimizers, (None if seen < alone else inputs[0], inputs[1]), labels)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
             steps += 1

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import datasets
 import pytest
@@ -22,7 +23,7 @@ from test_quantization import TOLERANCES, difference, linears, quantized_modules
 from test_quantization import load as load_quantized
 from test_remote_code import HIDE, superfluous_packages
 from torch import nn
-from transformers import AutoModelForCausalLM, ConvNextBackbone, Trainer, TrainingArguments, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, ConvNextBackbone, Trainer, TrainingArguments, pipeline
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
 from pheye.answering import ask, caption
@@ -447,15 +448,14 @@ def test_frozen_bfloat16_and_trained_float32_train_under_autocast(backbone, also
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_of_the_vision_tower_alone(reentrant):
+def test_gradient_checkpointing_of_the_vision_tower_alone():
     """`pheye train --vision_gradient_checkpointing`."""
 
     def gradients(checkpointed: bool) -> dict[str, torch.Tensor]:
         model = hybrid_model(lora_dropout=0.0)
         names = choose_trained(model, train=["high_res_tower"])
         if checkpointed:
-            model.pheye.vision_tower.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.pheye.vision_tower.gradient_checkpointing_enable()
         model.train()(**learnt()).loss.backward()
         return {name: model.get_parameter(name).grad for name in names}
 
@@ -703,6 +703,37 @@ def test_a_plain_model_becomes_a_hybrid_one_that_learns(data, tmp_path):
     for name, weight in trained.state_dict().items():
         assert torch.equal(tuned.pheye.high_res_tower.state_dict()[name], weight), name
     assert not torch.equal(tuned(**batch).logits, blind(tuned)(**batch).logits)
+
+
+@pytest.mark.slow
+def test_the_example_makes_a_hybrid_model_whose_pixels_are_the_backbones(tmp_path):
+    randomize(AutoModel.from_config(tiny_vision_config(num_hidden_layers=5))).save_pretrained(tmp_path / "vision")
+    (tmp_path / "vision" / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "CLIPImageProcessor", "image_mean": [0.1] * 3, "image_std": [0.2] * 3})
+    )
+    randomize(AutoModelForCausalLM.from_config(tiny_text_config())).save_pretrained(tmp_path / "text")
+    tiny_tokenizer().save_pretrained(tmp_path / "text")
+    backbone = randomize(ConvNextBackbone(copy.deepcopy(BACKBONES["convnext"])))
+    backbone.save_pretrained(tmp_path / "backbone")
+    (tmp_path / "backbone" / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ConvNextImageProcessor", "image_mean": [0.3] * 3, "image_std": [0.4] * 3})
+    )
+    example = Path(__file__).parent.parent / "examples" / "new_model.py"
+    parts = {"--vision": "vision", "--language_model": "text", "--high_res": "backbone", "--output": "out"}
+    options = [word for name, folder in parts.items() for word in (name, str(tmp_path / folder))]
+    done = subprocess.run(
+        [sys.executable, example, *options, "--tiles_per_side", "2", "--interval", "2"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    model = PheyeForConditionalGeneration.from_pretrained(tmp_path / "out")
+    processor = PheyeProcessor.from_pretrained(tmp_path / "out")
+    assert list(processor.image_processor.high_res_image_mean) == [0.3] * 3
+    assert list(processor.image_processor.image_mean) == [0.1] * 3
+    trained = sum(model.get_parameter(name).numel() for name in choose_trained(model))
+    assert f"of which {trained:,} train" in done.stdout
+    weight = "embeddings.patch_embeddings.weight"
+    assert torch.equal(model.pheye.high_res_tower.get_parameter(weight), backbone.get_parameter(weight))
+    assert by_hand(model.eval(), processor, tiny_image(), "What?", max_new_tokens=2) is not None
 
 
 @pytest.mark.parametrize(

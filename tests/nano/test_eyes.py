@@ -142,7 +142,7 @@ def test_a_pheye_with_these_weights_has_the_states_that_were_trained(toy, tmp_pa
     lacking = whole.load_state_dict(weights, strict=False)
     assert not lacking.unexpected_keys
     assert not {name.split(".")[1] for name in lacking.missing_keys} & set(eyes.PARTS)
-    eyes.begin_with(model, tmp_path / eyes.EYES)
+    assert eyes.begin_with(model, tmp_path / eyes.EYES)
     views, tiles = eyes.towers_pixels(*batch()[:2])
     with torch.no_grad():
         expected = model.heads(whole.pheye.encode_views(views, tiles).last_hidden_state[:, 1:])
@@ -154,7 +154,7 @@ def test_a_start_may_lack_the_branch_but_not_the_tower(toy, tmp_path):
     parts = model.parts()
     tower = {name: 1 + weight for name, weight in parts.items() if "vision_tower" in name}
     eyes.save_file(tower, tmp_path / "tower.safetensors")
-    eyes.begin_with(model, tmp_path / "tower.safetensors")
+    assert not eyes.begin_with(model, tmp_path / "tower.safetensors")
     assert all(torch.equal(model.parts()[name], tower.get(name, weight)) for name, weight in parts.items())
     eyes.save_file({"pheye.other": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="lacks weights of fusion_blocks, high_res_tower, vision_tower"):
@@ -163,6 +163,23 @@ def test_a_start_may_lack_the_branch_but_not_the_tower(toy, tmp_path):
     eyes.save_file({**tower, name: torch.ones(7)}, tmp_path / "larger.safetensors")
     with pytest.raises(InputError, match=rf"{name} is \(7,\)"):
         eyes.begin_with(model, tmp_path / "larger.safetensors")
+
+
+def test_a_tower_that_is_given_without_a_branch_is_frozen(toy, draws, tmp_path, monkeypatch):
+    monkeypatch.setattr(eyes, "accuracies", lambda *_: {})
+    eyes.save(tmp_path, eyes.Eyes(eyes.nano_config()), (), 1)
+    given = load_file(tmp_path / eyes.EYES)
+    eyes.save_file({name: one for name, one in given.items() if "vision_tower" in name}, tmp_path / "tower")
+    monkeypatch.setattr(eyes, "ALONE", 0)
+    draws(1)
+    eyes.train(tmp_path / "new branch", 1e9, echoes=1, start=tmp_path / "tower")
+    eyes.train(tmp_path / "both", 1e9, echoes=1, start=tmp_path / eyes.EYES)
+    for run, is_frozen in (("new branch", True), ("both", False)):
+        found = load_file(tmp_path / run / eyes.EYES)
+        name = next(name for name in given if name.endswith("layers.0.mlp.fc1.weight"))
+        assert torch.equal(found[name], given[name]) == is_frozen
+        name = next(name for name in given if "fusion_blocks" in name and "mlp_out.weight" in name)
+        assert not torch.equal(found[name], given[name])
 
 
 # --- Data ---
