@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from pheye import PheyeForConditionalGeneration
+from pheye.generation_pheye import PheyeGenerationMixin
 from pheye.layers_pheye import CACHE
 
 from tiny import randomize, tiny_image, tiny_model, tiny_processor, tiny_text_config
@@ -91,7 +92,7 @@ def test_beams_equal_those_of_repeated_images(model, questions, options, monkeyp
     arguments = {**GREEDY, "num_beams": 3, "num_return_sequences": 2, "output_scores": True}
     beams = model.generate(**questions, **arguments, return_dict_in_generate=True, **options)
     # The library's own expansion: one row of pixels per beam, encoded anew.
-    monkeypatch.delattr(PheyeForConditionalGeneration, "_expand_inputs_for_generation")
+    monkeypatch.delattr(PheyeGenerationMixin, "_expand_inputs_for_generation")
     expected = model.generate(**questions, **arguments, return_dict_in_generate=True, use_cache=False)
     assert torch.equal(beams.sequences, expected.sequences)
     assert torch.allclose(beams.sequences_scores, expected.sequences_scores, atol=1e-4)
@@ -555,4 +556,4 @@ def test_generation_mixin_still_calls_what_we_override():
         "_get_candidate_generator",
     ):
         assert f"self.{hook}(" in source
-        assert hook in vars(PheyeForConditionalGeneration)
+        assert hook in vars(PheyeGenerationMixin)

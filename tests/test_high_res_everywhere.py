@@ -30,7 +30,7 @@ from pheye.answering import ask, caption
 from pheye.benchmarks import quantization
 from pheye.evaluation import attention, evaluate
 from pheye.evaluation.word_attention import answer_with_attention
-from pheye.modeling_pheye import PIXELS
+from pheye.generation_pheye import PIXELS
 from pheye.pipeline_pheye import PheyeImageToTextPipeline
 from pheye.training import train
 from pheye.training.checkpoints import last_checkpoint
