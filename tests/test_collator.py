@@ -201,7 +201,7 @@ def test_every_image_input_is_in_the_batch_by_the_name_that_the_image_processor_
 
         def __call__(self, images, **kwargs):
             inputs = super().__call__(images, **kwargs)
-            inputs["sizes"] = torch.tensor([[0, 0] if isinstance(image, str) else image.size for image in images])
+            inputs["sizes"] = torch.tensor([[0, 0] if isinstance(image, str) else image.size for [image] in images])
             return inputs
 
     processor = tiny_processor()

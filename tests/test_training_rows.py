@@ -133,7 +133,9 @@ def test_a_broken_image_is_not_opened_and_too_many_are_left_out_and_counted(tmp_
         assert images_found == [] and "names an image that is null" in error
     assert found == ({} if max_images == 1 else {"1": ([png(0), png(1)], None)})
     left_out = {1: 3, 2: 1}[max_images]
-    said = f"{left_out} of 6 rows left out: {left_out} with more images than the model takes (max_images={max_images})."
+    said = (
+        f"{left_out} of 6 rows left out: {left_out} with more images than the model takes (max_images={max_images})."
+    )
     assert said in capsys.readouterr().out
 
 

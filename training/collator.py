@@ -11,7 +11,6 @@ from ..common.images import tried
 from ..image_processing_pheye import pad_rows
 
 IGNORED = -100  # the label of a token that is not learnt
-NO_IMAGE = "It has no image, or several; Pheye sees exactly one."
 
 
 def encode(processor, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
@@ -50,9 +49,12 @@ class PheyeCollator:
     and what the image processor gives for the images, by its names (pixel_values); beside them `seen`, the number of
     samples, and `skipped`, a list of {"id", "source", "error"}.
 
-    A sample whose image is missing or broken is skipped: it keeps its row, with a black image and without labels, so
-    that batches have the same size in all processes and no other sample counts twice. If all are skipped, no label of
-    the batch is left.
+    A sample of which an image is missing or broken is skipped: it keeps its row, with a black image and without
+    labels, so that batches have the same size in all processes and no other sample counts twice. If all are skipped,
+    no label of the batch is left.
+
+    Samples without images are text. A batch of nothing else has a row more, with a black image and without labels, so
+    that all that trains has a gradient in every step and process, if one of 0.
 
     Args:
         max_length: tokens of a row; what exceeds it is cut off at the end.
@@ -67,13 +69,17 @@ class PheyeCollator:
 
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
         rows = [self.encode_sample(sample) for sample in samples]
-        image_inputs, errors = self.open_images([sample["image"] for sample in samples])
-        errors = [sample.get("error", error) for sample, error in zip(samples, errors, strict=True)]
+        images = [[black()] if "error" in sample else sample["images"] for sample in samples]
+        if not any(images):
+            rows.append(([self.processor.tokenizer.eos_token_id], [IGNORED]))
+            images.append([black()])
+        image_inputs, errors = self.open_images(images)
+        errors = [sample.get("error", error) for sample, error in zip(samples, errors, strict=False)]
         # On the right: positions count from the row's beginning in language models that learn them, too.
         padded = {"padding_side": "right", "return_tensors": "pt"}
         batch = self.processor.tokenizer.pad({"input_ids": [ids for ids, _ in rows]}, **padded)
         labels = torch.full_like(batch["input_ids"], IGNORED)  # (B, T)
-        for row, ((_, row_labels), error) in enumerate(zip(rows, errors, strict=True)):
+        for row, ((_, row_labels), error) in enumerate(zip(rows, errors, strict=False)):
             if error is None:
                 labels[row, batch["attention_mask"][row].bool()] = torch.tensor(row_labels)
         return {
@@ -103,25 +109,29 @@ class PheyeCollator:
             )
         return ids, labels
 
-    def open_images(self, images: list) -> tuple[dict[str, torch.Tensor], list[str | None]]:
-        """The model's image inputs by name, those of a black image where one cannot be read, and what is wrong with
-        each image."""
+    def open_images(self, images: list[list]) -> tuple[dict[str, torch.Tensor], list[str | None]]:
+        """The model's inputs for the images of each row, by name, those of a black image where one of them cannot be
+        read; and what is wrong with the images of each row."""
         image_processor = self.processor.image_processor
-        names = image_processor.model_input_names
-        if all(image is not None for image in images):
-            opened, error = tried(partial(image_processor, images, return_tensors="pt"))
-            if error is None:
-                return {name: opened[name] for name in names}, [None] * len(images)
-        rows, errors = [], []  # one by one, then
-        for image in images:
-            opened, error = None, NO_IMAGE
-            if image is not None:
-                opened, error = tried(partial(image_processor, [image], return_tensors="pt"))
-            if error is not None:
-                opened = image_processor([Image.new("RGB", (8, 8))], return_tensors="pt")
-            rows.append({name: opened[name][0] for name in names})
+        opened, error = tried(partial(image_processor, images, return_tensors="pt"))
+        if error is None:
+            return dict(opened), [None] * len(images)
+        # One by one, then: each beside a row without images if there is any, so that all have grids or none has.
+        beside = [] if all(images) else [[]]
+        placeholder = image_processor([[black()], *beside], return_tensors="pt")
+        rows, errors = [], []
+        for own in images:
+            opened, error = None, None
+            if own:
+                opened, error = tried(partial(image_processor, [own, *beside], return_tensors="pt"))
+            values = {name: tensor[0] for name, tensor in (opened or placeholder).items()}
+            rows.append(values if own else {name: tensor[:0] for name, tensor in values.items()})
             errors.append(error)
         return pad_rows(rows), errors
+
+
+def black() -> Image.Image:
+    return Image.new("RGB", (8, 8))
 
 
 def name_of(sample: dict) -> str:

@@ -22,6 +22,7 @@ IMAGE_COLUMNS = ("image", "images")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
+MARK = "<image>"  # says in a question where an image stands
 PART_SOURCES = ("image", "path", "url", "base64", "image_url")  # of an image in a chat message
 WORDS = {str: "a text", bool: "true or false", int: "an integer", float: "a number"}
 
@@ -95,10 +96,10 @@ class Source:
 
 class Row(NamedTuple):
     """A row of any format: each turn is a question and the answers to it that one may be drawn from; `error` says why
-    its image may not be opened."""
+    it cannot be used, and then it has no images. Of several images, each has its mark in a question."""
 
     id: str
-    image: str | bytes | None
+    images: list[str | bytes]
     system: str | None
     turns: list[tuple[str, list[str]]]
     error: str | None = None
@@ -117,8 +118,8 @@ class TurnsOf:
     def __init__(self, columns: list[str], source: Source):
         self.columns, self.source = columns, source
 
-    def __call__(self, row: dict) -> tuple[str | None, list[tuple[str, list[str]]]]:
-        """The system message, if there is one, and the turns."""
+    def __call__(self, row: dict, mark: str = "") -> tuple[str | None, list[tuple[str, list[str]]]]:
+        """The system message, if there is one, and the turns; `mark` stands for parts that are images."""
         cells = [as_list(row.get(column)) for column in self.columns]
         match self.columns[0]:
             case _ if self.source.answers_column:
@@ -126,7 +127,7 @@ class TurnsOf:
             case "conversations":
                 return paired([(part["from"], part["value"]) for part in cells[0]])
             case "messages":
-                return paired([(part["role"], text_of(part["content"])) for part in cells[0]])
+                return paired([(part["role"], text_of(part["content"], mark)) for part in cells[0]])
             case "texts":
                 return None, [(part["user"], [part["assistant"]]) for part in cells[0]]
 
@@ -158,7 +159,7 @@ def find_image_column(columns: list[str], source: Source) -> str:
             return column
     raise InputError(
         f"{source.path} ({source.name}) has neither a column `image` nor `images`, but {', '.join(columns)}; name the "
-        "one that holds the images with --image_column."
+        "one that holds the images with --image_column. Rows of text alone need a column `images` of empty lists."
     )
 
 
@@ -169,13 +170,13 @@ def unknown_column(option: str, column: str, columns: list[str], source: Source)
     )
 
 
-def text_of(content: str | list[dict]) -> str:
+def text_of(content: str | list[dict], mark: str = "") -> str:
     """The text of a message: a string, or the text parts of a list."""
-    return "".join(map(text_of_part, content)) if isinstance(content, list) else content
+    return "".join(text_of_part(part, mark) for part in content) if isinstance(content, list) else content
 
 
-def text_of_part(part: dict) -> str:
-    """The text of a part of a message; none if it only marks the place of the row's image.
+def text_of_part(part: dict, mark: str = "") -> str:
+    """The text of a part of a message; `mark` if it only marks the place of an image of the row.
 
     Raises:
         ValueError: if it is anything else, which would be left out.
@@ -184,10 +185,10 @@ def text_of_part(part: dict) -> str:
     if part.get("type") == "text" and isinstance(text, str):
         return text
     if part.get("type") == "image" and not text and others == [None] * len(others):
-        return ""
+        return mark
     raise ValueError(
         f"a message has the part {str(part)[:200]}, which is neither a text nor {{'type': 'image'}}, which stands for "
-        "the image of the row"
+        "an image of the row"
     )
 
 
@@ -222,21 +223,49 @@ def most_frequent(answers: list[str]) -> str | None:
     return Counter(answers).most_common(1)[0][0] if answers else None
 
 
-def read_row(row: dict, number: int | str, turns_of: TurnsOf, source: Source) -> Row:
+def read_row(row: dict, number: int | str, turns_of: TurnsOf, source: Source, max_images: int = 1) -> Row:
     """A row of any format.
 
     Raises:
         InputError: as `read_turns`.
     """
-    row_id, system, turns = read_turns(row, number, turns_of, source)
-    image, error = image_of(row, source)
-    return Row(row_id, image, system, turns, error)
+    images, error = images_of(row, source)
+    count = len(images) if error is None else 1
+    row_id, system, turns = read_turns(row, number, turns_of, source, count)
+    error = error or misfit(count, system, turns, max_images)
+    if error is not None:
+        turns = [(without_marks(question), answers) for question, answers in turns]
+    elif count > 1:
+        turns = with_all_marks(turns, count)
+    return Row(row_id, [] if error else images, system, turns, error)
+
+
+def misfit(images: int, system: str | None, turns: list[tuple[str, list[str]]], max_images: int) -> str | None:
+    """Why a row with so many images cannot be used, if it cannot; its questions have their marks."""
+    if images > max_images:
+        return f"It has {images} images, and the model takes {max_images} (max_images)."
+    marks = sum(question.count(MARK) for question, _ in turns)
+    if images == 0:
+        texts = [system or "", *(text for question, answers in turns for text in (question, *answers))]
+        return "It speaks of an image, but has none." if any(MARK in text for text in texts) else None
+    if images > 1 and marks not in (0, images):
+        return f"Its questions have {marks} marks of an image ({MARK}), but it has {images} images."
+    return None
+
+
+def with_all_marks(turns: list[tuple[str, list[str]]], images: int) -> list[tuple[str, list[str]]]:
+    """The turns with a mark for each of several images: without any, all are in front of the first question."""
+    if any(MARK in question for question, _ in turns):
+        return turns
+    question, answers = turns[0]
+    return [(MARK * images + question, answers), *turns[1:]]
 
 
 def read_turns(
-    row: dict, number: int | str, turns_of: TurnsOf, source: Source
+    row: dict, number: int | str, turns_of: TurnsOf, source: Source, images: int = 1
 ) -> tuple[str, str | None, list[tuple[str, list[str]]]]:
-    """The id of a row of any format, its system message and its turns.
+    """The id of a row of any format, its system message and its turns. Questions keep the marks of images unless the
+    row has one image, which needs none.
 
     Raises:
         InputError: if it has no answer, or is not as its format says; the message names it.
@@ -244,16 +273,15 @@ def read_turns(
     row_id = str(number if row.get("id") is None else row["id"])
     try:
         try:
-            system, turns = turns_of(row)
+            system, turns = turns_of(row, "" if images == 1 else MARK)
         except (AttributeError, KeyError, TypeError) as error:
             cell = json.dumps({column: row.get(column) for column in turns_of.columns}, default=str)
             raise ValueError(f"it does not have the form that docs/training.md gives, but is {cell[:300]}") from error
-        turns = [
-            (without_marks(question), [check_answer(answer) for answer in answers]) for question, answers in turns
-        ]
+        read = without_marks if images == 1 else with_marks
+        turns = [(read(question), [check_answer(answer) for answer in answers]) for question, answers in turns]
         if not turns or not all(answers for _, answers in turns):
             raise ValueError("it has no answer")
-        if not source.caption and not source.prompt and not all(question for question, _ in turns):
+        if not source.caption and not source.prompt and not all(without_marks(question) for question, _ in turns):
             raise ValueError("it has an empty question; `prompt` or `caption` can stand in its place")
     except ValueError as error:
         raise InputError(f"Sample {row_id!r} of {source.name} cannot be used: {error}.") from error
@@ -279,25 +307,44 @@ def check_text(text: str) -> str:
 
 def without_marks(question: str) -> str:
     """A question without the marks that say where other models put the image."""
+    return re.sub(r"<image>\n|\n<image>|<image>", "", with_marks(question)).strip()
+
+
+def with_marks(question: str) -> str:
     if not isinstance(question, str):
         raise ValueError(f"it has the question {question!r}, which is no text")
-    return check_text(re.sub(r"<image>\n|\n<image>|<image>", "", question).strip())
+    return check_text(question.strip())
 
 
-def named_image(row: dict, source: Source) -> str | bytes | None:
-    """What a row names as its one image; None where it has none, or several."""
-    columns = (source.image_column,) if source.image_column else IMAGE_COLUMNS
+def image_columns(source: Source) -> tuple[str, ...]:
+    return (source.image_column,) if source.image_column else IMAGE_COLUMNS
+
+
+def named_images(row: dict, source: Source) -> list[str | bytes | None]:
+    """What a row names as its images; None stands for one that is null, or no image. A row without images lacks the
+    field, or has an empty list in it."""
+    cells = [row[column] for column in image_columns(source) if column in row]
+    cell = as_list(next((cell for cell in cells if cell), cells[0] if cells else []))
+    if not isinstance(cell, list):
+        cell = [cell]
     try:
-        return encoded(next((row[column] for column in columns if row.get(column)), None)) or None
-    except ValueError:  # there are several
-        return None
+        return [encoded(image) or None for image in cell]
+    except ValueError:  # a list of several in the list
+        return [None]
 
 
-def image_of(row: dict, source: Source) -> tuple[str | bytes | None, str | None]:
-    """The path, URL or encoded bytes of the one image of a row, if it has one and it may be opened; and if it may not,
-    why."""
-    image = named_image(row, source)
-    if not isinstance(image, (str, bytes, NoneType)):
+def images_of(row: dict, source: Source) -> tuple[list[str | bytes], str | None]:
+    """The paths, URLs or encoded bytes of the images of a row, if they may be opened; and if one may not, why."""
+    found = [image_of(image, source) for image in named_images(row, source)]
+    error = next((error for _, error in found if error is not None), None)
+    return ([] if error else [image for image, _ in found]), error
+
+
+def image_of(image: str | bytes | None, source: Source) -> tuple[str | bytes | None, str | None]:
+    """The path, URL or encoded bytes of an image that a row names, if it may be opened; and if it may not, why."""
+    if image is None:
+        return None, "It names an image that is null; a row of text alone has no such field, or an empty list."
+    if not isinstance(image, (str, bytes)):
         return None, f"{str(image)[:200]!r} is neither the name of an image nor its bytes."
     if not isinstance(image, str) or image[:5].lower() == "data:":
         return image, None

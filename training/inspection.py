@@ -30,17 +30,19 @@ def show_samples(samples: Iterable[dict], processor, out: str | Path, count: int
     for number, sample in enumerate(itertools.islice(samples, count)):
         batch = collator([sample])
         file = out / f"sample-{number}.png"
-        print(f"--- {sample['id']} ({sample.get('source') or 'no source'}): {file}")
+        place = f": {file}" if sample["images"] else ""
+        print(f"--- {sample['id']} ({sample.get('source') or 'no source'}){place}")
         if batch["skipped"]:
             print(f"SKIPPED: {batch['skipped'][0]['error']}")
             continue
         views = batch["pixel_values"][0]
-        grid = batch["image_grids"][0, 0].tolist() if "image_grids" in batch else None
-        draw_views(views, processor.image_processor, grid).save(file)
+        grids = batch["image_grids"][0].tolist() if "image_grids" in batch else [None]
+        if sample["images"]:
+            draw_images(views, processor.image_processor, grids).save(file)
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         learnt = int((labels != IGNORED).sum())
         print(marked_text(processor.tokenizer, ids, labels))
-        print(f"({len(ids)} tokens, {learnt} of them learnt; {len(views)} views)\n")
+        print(f"({len(ids)} tokens, {learnt} of them learnt; {len(views) if sample['images'] else 0} views)\n")
 
 
 def marked_text(tokenizer, ids: torch.Tensor, labels: torch.Tensor) -> str:
@@ -54,6 +56,24 @@ def marked_text(tokenizer, ids: torch.Tensor, labels: torch.Tensor) -> str:
 
 def learns(token: tuple[int, int]) -> bool:
     return token[1] != IGNORED
+
+
+def draw_images(views: torch.Tensor, image_processor, grids: list[list[int] | None]) -> Image.Image:
+    """The views (V, 3, height, width) of several images, one image below another; of None, as many crops as there
+    are."""
+    drawn, start = [], 0
+    for grid in grids:
+        end = len(views) if grid is None else start + 1 + grid[0] * grid[1]
+        drawn.append(draw_views(views[start:end], image_processor, grid))
+        start = end
+    together = Image.new(
+        "RGB", (max(one.width for one in drawn), sum(one.height + GAP for one in drawn) - GAP), BACKGROUND
+    )
+    top = 0
+    for one in drawn:
+        together.paste(one, (0, top))
+        top += one.height + GAP
+    return together
 
 
 def draw_views(views: torch.Tensor, image_processor, grid: list[int] | None = None) -> Image.Image:

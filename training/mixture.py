@@ -1,18 +1,20 @@
 """Mixtures of data sets that can be drawn again from a seed, and streams of them.
 
-A sample is a dict: `id` (text), `source` (name of its data set), `image` (path, URL or encoded bytes; None where the
-row has no image or several) and `messages` (an optional system message, then user and assistant in turns). Where the
-image may not be opened, `error` says why.
+A sample is a dict: `id` (text), `source` (name of its data set), `images` (a list of paths, URLs or encoded bytes) and
+`messages` (an optional system message, then user and assistant in turns). Where the row cannot be used, because an
+image may not be opened for example, it has no images, and `error` says why.
 
 Which row, turn, instruction and caption a sample shows is a function of seed, epoch and index and of nothing else, so
 a run that goes on after a kill sees what it would have seen.
 """
 
 import functools
+import itertools
 import json
 import math
 import os
 import random
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ from ..common.command import InputError, require
 from ..common.json_lines import parse_json
 from ..common.tables import FILES
 from ..processing_pheye import DESCRIPTION_INSTRUCTION
-from .formats import Row, Source, TurnsOf, image_of, is_json, read_row
+from .formats import MARK, Row, Source, TurnsOf, images_of, is_json, read_row, without_marks
 from .rows import columns_of, open_rows, open_table
 
 # For data whose questions are beside the point; the first is the paper's.
@@ -118,17 +120,45 @@ def compose(row: Row, source: Source, key: str) -> dict:
     draw = random.Random(key)
     turns = row.turns
     if source.turns is not None and source.turns < len(turns):
-        turns = [turns[turn] for turn in sorted(draw.sample(range(len(turns)), source.turns))]
+        turns = with_carried_marks(turns, draw.sample(range(len(turns)), source.turns))
     messages = [] if row.system is None else [{"role": "system", "content": row.system}]
     for question, answers in turns:
         if source.caption:
-            question = draw.choice(CAPTION_INSTRUCTIONS)
+            question = MARK * question.count(MARK) + draw.choice(CAPTION_INSTRUCTIONS)
         if not question.endswith(source.prompt):  # data made for LLaVA-1.5 have it already
             question = f"{question} {source.prompt}".strip()
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": draw.choice(answers)})
-    sample = {"id": row.id, "source": source.name, "image": row.image, "messages": messages}
+    images = row.images if len(row.images) < 2 else row.images[: replace_marks(messages)]
+    sample = {"id": row.id, "source": source.name, "images": images, "messages": messages}
     return sample if row.error is None else {**sample, "error": row.error}
+
+
+def with_carried_marks(turns: list[tuple[str, list[str]]], shown: list[int]) -> list[tuple[str, list[str]]]:
+    """The turns of the numbers `shown`. Images of a turn that is not shown stand before the next that is; those behind
+    the last are left out."""
+    kept, carried = [], ""
+    for turn, (question, answers) in enumerate(turns):
+        if turn in shown:
+            kept.append((carried + question, answers))
+            carried = ""
+        else:
+            carried += MARK * question.count(MARK)
+    return kept
+
+
+def replace_marks(messages: list[dict[str, str]]) -> int:
+    """Put each image's number where its mark stands in the questions, as the chat template does; one alone has none.
+    Returns how many images there are."""
+    asked = [message for message in messages if message["role"] == "user"]
+    count = sum(message["content"].count(MARK) for message in asked)
+    numbers = itertools.count(1)
+    for message in asked:
+        if count == 1:
+            message["content"] = without_marks(message["content"])
+        else:
+            message["content"] = re.sub(f"{MARK}[ \n]?", lambda _: f"[image {next(numbers)}] ", message["content"])
+    return count
 
 
 def epoch_rows(size: int, count: int, epoch: int, seed: tuple[int, ...]) -> np.ndarray:
@@ -155,13 +185,14 @@ def draws_of(source: Source, size: int) -> int:
 class Mixture(torch.utils.data.Dataset):
     """Data sets drawn as their sources say, one after another; `MixtureSampler` shuffles them.
 
-    `counts` has the number of draws per epoch of each, by name.
+    Rows with more than `max_images` images are left out. `counts` has the number of draws per epoch of each source, by
+    name.
     """
 
-    def __init__(self, sources: list[Source], seed: int):
+    def __init__(self, sources: list[Source], seed: int, max_images: int = 1):
         check_names(sources)
         self.sources, self.seed = sources, seed
-        self.rows = [open_rows(source) for source in sources]
+        self.rows = [open_rows(source, max_images) for source in sources]
         self.counts = {
             source.name: draws_of(source, len(rows)) for source, rows in zip(sources, self.rows, strict=True)
         }
@@ -230,9 +261,10 @@ class Stream(torch.utils.data.IterableDataset):
     """Streamed data sets, interleaved at random and shuffled by a buffer; without a length.
 
     A resumed run gets the same samples by skipping those it has had, with as many processes and workers as before.
+    Rows with more than `max_images` images are skipped when they are drawn.
     """
 
-    def __init__(self, sources: list[Source], seed: int):
+    def __init__(self, sources: list[Source], seed: int, max_images: int = 1):
         datasets = require("datasets", "train")
         check_names(sources)
         for source in sources:
@@ -240,7 +272,7 @@ class Stream(torch.utils.data.IterableDataset):
                 raise InputError(f"{source.name} is not streamed, so no data set may be; a JSON file cannot be.")
         self.sources, self.seed = sources, seed
         shares = stream_shares(sources)
-        streams = [open_stream(source, number) for number, source in enumerate(sources)]
+        streams = [open_stream(source, number, max_images) for number, source in enumerate(sources)]
         rows = streams[0]
         if len(streams) > 1:
             rows = datasets.interleave_datasets(streams, shares, seed=seed, stopping_strategy="all_exhausted")
@@ -253,7 +285,8 @@ class Stream(torch.utils.data.IterableDataset):
         for packed in self.rows:
             source = self.sources[packed["source"]]
             row_id, system, turns, *error = json.loads(packed["text"])
-            row = Row(row_id, packed["bytes"] or packed["path"], system, turns, *error)
+            images = [data or path for data, path in zip(packed["bytes"], packed["paths"], strict=True)]
+            row = Row(row_id, images, system, turns, *error)
             # Not by the place in the stream, which changes with the number of workers.
             key = f"{self.seed} {self.rows.epoch} {source.name} {zlib.crc32(packed['text'].encode())}"
             yield compose(row, source, key)
@@ -269,23 +302,28 @@ def stream_shares(sources: list[Source]) -> list[float]:
     return [part / sum(parts) for part in parts]
 
 
-def open_stream(source: Source, number: int):
+def open_stream(source: Source, number: int, max_images: int):
     """The rows of a source in a form that is the same for all formats, so that streams can be interleaved."""
     datasets = require("datasets", "train")
     table, turns_of = open_table(source)
-    features = {name: datasets.Value(kind) for name, kind in
-                {"source": "int32", "text": "string", "path": "string", "bytes": "binary"}.items()}  # fmt: skip
-    read = functools.partial(pack_row, source=source, turns_of=turns_of, number=number)
+    features = {
+        "source": datasets.Value("int32"),
+        "text": datasets.Value("string"),
+        "paths": [datasets.Value("string")],
+        "bytes": [datasets.Value("binary")],
+    }
+    read = functools.partial(pack_row, source=source, turns_of=turns_of, number=number, max_images=max_images)
     return table.map(read, remove_columns=columns_of(table), features=datasets.Features(features))
 
 
-def pack_row(row: dict, source: Source, turns_of: TurnsOf, number: int) -> dict:
-    where, _ = image_of(row, source)
-    row = read_row(row, where if isinstance(where, str) else "without id", turns_of, source)
+def pack_row(row: dict, source: Source, turns_of: TurnsOf, number: int, max_images: int) -> dict:
+    images, _ = images_of(row, source)
+    name = images[0] if images and isinstance(images[0], str) else "without id"
+    row = read_row(row, name, turns_of, source, max_images)
     error = [] if row.error is None else [row.error]
     return {
         "source": number,
         "text": json.dumps([row.id, row.system, row.turns, *error]),
-        "path": row.image if isinstance(row.image, str) else None,
-        "bytes": row.image if isinstance(row.image, bytes) else None,
+        "paths": [image if isinstance(image, str) else None for image in row.images],
+        "bytes": [image if isinstance(image, bytes) else None for image in row.images],
     }

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,20 @@ from ..common.command import InputError, require
 from ..common.files import fingerprint
 from ..common.tables import FILES, IMAGES_CHECKED, load_table, undecoded
 from ..image_opening_pheye import WEB
-from .formats import Row, Source, find_image_column, find_turns, is_json, named_image, read_row, read_turns
+from .formats import (
+    MARK,
+    Row,
+    Source,
+    TurnsOf,
+    find_image_column,
+    find_turns,
+    image_columns,
+    is_json,
+    misfit,
+    named_images,
+    read_row,
+    read_turns,
+)
 
 CHUNK_BYTES = 2**22  # read at a time
 LONGEST_ROW_BYTES = 2**28  # a row that is not whole by then is broken
@@ -66,31 +80,36 @@ def scan_json(path: str | Path) -> Iterator[tuple[int, int, dict]]:
 
 
 class JsonRows:
-    """The rows of a JSON or JSONL file that have exactly one image; memory holds their places in the file only."""
+    """The rows of a JSON or JSONL file that a model may be trained on, with at most `max_images` images; memory holds
+    their places in the file only."""
 
-    def __init__(self, source: Source):
-        self.path, places, left_out = source.path, array("q"), 0
+    def __init__(self, source: Source, max_images: int = 1):
+        self.path, places, left_out = source.path, array("q"), Counter()
         check = self.read = None
+        has_images = False
         for number, (start, end, row) in enumerate(scan_json(source.path)):
             if check is None:
-                known = {"turns_of": find_turns(list(row), source), "source": source}
-                check, self.read = functools.partial(read_turns, **known), functools.partial(read_row, **known)
+                known = {"turns_of": find_turns(list(row), source), "source": source, "max_images": max_images}
+                check, self.read = functools.partial(flaw_of, **known), functools.partial(read_row, **known)
+            has_images |= any(column in row for column in image_columns(source))
             try:
-                has_image = named_image(row, source) is not None
-                if has_image:
-                    check(row, number)
+                flaw = check(row, number)
             except InputError:
                 check(self.row_at(start, end), number)  # once more for the message, with its characters right
                 raise
-            if has_image:
+            if flaw is None:
                 places.extend((start, end, number))
-            left_out += not has_image
+            else:
+                left_out[flaw] += 1
         self.places = np.array(places, dtype=np.int64).reshape(-1, 3)
-        if left_out and not places:
+        count = len(self) + left_out.total()
+        if count and not has_images:
             field = source.image_column or "image"
-            raise InputError(f"None of the {left_out} rows of {source.path} has exactly one image (field {field!r}).")
-        if left_out:
-            say(f"{source.name}: {left_out} of {left_out + len(self)} rows left out for not having exactly one image.")
+            raise InputError(
+                f"None of the {count} rows of {source.path} has an image (field {field!r}). Name the field by "
+                '--image_column; if all rows are text alone, give one of them "images": [].'
+            )
+        report_left_out(source, left_out, count)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -111,6 +130,35 @@ class JsonRows:
             ) from error
 
 
+def flaw_of(row: dict, number: int, turns_of: TurnsOf, source: Source, max_images: int) -> str | None:
+    """Why a row is left out, in words that follow "rows"; None if it is not.
+
+    Raises:
+        InputError: as `read_turns`.
+    """
+    images = named_images(row, source)
+    if None in images:
+        return "whose image is null"
+    if len(images) > max_images:
+        return too_many(max_images)
+    _, system, turns = read_turns(row, number, turns_of, source, len(images))
+    if misfit(len(images), system, turns, max_images) is not None:
+        return f"whose marks of images ({MARK}) are not as many as their images"
+
+
+def too_many(max_images: int) -> str:
+    return f"with more images than the model takes (max_images={max_images})"
+
+
+def report_left_out(source: Source, left_out: Counter, count: int):
+    """Say how many of `count` rows are left out, and why; refuse a source that loses all."""
+    reasons = "; ".join(f"{number} {flaw}" for flaw, number in left_out.items())
+    if left_out and left_out.total() == count:
+        raise InputError(f"None of the {count} rows of {source.path} can be used: {reasons}.")
+    if left_out:
+        say(f"{source.name}: {left_out.total()} of {count} rows left out: {reasons}.")
+
+
 def say(line: str):
     """Print `line`, once for all processes of a launch."""
     if os.environ.get("RANK", "0") == "0":
@@ -121,17 +169,37 @@ def say(line: str):
 
 
 class TableRows:
-    """The rows of a data set of `datasets`; images stay encoded, so that a broken one is found when it is drawn."""
+    """The rows of a data set of `datasets` with at most `max_images` images; images stay encoded, so that a broken one
+    is found when it is drawn."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, max_images: int = 1):
         self.table, turns_of = open_table(source)
-        self.read = functools.partial(read_row, turns_of=turns_of, source=source)
+        self.read = functools.partial(read_row, turns_of=turns_of, source=source, max_images=max_images)
+        lengths = lengths_of(self.table, find_image_column(columns_of(self.table), source))
+        self.numbers = np.arange(len(self.table)) if lengths is None else np.flatnonzero(lengths <= max_images)
+        if left_out := len(self.table) - len(self.numbers):
+            report_left_out(source, Counter({too_many(max_images): left_out}), len(self.table))
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Row:
-        return self.read(self.table[index], index)
+        number = int(self.numbers[index])
+        return self.read(self.table[number], number)
+
+
+def lengths_of(table, column: str) -> np.ndarray | None:
+    """How many entries each row of a column of lists has, without reading them; None if it is none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    lengths = [np.zeros(0, int)]
+    for part in table.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        cells = part.column(0)
+        if not pa.types.is_list(cells.type) and not pa.types.is_large_list(cells.type):
+            return None
+        lengths.append(pc.fill_null(pc.list_value_length(cells), 0).to_numpy())
+    return np.concatenate(lengths)
 
 
 def open_table(source: Source):
@@ -180,8 +248,8 @@ def commit_of(source: Source) -> str:
         raise InputError(f"Data set {source.name!r} is neither here nor on the Hub: {error}") from error
 
 
-def open_rows(source: Source) -> JsonRows | TableRows:
-    """The rows of a source that is not streamed.
+def open_rows(source: Source, max_images: int = 1) -> JsonRows | TableRows:
+    """The rows of a source that is not streamed, but for those with more than `max_images` images.
 
     Raises:
         InputError: if there are none, or their images cannot be found; the message says what to change.
@@ -194,9 +262,9 @@ def open_rows(source: Source) -> JsonRows | TableRows:
         for field in ("subset", "split"):
             if (value := getattr(source, field)) is not None:
                 raise InputError(f"{source.name} is a JSON file, which has no {field} {value!r}; leave it out.")
-        rows = JsonRows(source)
+        rows = JsonRows(source, max_images)
     else:
-        rows = TableRows(source)
+        rows = TableRows(source, max_images)
     if len(rows) == 0:
         raise InputError(f"{source.path} ({source.name}) is empty; give a data set with at least one row.")
     check_first(rows, source)
@@ -216,8 +284,9 @@ def check_first(rows: JsonRows | TableRows, source: Source):
         raise InputError(f"None of the first {len(first)} images of {source.name} may be opened: {errors[0]}")
     if errors:
         say(f"{source.name}: {len(errors)} of its first {len(first)} images will be skipped: {errors[0]}")
-    paths = [row.image for row in first if isinstance(row.image, str) and not row.image.lower().startswith(ELSEWHERE)]
-    if paths and len(paths) == len(first) and not any(map(os.path.isfile, paths)):
+    images = [image for row in first for image in row.images]
+    paths = [image for image in images if isinstance(image, str) and not image.lower().startswith(ELSEWHERE)]
+    if paths and not errors and len(paths) == len(images) and not any(map(os.path.isfile, paths)):
         raise InputError(
             f"None of the first {len(paths)} images of {source.name} exists; the first is looked for at "
             f"{os.path.abspath(paths[0])}. Give the folder in which their paths begin with --image_folder, or as "

@@ -63,7 +63,8 @@ def some_images(data: Mixture | Stream) -> dict[str, str]:
     """Fingerprints of some images that are files and can be read, by their paths; broken ones may still be mended."""
     sources = data.rows if isinstance(data, Mixture) else []
     rows = [row for rows in sources for row in spread(rows, max(1, IMAGES // len(sources)))]
-    paths = {row.image for row in rows if isinstance(row.image, str) and os.path.isfile(row.image)}
+    images = [image for row in rows for image in row.images]
+    paths = {image for image in images if isinstance(image, str) and os.path.isfile(image)}
     readable = [path for path in sorted(paths) if tried(partial(load_image, path))[1] is None]
     return {path: fingerprint(Path(path))[:DIGITS] for path in readable}
 

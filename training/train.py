@@ -64,15 +64,15 @@ def read_eval_sources(data: list[str] | None, stage: str | None = None, **fields
     return [completed(source, STAGES[stage].sources.get(source.name)) for source in sources] if stage else sources
 
 
-def open_data(sources: list[Source], training: TrainingArguments) -> Mixture | Stream:
+def open_data(sources: list[Source], training: TrainingArguments, max_images: int) -> Mixture | Stream:
     """The samples of `sources`, to be drawn by the seed."""
     seed = training.seed if training.data_seed is None else training.data_seed
     if not any(source.streaming for source in sources):
-        return Mixture(sources, seed)
+        return Mixture(sources, seed, max_images)
     if training.max_steps <= 0:
         raise InputError("A streamed data set has no length; give --max_steps.")
     training.accelerator_config.dispatch_batches = False  # every process opens its own images
-    return Stream(sources, seed)
+    return Stream(sources, seed, max_images)
 
 
 @contextlib.contextmanager
@@ -232,12 +232,13 @@ def run(argv: list[str] | None = None) -> PheyeTrainer | None:
         return None
     with loading(base):
         processor = PheyeProcessor.from_pretrained(base, revision=of_model.revision)
-    data = open_data(sources, training)
+    max_images = processor.image_processor.max_images
+    data = open_data(sources, training, max_images)
     if of_run.inspect:
         folder = output.with_name(f"{output.name}-samples")
         show_samples(data, processor, folder, of_run.inspect, of_run.max_length)
         return None
-    eval_data = open_data(eval_sources, training) if eval_sources else None
+    eval_data = open_data(eval_sources, training, max_images) if eval_sources else None
     check_installed(training)
     training.distributed_state.wait_for_everyone()  # all have looked into the folder before one writes there
     with training.main_process_first():

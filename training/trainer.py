@@ -101,7 +101,7 @@ class PheyeTrainer(Trainer):
             append_skipped(self.args.output_dir, skipped, self.state.global_step + 1)
         if len(skipped) == seen:
             del inputs["labels"]
-        self.tokens_seen += inputs["attention_mask"].sum() * self.args.world_size
+        self.tokens_seen += inputs["attention_mask"][:seen].sum() * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.has_bad_loss |= ~torch.isfinite(loss)
         return loss
