@@ -1,5 +1,6 @@
 """TRL's SFTTrainer trains model and processor as they are, and learns what the assistant says and nothing else."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel
 
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
+from pheye.training.collator import PheyeCollator
 from pheye.training.trained import choose_trained
 
-from tiny import END, tiny_image, tiny_model, tiny_processor
+from tiny import END, tiny_config, tiny_image, tiny_model, tiny_processor
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 from datasets import Dataset  # noqa: E402
@@ -44,7 +46,7 @@ CONVERSATIONS = [
 LEARNT = [f" A cat.{END}", f" Me, with a hat.{END}", f" Two.{END} Yes, two.{END}", f" Here{END}"]
 
 
-def make_trainer(folder, model, rows: list[dict], max_steps: int = 1, peft_config=None, **options):
+def make_trainer(folder, model, rows: list[dict], max_steps: int = 1, peft_config=None, processor=None, **options):
     """One batch holds all rows, so that every step sees all of them; row n has image n."""
     defaults = {
         "output_dir": str(folder / "run"),
@@ -61,7 +63,7 @@ def make_trainer(folder, model, rows: list[dict], max_steps: int = 1, peft_confi
     return trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(max_steps=max_steps, **{**defaults, **options}),
-        processing_class=tiny_processor(),
+        processing_class=processor or tiny_processor(),
         train_dataset=Dataset.from_list([{"images": [tiny_image(seed)], **row} for seed, row in enumerate(rows)]),
         peft_config=peft_config,
     )
@@ -149,6 +151,26 @@ def test_trls_loss_is_the_models_own_and_depends_on_the_images(assistant_trainer
         others = trainable_model()(**{**inputs, "pixel_values": inputs["pixel_values"].flip(0)}).loss.item()
     assert losses(trainer)[0] == pytest.approx(own, rel=1e-4)
     assert losses(trainer)[0] != pytest.approx(others, rel=1e-3)
+
+
+@learns_assistant_only
+def test_rows_with_two_images_one_and_none_train_together_as_by_the_command(tmp_path):
+    config = tiny_config(max_images=2, lora_dropout=0.0)
+    model, processor = tiny_model(config), tiny_processor(config)
+    choose_trained(model)
+    numbers = ["[image 1] [image 2] ", "", ""]
+    images = [[tiny_image(0), tiny_image(1)], [tiny_image(2)], []]
+    rows = [{"images": own, "messages": CONVERSATIONS[row]} for row, own in enumerate(images)]
+    samples = [{"id": "0", "images": own, "messages": copy.deepcopy(CONVERSATIONS[n])} for n, own in enumerate(images)]
+    for sample, number in zip(samples, numbers, strict=True):
+        sample["messages"][1]["content"] = number + sample["messages"][1]["content"]
+    batch = PheyeCollator(processor)(samples)
+    with torch.no_grad():
+        expected = model(**{name: value for name, value in batch.items() if name not in ("seen", "skipped")}).loss
+    trainer = make_trainer(tmp_path, model, rows, processor=processor, assistant_only_loss=True)
+    (seen,) = train_and_watch(trainer)
+    assert sorted((grids != 0).any(dim=-1).sum().item() for grids in seen["image_grids"]) == [0, 1, 2]
+    assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-4)
 
 
 @learns_assistant_only
