@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from pheye.training.collator import PheyeCollator
-from pheye.training.formats import Source, images_of
+from pheye.training.formats import Source, images_of, named_images
 from pheye.training.mixture import Mixture, Stream, read_mixture
 
 from tiny import tiny_image, tiny_processor
@@ -123,6 +123,27 @@ def test_only_the_user_says_where_names_may_lead(folder):
         read_mixture([str(folder / "m.json")])
     with pytest.raises(ValueError, match="choose from folder, local, any"):
         Source("data.json", image_sources="anything")
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ("a.png", ["a.png"]),
+        ([], []),
+        (["a.png", {"path": "b.png"}], ["a.png", "b.png"]),
+        ({"path": ["a.png", "b.png"]}, ["a.png", "b.png"]),
+        (None, [None]),
+        ("", [None]),
+        ({"path": None, "bytes": None}, [None]),
+        ([["a.png", "b.png"]], [None]),
+        ({"path": ["a.png", "b.png"], "bytes": [b"x"]}, [None]),
+    ],
+)
+def test_what_a_cell_names_as_images(cell, expected):
+    source = Source("data.json")
+    assert named_images({"image": cell}, source) == named_images({"images": cell}, source) == expected
+    assert named_images({"image": cell, "images": ["c.png"]}, source) == (expected if cell else ["c.png"])
+    assert named_images({"file": cell}, source) == []
 
 
 # --- Fields of a source ---

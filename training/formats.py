@@ -324,12 +324,11 @@ def named_images(row: dict, source: Source) -> list[str | bytes | None]:
     """What a row names as its images; None stands for one that is null, or no image. A row without images lacks the
     field, or has an empty list in it."""
     cells = [row[column] for column in image_columns(source) if column in row]
-    cell = as_list(next((cell for cell in cells if cell), cells[0] if cells else []))
-    if not isinstance(cell, list):
-        cell = [cell]
+    cell = next((cell for cell in cells if cell), cells[0] if cells else [])
     try:
-        return [encoded(image) or None for image in cell]
-    except ValueError:  # a list of several in the list
+        cell = as_list(cell)
+        return [encoded(image) or None for image in (cell if isinstance(cell, list) else [cell])]
+    except ValueError:  # a list of several in the list, or lists that do not fit each other
         return [None]
 
 
