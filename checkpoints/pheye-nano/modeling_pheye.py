@@ -131,15 +131,17 @@ class PheyePreTrainedModel(PreTrainedModel):
         super().set_attn_implementation(attn_implementation, **kwargs)
 
     @staticmethod
-    def _load_pretrained_model(model, *args, **kwargs):
-        loading_info, offload_index = PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        loading_info, offload_index = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, *args, **kwargs
+        )
         if model._hf_peft_config_loaded:
             # `load_adapter` takes every name with "lora" for the adapter's, and would call these missing and new.
             own = re.compile(r"(global|local)_lora\.\w+\.(original_module\.)?[AB]$")
             loading_info.missing_keys = {name for name in loading_info.missing_keys if not own.search(name)}
         encodings = {name: part for name, part in model.named_modules() if isinstance(part, PheyeViewEncoding)}
         for name, encoding in encodings.items():
-            _begin_with_square(f"{name}.", encoding, loading_info, *args)
+            _begin_with_square(f"{name}.", encoding, loading_info, state_dict, checkpoint_files)
         return loading_info, offload_index
 
     # Gradient checkpointing asks for these. In the vision tower they would keep the activations of frozen layers for
@@ -167,7 +169,7 @@ class PheyePreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=0 if getattr(module, "starts_at_zero", False) else 0.02)
 
 
-def _begin_with_square(prefix: str, encoding: PheyeViewEncoding, loading_info, state_dict, checkpoint_files, *others):
+def _begin_with_square(prefix: str, encoding: PheyeViewEncoding, loading_info, state_dict, checkpoint_files):
     """Where a model with canvases loads a checkpoint with k x k crops, let its vectors begin with that one's means."""
     square, own = f"{prefix}view_embedding.weight", {f"{prefix}{axis}_embedding.weight" for axis in ("row", "column")}
     if square not in loading_info.unexpected_keys or not own <= loading_info.missing_keys:
