@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -57,6 +58,7 @@ EASY, HARD = 300, 1500  # pictures up to which pages are easy, and from which on
 ECHOES = 2  # times that a picture is used, its colours changed
 NOTHING_WEIGHT, NO_SHAPE_WEIGHT = 0.15, 0.01  # of columns without a letter and patches without a shape, most of all
 RATES = 3e-3, 1.5e-3  # of matrices by Muon, and of everything else by AdamW
+READING = 0.1  # of these rates, for a tower that reads already: at all of them it would forget how to
 WARMUP = 100  # steps
 ALONE = 600  # pictures at first from which only the branch learns, in less than half of the time
 FALL = 0.3  # share of the minutes over which the learning rate falls to 0
@@ -270,6 +272,18 @@ def accuracies(eyes: Eyes, seed: int) -> dict[str, float]:
     return {name: round(float(array.mean()), 4) for name, array in found.items() if len(array)}
 
 
+def optimizers_of(eyes: Eyes, tower_share: float) -> tuple[Optimizer, ...]:
+    """`tower_share`: of the rates, for the vision tower."""
+    pheye = eyes.pheye
+    branch = nn.ModuleList([pheye.high_res_tower, pheye.fusion_blocks])
+    others = nn.ModuleList([branch, eyes.heads, eyes.count_heads, eyes.branch_heads])
+    tower_rates = (tower_share * rate for rate in RATES)
+    return (
+        *optimizers_for(pheye.vision_tower, pheye.vision_layers(), *tower_rates),
+        *optimizers_for(others, branch, *RATES),
+    )
+
+
 def learning_rate_share(step: int, passed: float) -> float:
     """Warm-up, and a straight fall to 0 over the last minutes.
 
@@ -317,8 +331,6 @@ def load(output: Path, eyes: Eyes, optimizers: tuple) -> int:
 def begin_with(eyes: Eyes, start: Path) -> bool:
     """Take weights from a Pheye's, or from those that another run wrote; whether it has a branch.
 
-    Beside a branch that begins from nothing the tower is frozen: it would forget how to read.
-
     Raises:
         InputError: if it holds other parts, or parts of other sizes.
     """
@@ -331,7 +343,6 @@ def begin_with(eyes: Eyes, start: Path) -> bool:
     if mismatched:
         raise InputError(f"{start} is of other sizes: {mismatched[0]} is {tuple(weights[mismatched[0]].shape)}.")
     eyes.load_state_dict({**eyes.state_dict(), **weights})
-    eyes.pheye.vision_tower.requires_grad_(not lacking)
     return not lacking
 
 
@@ -370,8 +381,7 @@ def train(
     skipped = HARD if has_branch else 0  # eyes that read need no easy pictures
     alone = 0 if has_branch else ALONE
     eyes.to(device)
-    trained = nn.ModuleList([eyes.pheye.vision_layers(), eyes.pheye.high_res_tower, eyes.pheye.fusion_blocks])
-    optimizers = optimizers_for(eyes, trained, *RATES)
+    optimizers = optimizers_of(eyes, READING if start else 1.0)
     draws = load(output, eyes, optimizers)
     sums, steps, logged, saved = {}, 0, time.time(), time.time()
     for arrays in drawn(draws, seed, skipped, together, workers):

@@ -165,21 +165,19 @@ def test_a_start_may_lack_the_branch_but_not_the_tower(toy, tmp_path):
         eyes.begin_with(model, tmp_path / "larger.safetensors")
 
 
-def test_a_tower_that_is_given_without_a_branch_is_frozen(toy, draws, tmp_path, monkeypatch):
-    monkeypatch.setattr(eyes, "accuracies", lambda *_: {})
-    eyes.save(tmp_path, eyes.Eyes(eyes.nano_config()), (), 1)
-    given = load_file(tmp_path / eyes.EYES)
-    eyes.save_file({name: one for name, one in given.items() if "vision_tower" in name}, tmp_path / "tower")
-    monkeypatch.setattr(eyes, "ALONE", 0)
-    draws(1)
-    eyes.train(tmp_path / "new branch", 1e9, echoes=1, start=tmp_path / "tower")
-    eyes.train(tmp_path / "both", 1e9, echoes=1, start=tmp_path / eyes.EYES)
-    for run, is_frozen in (("new branch", True), ("both", False)):
-        found = load_file(tmp_path / run / eyes.EYES)
-        name = next(name for name in given if name.endswith("layers.0.mlp.fc1.weight"))
-        assert torch.equal(found[name], given[name]) == is_frozen
-        name = next(name for name in given if "fusion_blocks" in name and "mlp_out.weight" in name)
-        assert not torch.equal(found[name], given[name])
+def test_a_tower_that_reads_learns_at_a_tenth_of_the_rates(toy):
+    model = eyes.Eyes(eyes.nano_config())
+    rates = {
+        id(parameter): group["full_lr"]
+        for optimizer in eyes.optimizers_of(model, eyes.READING)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert rates.keys() == {id(parameter) for parameter in model.parameters()}
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and ("layers" in name or "high_res" in name or "fusion" in name)
+        share = 0.1 if "vision_tower" in name else 1
+        assert rates[id(parameter)] == pytest.approx(share * eyes.RATES[0 if is_matrix else 1]), name
 
 
 # --- Data ---
