@@ -1,22 +1,34 @@
 """Where a model with canvases is used: every way that reads several images at once gives each its own answer."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, pipeline
+from test_quantization import TOLERANCES, difference
+from test_quantization import load as load_quantized
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CompileConfig,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
 from pheye.answering import caption
+from pheye.benchmarks import quantization
 from pheye.benchmarks.canvases import measure
 from pheye.evaluation.attention import main as attention
 from pheye.training.collator import PheyeCollator
 from pheye.training.trainer import PheyeTrainer
 
-from tiny import randomize, tiny_config, tiny_image, tiny_processor
+from tiny import randomize, tiny_config, tiny_image, tiny_processor, tiny_text_config, tiny_vision_config
 
 ROOT = Path(__file__).parent.parent
 NEW = 6
@@ -207,3 +219,55 @@ def test_the_benchmark_counts_views_and_stored_numbers():
     assert set(result["ratios"]) == {"mixed / full", "full / square"}
     stored = result["keys_and_values"]
     assert [stored[name] / stored["1 x 1"] for name in stored] == [1, 1.5, 2.5, 5]  # as the views
+
+
+# --- Adapters, quantization, compilation ---
+
+
+def learnt(parts, photos) -> dict[str, torch.Tensor]:
+    batch = PheyeCollator(parts[1])(samples(photos))
+    return {name: value for name, value in batch.items() if name not in ("seen", "skipped")}
+
+
+def test_peft_trains_beside_blocks_and_view_vectors_that_are_saved_whole(parts, photos, tmp_path):
+    model, batch = parts[0], learnt(parts, photos)
+    kept = ["cross_attention_blocks.0", "cross_attention_blocks.1", "view_encoding"]
+    config = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj)", modules_to_save=kept)
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    optimizer = torch.optim.SGD([one for one in adapted.parameters() if one.requires_grad], lr=0.5)
+    adapted.train()(**batch).loss.backward()
+    optimizer.step()
+    logits = adapted.eval()(**batch).logits
+    encoding = adapted.base_model.model.pheye.view_encoding.modules_to_save["default"]
+    assert not torch.equal(encoding.row_embedding.weight, model.pheye.view_encoding.row_embedding.weight)
+    adapted.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    assert torch.equal(reloaded(**batch).logits, logits)
+
+
+@pytest.mark.parametrize("method", quantization.METHODS)
+def test_a_quantized_language_model_sees_every_image(photos, method, tmp_path):
+    config = tiny_config(
+        canvases=CANVASES,
+        vision_config=tiny_vision_config(hidden_size=64, intermediate_size=128),
+        text_config=tiny_text_config(intermediate_size=256),
+    )
+    model, processor = randomize(PheyeForConditionalGeneration(config)).eval(), tiny_processor(config)
+    model.save_pretrained(tmp_path)
+    quantized = load_quantized(tmp_path, method)
+    batch = learnt((model, processor), photos)
+    logits, expected = (one(**batch).logits for one in (quantized, model))
+    assert difference(logits, expected) < TOLERANCES[method]
+    black = {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}
+    assert difference(quantized(**black).logits, logits) > 0.01
+
+
+def test_decoding_compiles_with_a_mask_in_the_cache(parts, photos):
+    model, batch = parts[0], learnt(parts, photos)
+    images = {name: batch[name] for name in ("pixel_values", "image_grids")}
+    text = torch.randint(1, 257, (4, 5), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "cache_implementation": "static"}
+    expected = model.generate(text, **images, **options, disable_compile=True)
+    compiled = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    assert torch.equal(model.generate(text, **images, **options, compile_config=compiled), expected)

@@ -30,7 +30,7 @@ from pheye.answering import ask, caption
 from pheye.benchmarks import quantization
 from pheye.evaluation import attention, evaluate
 from pheye.evaluation.word_attention import answer_with_attention
-from pheye.generation_pheye import PIXELS
+from pheye.generation_pheye import PIXELS, PheyeGenerationMixin
 from pheye.pipeline_pheye import PheyeImageToTextPipeline
 from pheye.training import train
 from pheye.training.checkpoints import last_checkpoint
@@ -154,7 +154,7 @@ def test_beams_equal_those_of_repeated_images(hybrid, options, monkeypatch):
     arguments = {**questions("What is written?", "Why?"), **GREEDY, "num_beams": 3, "num_return_sequences": 2}
     beams = hybrid.generate(**arguments, **options)
     # The library's own expansion: one row of pixels per beam, encoded anew.
-    monkeypatch.delattr(PheyeForConditionalGeneration, "_expand_inputs_for_generation")
+    monkeypatch.delattr(PheyeGenerationMixin, "_expand_inputs_for_generation")
     assert torch.equal(beams, hybrid.generate(**arguments, use_cache=False))
 
 

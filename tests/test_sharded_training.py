@@ -30,22 +30,25 @@ def wrapped_classes() -> list[str]:
 
 
 def config_of(kind: str) -> PheyeConfig:
-    return hybrid_config(lora_dropout=0.0) if kind == "hybrid" else tiny_config(lora_dropout=0.0)
+    if kind == "hybrid":
+        return hybrid_config(lora_dropout=0.0)
+    options = {"canvases": [[1, 2], [2, 2], [3, 1]], "max_images": 2} if kind == "canvases" else {}
+    return tiny_config(lora_dropout=0.0, **options)
 
 
 def samples(rows: slice, kind: str = "plain") -> dict[str, torch.Tensor]:
-    """Some of four images with questions; only answers are learnt."""
+    """Some of four images with questions; only answers are learnt. With canvases, rows of two images, one and none."""
     processor = tiny_processor(config_of(kind))
     processor.tokenizer.padding_side = "right"
     prompt = "What is it?"
-    inputs = processor(
-        images=[tiny_image(seed) for seed in range(4)],
-        text=[f"{prompt} {answer}" for answer in ANSWERS],
-        return_tensors="pt",
-    )
+    inputs = processor(text=[f"{prompt} {answer}" for answer in ANSWERS], return_tensors="pt")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     labels[:, : len(prompt)] = -100  # a token per byte
-    return {name: tensor[rows] for name, tensor in {**inputs, "labels": labels}.items()}
+    images = [tiny_image(seed, *size) for seed, size in enumerate([(90, 70), (80, 40), (30, 90), (50, 50)])]
+    if kind == "canvases":
+        images = [[images[0], images[1]], images[2], None, images[3]]
+    encoded = processor.image_processor(images[rows], return_tensors="pt")
+    return {name: tensor[rows] for name, tensor in {**inputs, "labels": labels}.items()} | dict(encoded)
 
 
 def answer_tokens() -> int:
@@ -149,7 +152,7 @@ def run_sharded(folder: Path, shard, bf16: bool, kind: str = "plain") -> dict:
 # --- Tests ---
 
 
-@pytest.mark.parametrize("kind", ["plain", "hybrid"])
+@pytest.mark.parametrize("kind", ["plain", "hybrid", "canvases"])
 @pytest.mark.parametrize("shard", [shard_by_torch, shard_by_accelerate, replicate])
 def test_two_processes_train_as_one_and_their_checkpoint_loads_in_one(tmp_path, shard, kind):
     before, single = new_model(bf16=False, kind=kind), new_model(bf16=False, kind=kind)

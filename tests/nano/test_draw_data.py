@@ -27,4 +27,4 @@ def test_a_data_set_is_written_once_and_read_by_the_training_command(stage, tmp_
     mixed = Mixture([Source(str(path), turns=None)], 0)
     assert len(mixed) == 3
     for sample in (mixed[index] for index in range(3)):
-        assert sample["image"].endswith(".jpg") and sample["messages"][-1]["role"] == "assistant"
+        assert sample["images"][0].endswith(".jpg") and sample["messages"][-1]["role"] == "assistant"
