@@ -3,6 +3,7 @@
 accelerate's own FSDP wants a GPU, so its way of wrapping a model is called here with all else that it needs at hand.
 """
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,8 +153,10 @@ def run_sharded(folder: Path, shard, bf16: bool, kind: str = "plain") -> dict:
 # --- Tests ---
 
 
-@pytest.mark.parametrize("kind", ["plain", "hybrid", "canvases"])
-@pytest.mark.parametrize("shard", [shard_by_torch, shard_by_accelerate, replicate])
+WAYS = [*itertools.product([shard_by_torch, shard_by_accelerate, replicate], ["plain", "hybrid"])]
+
+
+@pytest.mark.parametrize(("shard", "kind"), [*WAYS, (replicate, "canvases")])
 def test_two_processes_train_as_one_and_their_checkpoint_loads_in_one(tmp_path, shard, kind):
     before, single = new_model(bf16=False, kind=kind), new_model(bf16=False, kind=kind)
     losses = train(single, samples(slice(None), kind), bf16=False)

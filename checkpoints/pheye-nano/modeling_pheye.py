@@ -510,6 +510,12 @@ class PheyeModel(PheyePreTrainedModel):
         starts = list(itertools.accumulate(counts, initial=0))
         full = [number for number, count in enumerate(counts) if count == self.config.views_per_image]
         calls = [full] * bool(full) + [[number] for number in range(len(counts)) if number not in full]
+        if len(calls) > 1 and any(hasattr(weight, "device_mesh") for weight in self.vision_tower.parameters()):
+            raise ValueError(
+                "The vision tower is sharded (fully_shard), and its processes must call it equally often, but images "
+                "of unequal numbers of crops have a call each. Replicate the model instead (DDP), or give each "
+                "process images of one canvas."
+            )
         order, parts = [], []
         for images in calls:
             rows = [row for image in images for row in range(starts[image], starts[image + 1])]
