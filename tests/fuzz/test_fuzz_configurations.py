@@ -67,10 +67,13 @@ def check_config(changes):
     if size > 5_000_000 or config.tokens_per_image > 1000 or config.vision_config.image_size > 1000 or theirs:
         return
     model = PheyeForConditionalGeneration(config)
-    pixels = torch.randn(1, config.views_per_image, 3, *2 * [config.vision_config.image_size])
+    rows, columns = config.grids[0]
+    inputs = {"pixel_values": torch.randn(1, 1 + rows * columns, 3, *2 * [config.vision_config.image_size])}
+    if config.canvases is not None or config.max_images > 1:
+        inputs["image_grids"] = torch.tensor([[[rows, columns]]])
     for part in (model.train(), model.eval()):
         with torch.no_grad():
-            assert part(tiny_text(1, 3), pixels).logits.isfinite().all()
+            assert part(tiny_text(1, 3), **inputs).logits.isfinite().all()
 
 
 def test_a_configuration_that_is_accepted_computes():

@@ -89,7 +89,9 @@ def check(conversation):
     with_image = [speaks_of_image(one) for one in conversations]
     assert ("pixel_values" in inputs) == any(with_image)
     if any(with_image):
-        assert all(with_image) and len(inputs["pixel_values"]) == len(conversations)
+        assert len(inputs["pixel_values"]) == len(conversations)
+        grids = inputs.get("image_grids")
+        assert all(with_image) if grids is None else (grids > 0).flatten(1).any(1).tolist() == with_image
     for ids, mask, prompt in zip(
         inputs["input_ids"], inputs["attention_mask"], prompts if is_batch else [prompts], strict=True
     ):
