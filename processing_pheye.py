@@ -339,7 +339,7 @@ class PheyeProcessor(ProcessorMixin):
         unknown = sorted(given - known)
         if unknown:
             raise TypeError(
-                f"{unknown[0]} is no argument of PheyeProcessor, which takes one image and a text: `images`, `text`, "
+                f"{unknown[0]} is no argument of PheyeProcessor, which takes images and texts: `images`, `text`, "
                 "and options of the image processor and the tokenizer. A question goes into `text`, put into the "
                 "prompt by apply_chat_template."
             )

@@ -96,6 +96,7 @@ def test_a_view_table_by_hand():
     two = [[0, 0, 0, 1, 0, 1], [0, 1, 0, 2, 0, 2], [0, 2, 1, 2, 0, 2], [0, 3, 0, 2, 1, 2], [0, 4, 1, 2, 1, 2]]
     two += [[1, 0, 0, 1, 0, 1], [1, 1, 0, 3, 0, 1], [1, 2, 1, 3, 0, 1], [1, 3, 2, 3, 0, 1]]
     assert table.tolist() == [one + [nothing] * 6, two, [nothing] * 9]
+    assert view_table([[[0, 0], [1, 2]]]).tolist() == [one]  # the first image that is there is number 0
 
 
 @pytest.mark.parametrize("rows_columns", [(1, 2), (2, 2), (3, 1), (2, 3)])
@@ -480,6 +481,17 @@ def changed(**changes) -> dict:
 def test_grids_and_pixels_that_do_not_fit_are_refused(inputs, said):
     with pytest.raises(ValueError, match=said):
         canvas_model().get_image_features(**changed(**inputs))
+
+
+def test_rows_without_any_image_have_no_features():
+    model, nothing = (
+        canvas_model(),
+        {"pixel_values": torch.zeros(2, 0, 3, 32, 32), "image_grids": torch.zeros(2, 1, 2).long()},
+    )
+    with pytest.raises(ValueError, match="no image in any row; give the text alone"):
+        model.get_image_features(**nothing)
+    text = tiny_text(2, 4)
+    assert torch.equal(model(text, **nothing).logits, model(text).logits)
 
 
 def test_grids_without_pixels_and_masks_without_a_kernel_are_refused():

@@ -100,28 +100,26 @@ def views_in(grid: Sequence[int]) -> int:
     return 1 + rows * columns if rows else 0
 
 
-def view_table(grids: list[list[list[int]]], views: int | None = None) -> torch.Tensor:
+def view_table(grids: list[list[list[int]]]) -> torch.Tensor:
     """What each view of a batch shows: the one place from which an index of a view is computed.
 
     Args:
         grids: (B, I, 2), rows and columns of each image's canvas; (0, 0) where there is no image.
-        views: V; by default the most of any row.
 
     Returns:
-        (B, V, 6) on the CPU: the image's number in its row, the view's in its image (0: the global view), row, rows,
-        column and columns of what it shows (the global view: 0 of 1). All are -1 behind a row's last view.
+        (B, V, 6) on the CPU, V the most views of any row: the image's number in its row, the view's in its image (0:
+        the global view), row, rows, column and columns of what it shows (the global view: 0 of 1). All are -1 behind a
+        row's last view.
     """
     rows = []
     for images in grids:
         found = []
-        for image, (height, width) in enumerate(images):
-            if height:
-                found.append((image, 0, 0, 1, 0, 1))
-                places = enumerate(cells(height, width), start=1)
-                found += [(image, view, row, height, column, width) for view, (row, column) in places]
+        for image, (height, width) in enumerate(grid for grid in images if grid[0]):
+            found.append((image, 0, 0, 1, 0, 1))
+            places = enumerate(cells(height, width), start=1)
+            found += [(image, view, row, height, column, width) for view, (row, column) in places]
         rows.append(found)
-    views = max(map(len, rows), default=0) if views is None else views
-    table = torch.full((len(rows), views, 6), -1)
+    table = torch.full((len(rows), max(map(len, rows), default=0), 6), -1)
     for number, found in enumerate(rows):
         if found:
             table[number, : len(found)] = torch.tensor(found)

@@ -418,7 +418,7 @@ class PheyeModel(PheyePreTrainedModel):
                 f"pixel_values has {views} views, but row {counts.index(most)} of image_grids has {most}. Make both "
                 "with this model's own processor."
             )
-        return view_table(grids, most)
+        return view_table(grids)
 
     def _branch_maps(
         self, images: int, high_res_pixel_values: torch.Tensor | None, table: torch.Tensor | None
@@ -468,6 +468,11 @@ class PheyeModel(PheyePreTrainedModel):
         Raises:
             ValueError: if `pixel_values` has another rank, number of views or size.
         """
+        table = self._table_of(pixel_values, image_grids)
+        return self._encode_views(pixel_values, high_res_pixel_values, table, **kwargs)
+
+    def _table_of(self, pixel_values: torch.Tensor, image_grids: torch.Tensor | None) -> torch.Tensor | None:
+        """`views_of` the images in `pixel_values`, whose shape is checked."""
         shape, size = tuple(pixel_values.shape), self.config.vision_config.image_size
         if image_grids is None and self.config.canvases is None:
             views, tiles = self.config.views_per_image, self.config.tiles_per_side
@@ -480,6 +485,17 @@ class PheyeModel(PheyePreTrainedModel):
                 "Make it with this model's own processor."
             )
         table = self.views_of(image_grids, len(pixel_values), views)
+        if table is not None and not table.shape[1]:
+            raise ValueError("image_grids has no image in any row; give the text alone.")
+        return table
+
+    def _encode_views(
+        self,
+        pixel_values: torch.Tensor,
+        high_res_pixel_values: torch.Tensor | None,
+        table: torch.Tensor | None,
+        **kwargs,
+    ) -> BaseModelOutput:
         if not torch.compiler.is_compiling():
             self._check_hooks()
             self._check_lora()
@@ -558,8 +574,8 @@ class PheyeModel(PheyePreTrainedModel):
         Raises:
             ValueError: if `pixel_values` has another rank, number of views or size.
         """
-        outputs = self.encode_views(pixel_values, high_res_pixel_values, image_grids, **kwargs)
-        table = self.views_of(image_grids, *pixel_values.shape[:2])
+        table = self._table_of(pixel_values, image_grids)
+        outputs = self._encode_views(pixel_values, high_res_pixel_values, table, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=self.view_encoding(outputs.last_hidden_state, table),
             hidden_states=outputs.hidden_states,
