@@ -8,7 +8,10 @@ Shapes: B images, V views per image (the global view first), N tokens of a view,
 an image, G patches along each side of a view, C channels of a map.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +26,31 @@ FIRST_NORMS = ("pre_layrnorm", "pre_layernorm")
 LAST_NORMS = ("post_layernorm", "layernorm", "norm")
 
 
-def split_views(rows: torch.Tensor, views: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B * V, ...) to the global views (B, 1, ...) and crops (B, V - 1, ...): the one place that tells them apart."""
+# How many of the rows that the vision tower is called with are global views, where these stand before all crops; 0
+# where each image's stands before its crops, all images having `views_per_image`. The hooks of LoRA see rows and
+# nothing else. A module is shared by threads; a context is a thread's own. Compiled code cannot read it: it takes 0.
+GLOBAL_VIEWS: ContextVar[int | None] = ContextVar("GLOBAL_VIEWS", default=None)
+
+
+def run_with(global_views: int | None, call: Callable, *args, **kwargs):
+    """What `call` gives while `GLOBAL_VIEWS` is this number."""
+    token = GLOBAL_VIEWS.set(global_views)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        GLOBAL_VIEWS.reset(token)
+
+
+def checkpoint_in_context(checkpoint: Callable, call: Callable, *args):
+    """A gradient checkpoint that runs a layer anew as it ran before: by then, its call of the tower is over."""
+    return checkpoint(functools.partial(run_with, GLOBAL_VIEWS.get(), call), *args)
+
+
+def split_views(rows: torch.Tensor, views: int, global_views: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B * V, ...) to the global views (B, 1, ...) and crops (B, V - 1, ...): the one place that tells them apart. If
+    the first `global_views` rows are the global ones, (1, global views, ...) and (1, crops, ...)."""
+    if global_views:
+        return rows[None, :global_views], rows[None, global_views:]
     rows = rows.unflatten(0, (-1, views))  # (B, V, ...)
     return rows[:, :1], rows[:, 1:]
 
@@ -86,6 +112,7 @@ def add_view_lora(
     global_lora: PheyeLora | None,
     local_lora: PheyeLora | None,
     views: int,
+    global_views: int = 0,
 ) -> torch.Tensor:
     """Add the LoRA updates of a linear or convolution with input `x` to its output: (B * V, N, D), of a convolution
     (B * V, D, height, width); the global set's to global views, the local set's to crops.
@@ -97,7 +124,7 @@ def add_view_lora(
     if is_map:
         rows = output.flatten(2).transpose(1, 2)  # (B * V, N, D)
     lows, ups = [], []
-    for lora, seen in zip((global_lora, local_lora), split_views(x, views), strict=True):
+    for lora, seen in zip((global_lora, local_lora), split_views(x, views, global_views), strict=True):
         if lora is None:
             low, up = rows.new_zeros(*seen.shape[:2], rows.shape[1], 0), rows.new_zeros(0, rows.shape[2])
         else:

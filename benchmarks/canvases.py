@@ -4,6 +4,7 @@
 
 A ViT with random weights encodes 16 images: of mixed shapes, all on the largest canvas, and the latter as a model
 without canvases would. All three take turns in one process.
+Seconds are those of the processor, which other work on the machine disturbs less.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import itertools
 import json
 import sys
 from collections import defaultdict
+from time import process_time
 
 import torch
 from transformers import CLIPVisionConfig
@@ -20,7 +22,7 @@ from pheye import PheyeConfig, PheyeForConditionalGeneration
 from ..common.command import Parser, at_least, exit_status
 from ..common.machine import machine
 from .full_size import chosen_config
-from .measuring import now, summary
+from .measuring import summary
 
 CANVASES = [[1, 1], [1, 2], [2, 2], [3, 3]]
 IMAGES = 16
@@ -65,15 +67,15 @@ def measure(width: int, layers: int, repeats: int, images: int = IMAGES) -> dict
     seconds = defaultdict(list)
     for repeat in range(repeats + 1):
         for name, (asked, inputs, views) in calls.items():
-            start = now()
+            start = process_time()
             asked.get_image_features(**inputs)
             if repeat:  # the first warms up
-                seconds[name].append((now() - start) / views)
+                seconds[name].append((process_time() - start) / views)
         for name, inputs in single.items():
-            start = now()
+            start = process_time()
             model.get_image_features(**inputs)
             if repeat:
-                seconds[name].append(now() - start)
+                seconds[name].append(process_time() - start)
     ratios = {
         f"{name} / {other}": summary([a / b for a, b in zip(seconds[name], seconds[other], strict=True)])
         for name, other in (("mixed", "full"), ("full", "square"))

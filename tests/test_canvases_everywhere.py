@@ -271,12 +271,3 @@ def test_decoding_compiles_with_a_mask_in_the_cache(parts, photos):
     compiled = CompileConfig(backend="eager", fullgraph=True, mode=None)
     compiled._compile_all_devices = True
     assert torch.equal(model.generate(text, **images, **options, compile_config=compiled), expected)
-
-
-def test_a_sharded_vision_tower_refuses_images_of_unequal_crops(parts, photos):
-    model, batch = copy.deepcopy(parts[0]), learnt(parts, photos)
-    next(model.pheye.vision_tower.parameters()).device_mesh = "as fully_shard leaves it"
-    with pytest.raises(ValueError, match=r"fully_shard.*DDP.*images of one canvas"):
-        model(**batch)
-    grids = torch.tensor([[[2, 2]]] * 4)
-    assert model.get_image_features(torch.zeros(4, 5, 3, 32, 32), image_grids=grids)

@@ -1,5 +1,6 @@
 """Canvases: geometry against slow loops, and images of several shapes, several images and none in one batch."""
 
+import functools
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import ConvNextConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -287,7 +289,7 @@ def test_the_vision_tower_sees_the_views_that_are_there_and_no_others(monkeypatc
     seen = []
     model.model.vision_tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     features = model.get_image_features(**batch, output_hidden_states=True, output_attentions=True)
-    assert sorted(seen) == [3, 4, 4, 10]  # two of five views share a call; the others have one each
+    assert seen == [21]
     assert all(len(states) == sum(seen) for states in (*features.hidden_states, *features.attentions))
     there = view_table(batch["image_grids"].tolist())[..., 0] >= 0
     tokens = features.last_hidden_state.unflatten(1, (-1, model.config.tokens_per_view))
@@ -308,6 +310,31 @@ def test_each_view_has_the_lora_of_its_kind(kind):
     is_global = table[table[..., 0] >= 0][:, 1] == 0
     changed = (before != after).flatten(1).any(1)
     assert changed.equal(is_global if kind == "global" else ~is_global)
+
+
+def test_a_compiled_vision_tower_tells_views_apart():
+    model, (batch, _) = canvas_model(), mixed_inputs()
+    full = {"pixel_values": torch.rand(2, 5, 3, 32, 32), "image_grids": torch.tensor([[[2, 2]]] * 2)}
+    expected = [model.get_image_features(**one).last_hidden_state for one in (batch, full)]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.model.vision_tower.compile(backend="eager", fullgraph=True, dynamic=False)
+    for one, value in zip((batch, full), expected, strict=True):
+        torch.testing.assert_close(model.get_image_features(**one).last_hidden_state, value)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # of images of the full number of views
+
+
+@pytest.mark.parametrize("outside", ["a call", "an activation checkpoint"])
+def test_a_vision_tower_that_cannot_know_its_views_is_refused(outside):
+    model, (batch, _) = canvas_model().train(), mixed_inputs()
+    layers = list(model.model.vision_layers())
+    if outside == "a call":
+        run = functools.partial(model.model.vision_tower, batch["pixel_values"][0])
+    else:
+        apply_activation_checkpointing(model, check_fn=lambda module: module in layers)
+        run = model.get_image_features(**batch).last_hidden_state.sum().backward
+    with pytest.raises(ValueError, match=r"encode_views.*gradient_checkpointing"):
+        run()
 
 
 @pytest.mark.parametrize("use_reentrant", [None, True, False])

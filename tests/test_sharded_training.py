@@ -31,10 +31,8 @@ def wrapped_classes() -> list[str]:
 
 
 def config_of(kind: str) -> PheyeConfig:
-    if kind == "hybrid":
-        return hybrid_config(lora_dropout=0.0)
-    options = {"canvases": [[1, 2], [2, 2], [3, 1]], "max_images": 2} if kind == "canvases" else {}
-    return tiny_config(lora_dropout=0.0, **options)
+    options = {"canvases": [[1, 2], [2, 2], [3, 1]], "max_images": 2} if "canvases" in kind else {}
+    return (hybrid_config if "hybrid" in kind else tiny_config)(lora_dropout=0.0, **options)
 
 
 def samples(rows: slice, kind: str = "plain") -> dict[str, torch.Tensor]:
@@ -46,7 +44,7 @@ def samples(rows: slice, kind: str = "plain") -> dict[str, torch.Tensor]:
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     labels[:, : len(prompt)] = -100  # a token per byte
     images = [tiny_image(seed, *size) for seed, size in enumerate([(90, 70), (80, 40), (30, 90), (50, 50)])]
-    if kind == "canvases":
+    if "canvases" in kind:
         images = [[images[0], images[1]], images[2], None, images[3]]
     encoded = processor.image_processor(images[rows], return_tensors="pt")
     return {name: tensor[rows] for name, tensor in {**inputs, "labels": labels}.items()} | dict(encoded)
@@ -58,7 +56,7 @@ def answer_tokens() -> int:
 
 def new_model(bf16: bool, kind: str = "plain"):
     model = tiny_model(config_of(kind))  # without dropout, for each process would draw other numbers
-    choose_trained(model, train=["high_res_tower"] if kind == "hybrid" else None)
+    choose_trained(model, train=["high_res_tower"] if "hybrid" in kind else None)
     model.train()
     if bf16:
         for parameter in model.parameters():
@@ -153,10 +151,14 @@ def run_sharded(folder: Path, shard, bf16: bool, kind: str = "plain") -> dict:
 # --- Tests ---
 
 
-WAYS = [*itertools.product([shard_by_torch, shard_by_accelerate, replicate], ["plain", "hybrid"])]
+WAYS = [
+    *itertools.product([shard_by_torch, shard_by_accelerate, replicate], ["plain", "hybrid canvases"]),
+    (shard_by_torch, "hybrid"),
+    (shard_by_torch, "canvases"),
+]
 
 
-@pytest.mark.parametrize(("shard", "kind"), [*WAYS, (replicate, "canvases")])
+@pytest.mark.parametrize(("shard", "kind"), WAYS)
 def test_two_processes_train_as_one_and_their_checkpoint_loads_in_one(tmp_path, shard, kind):
     before, single = new_model(bf16=False, kind=kind), new_model(bf16=False, kind=kind)
     losses = train(single, samples(slice(None), kind), bf16=False)

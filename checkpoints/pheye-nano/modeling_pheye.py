@@ -8,7 +8,6 @@ questions, beams or samples of one image are adjacent), T text tokens, H heads, 
 
 import copy
 import functools
-import itertools
 import math
 import os
 import re
@@ -46,18 +45,21 @@ from .blocks_pheye import (
     image_caches,
     text_in,
 )
-from .canvases_pheye import IMAGE, images_in, view_table, views_in
+from .canvases_pheye import IMAGE, VIEW, images_in, view_table, views_in
 from .configuration_pheye import HIGH_RES_STRIDE, PheyeConfig, learned_positions
 from .generation_pheye import PheyeGenerationMixin
 from .layers_pheye import CACHE, CALL, Step, TextCall, ViewCall, put_before, put_before_checkpoints, transformer_layers
 from .vision_pheye import (
+    GLOBAL_VIEWS,
     PheyeFusionBlock,
     PheyeLora,
     PheyeViewEncoding,
     add_view_lora,
+    checkpoint_in_context,
     join_tiles,
     last_norms,
     place_vectors,
+    run_with,
     view_maps,
 )
 
@@ -122,6 +124,10 @@ class PheyePreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs):
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
         if enable:
+            for layer in self.base_model.vision_layers():
+                layer._gradient_checkpointing_func = functools.partial(
+                    checkpoint_in_context, layer._gradient_checkpointing_func
+                )
             self.base_model.put_before_all(put_before_checkpoints)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
@@ -302,8 +308,17 @@ class PheyeModel(PheyePreTrainedModel):
         local_lora = self.local_lora[name] if self.config.local_lora_rank else None
         if global_lora is None and local_lora is None:
             return output
-        views = min(len(args[0]), self.config.views_per_image)  # of an image; see `_encode_images`
-        return add_view_lora(output, args[0], global_lora, local_lora, views)
+        config = self.config
+        global_views = 0 if torch.compiler.is_compiling() else GLOBAL_VIEWS.get()
+        if global_views is None:
+            if config.canvases is not None or config.max_images > 1:
+                raise ValueError(
+                    "The vision tower runs outside of this model's own call, and cannot know which views are global. "
+                    "Call get_image_features or encode_views; checkpoint it by gradient_checkpointing_enable (in "
+                    "Trainer, gradient_checkpointing), not by activation checkpoints of another library."
+                )
+            global_views = 0
+        return add_view_lora(output, args[0], global_lora, local_lora, config.views_per_image, global_views)
 
     def _check_hooks(self):
         """A copy of a module's attributes shares its hooks, which go on to use the original's LoRA and blocks; refuse
@@ -436,12 +451,15 @@ class PheyeModel(PheyePreTrainedModel):
             )
         return self.encode_high_res(high_res_pixel_values, table)
 
-    def _call_vision_tower(self, views: torch.Tensor, maps: list[torch.Tensor] | None, **kwargs) -> BaseModelOutput:
-        """One call of the tower on views, with what `encode_high_res` gave for them."""
+    def _call_vision_tower(
+        self, views: torch.Tensor, maps: list[torch.Tensor] | None, eagerly: bool = False, **kwargs
+    ) -> BaseModelOutput:
+        """One call of the tower on views, with what `encode_high_res` gave for them; `eagerly` even if compiled."""
+        run = self.vision_tower._call_impl if eagerly else self.vision_tower
         if maps is None:
-            return self.vision_tower(views, return_dict=True, **kwargs)
+            return run(views, return_dict=True, **kwargs)
         call = ViewCall(self.vision_tower, maps)
-        outputs = self.vision_tower(views, return_dict=True, **{CALL: call}, **kwargs)
+        outputs = run(views, return_dict=True, **{CALL: call}, **kwargs)
         call.check()
         return outputs
 
@@ -517,40 +535,26 @@ class PheyeModel(PheyePreTrainedModel):
     def _encode_images(
         self, views: torch.Tensor, maps: list[torch.Tensor] | None, table: torch.Tensor, **kwargs
     ) -> BaseModelOutput:
-        """The vision tower on images of any number of views (those that are there, one image after another).
+        """The vision tower on images of any number of views (those that are there, one image after another): one call,
+        as processes that share a sharded model must make equally many."""
+        kinds = table[..., VIEW].flatten()
+        is_crop = kinds[kinds >= 0] > 0
+        global_views = int((~is_crop).sum())
+        if len(is_crop) == global_views * self.config.views_per_image:
+            return run_with(0, self._call_vision_tower, views, maps, **kwargs)
+        order = is_crop.argsort(stable=True)
+        back, order = order.argsort().to(views.device), order.to(views.device)
+        maps = None if maps is None else [level[order] for level in maps]
+        outputs = run_with(global_views, self._call_vision_tower, views[order], maps, eagerly=True, **kwargs)
 
-        LoRA's hooks see rows and nothing else, so that threads may share a model: they take `views_per_image` of them
-        for an image, or all if there are fewer. So images of that many views share a call, and others have one each.
-        """
-        counts = [1 + image.rows * image.columns for image in images_in(table)]
-        starts = list(itertools.accumulate(counts, initial=0))
-        full = [number for number, count in enumerate(counts) if count == self.config.views_per_image]
-        calls = [full] * bool(full) + [[number] for number in range(len(counts)) if number not in full]
-        if len(calls) > 1 and any(hasattr(weight, "device_mesh") for weight in self.vision_tower.parameters()):
-            raise ValueError(
-                "The vision tower is sharded (fully_shard), and its processes must call it equally often, but images "
-                "of unequal numbers of crops have a call each. Replicate the model instead (DDP), or give each "
-                "process images of one canvas."
-            )
-        order, parts = [], []
-        for images in calls:
-            rows = [row for image in images for row in range(starts[image], starts[image + 1])]
-            if len(rows) == len(views):
-                return self._call_vision_tower(views, maps, **kwargs)
-            own = None if maps is None else [level[rows] for level in maps]
-            parts.append(self._call_vision_tower(views[rows], own, **kwargs))
-            order += rows
-        back = torch.tensor(order, device=views.device).argsort()
+        def put_back(value: torch.Tensor | tuple | None):
+            if isinstance(value, tuple):
+                return tuple(map(put_back, value))
+            return None if value is None else value[back]
 
-        def joined(name: str):
-            values = [part.get(name) for part in parts]
-            if values[0] is None:
-                return None
-            if isinstance(values[0], torch.Tensor):
-                return torch.cat(values)[back]
-            return tuple(torch.cat(layer)[back] for layer in zip(*values, strict=True))
-
-        return BaseModelOutput(**{name: joined(name) for name in ("last_hidden_state", "hidden_states", "attentions")})
+        return BaseModelOutput(
+            **{name: put_back(outputs.get(name)) for name in ("last_hidden_state", "hidden_states", "attentions")}
+        )
 
     @can_return_tuple
     def get_image_features(
