@@ -57,8 +57,8 @@ def answer(
     workers: int = 0,
     answer_name: str = "answer",
 ) -> Path:
-    """Write one line of JSON per request into `output`: `id`, its `fields`, and the answer, or `error` if the image
-    cannot be read. Every process of a launch makes this call.
+    """Write one line of JSON per request into `output`: `id`, its `fields`, and the answer, or `error` if an image
+    cannot be read or there are more than the model takes. Every process of a launch makes this call.
 
     Args:
         load: gives the model, on its device, and the processor; called only where something is left to answer.
@@ -153,7 +153,8 @@ def default_workers(device: torch.device | str) -> int:
 
 
 class ImageInputs(torch.utils.data.Dataset):
-    """What the image processor makes of each request's image, one tensor by name each, or a text: what is wrong."""
+    """What the image processor makes of each request's images, one tensor by name each, nothing where there are none,
+    or a text: what is wrong."""
 
     def __init__(self, processor, requests: Sequence[Request]):
         self.processor, self.requests = processor, requests
@@ -162,40 +163,65 @@ class ImageInputs(torch.utils.data.Dataset):
         return len(self.requests)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor] | str:
-        inputs, error = tried(partial(self.read, self.requests[index].image))
+        inputs, error = tried(partial(self.read, self.requests[index]))
         return inputs if error is None else error
 
-    def read(self, image) -> dict[str, torch.Tensor]:
-        image = image() if callable(image) else image
-        if image is None:
+    def read(self, request: Request) -> dict[str, torch.Tensor]:
+        images, image_processor = request.images(), self.processor.image_processor
+        if any(image is None for image in images):
             raise ValueError("There is no image.")
-        inputs = self.processor(images=image, return_tensors="pt")
-        return {name: inputs[name][0] for name in self.processor.image_processor.model_input_names}
+        if len(images) > image_processor.max_images:
+            raise ValueError(
+                f"It has {len(images)} images, and the model takes {image_processor.max_images} (max_images)."
+            )
+        if not images:
+            return {}
+        inputs = self.processor(images=[images], return_tensors="pt")
+        return {name: inputs[name][0] for name in image_processor.model_input_names}
 
 
-def collate(images: list[dict[str, torch.Tensor] | str]) -> tuple[list[str | None], dict[str, torch.Tensor]]:
-    """Per image what is wrong with it, or None; and the tensors of the others as a batch."""
-    errors = [image if isinstance(image, str) else None for image in images]
-    whole = [image for image in images if not isinstance(image, str)]
-    return errors, pad_rows(whole) if whole else {}
+def collate(
+    rows: list[dict[str, torch.Tensor] | str], tiles_per_side: int
+) -> tuple[list[str | None], dict[str, torch.Tensor]]:
+    """Per row what is wrong with its images, or None; and the tensors of the others as a batch, empty if none of them
+    has an image."""
+    errors = [row if isinstance(row, str) else None for row in rows]
+    whole = [row for row in rows if not isinstance(row, str)]
+    some = next((row for row in whole if row), None)
+    if some is None:
+        return errors, {}
+    if not all(whole):  # then grids say which rows have an image; an image that comes without is a square
+        square = {"image_grids": torch.tensor([[tiles_per_side, tiles_per_side]])}
+        none = {name: values[:0] for name, values in {**square, **some}.items()}
+        whole = [{**square, **row} if row else none for row in whole]
+    return errors, pad_rows(whole)
+
+
+def counts_of(image_inputs: dict[str, torch.Tensor], rows: int) -> list[int]:
+    """How many images each row of a batch has."""
+    if "image_grids" in image_inputs:
+        return image_inputs["image_grids"].all(-1).sum(-1).tolist()
+    return [1 if image_inputs else 0] * rows
 
 
 def answer_batches(
     model, processor, requests: Sequence[Request], batch_size: int, workers: int, generate_kwargs: dict
 ) -> Iterator[list[tuple[Request, str | None, str | None]]]:
-    """Batch by batch: each request with its answer or its image's error, the other being None."""
+    """Batch by batch: each request with its answer or the error of its images, the other being None."""
     loader = torch.utils.data.DataLoader(
         ImageInputs(processor, requests),
         batch_size,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=partial(collate, tiles_per_side=processor.image_processor.tiles_per_side),
         pin_memory=model.device.type == "cuda",
     )
     start = 0
     for errors, image_inputs in loader:
         batch = requests[start : start + len(errors)]
         start += len(errors)
-        asked = [request.messages() for request, error in zip(batch, errors, strict=True) if error is None]
+        whole = [request for request, error in zip(batch, errors, strict=True) if error is None]
+        counts = counts_of(image_inputs, len(whole))
+        asked = [request.messages(count) for request, count in zip(whole, counts, strict=True)]
         answers = iter(generate(model, processor, asked, image_inputs, generate_kwargs) if asked else [])
         yield [
             (request, next(answers) if error is None else None, error)
@@ -206,8 +232,9 @@ def answer_batches(
 def generate(
     model, processor, conversations: list[list[dict]], image_inputs: dict[str, torch.Tensor], generate_kwargs: dict
 ) -> list[str]:
-    """One answer per conversation and image."""
-    texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
+    """One answer per conversation."""
+    # As plain texts, which do not ask for the images that come beside them.
+    texts = [str(processor.apply_chat_template(messages, add_generation_prompt=True)) for messages in conversations]
     inputs = processor(text=texts, return_tensors="pt").to(model.device)
     image_inputs = {name: values.to(model.device, non_blocking=True) for name, values in image_inputs.items()}
     try:

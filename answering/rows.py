@@ -18,16 +18,17 @@ from ..common.command import InputError
 from ..common.files import differences, explained, lock, read_record, write_atomically, write_record
 from ..common.json_lines import parse_json
 
+FIRST_NUMBER = "[image 1]"  # as the chat template writes it
 NETWORK_DELAY = 90  # seconds until a file written on one machine must be seen by the others
 
 
 @dataclass
 class Request:
-    """One prompt about one image.
+    """One prompt about one image, several or none.
 
-    id: text or integer, unique within a run; image: whatever the processor opens, or a function without arguments that
-    gives it; prompt: the user's turn, without the template; fields: copied into the row; system: the system message,
-    or None for the template's own.
+    id: text or integer, unique within a run; image: whatever the processor opens, a function without arguments that
+    gives it, or a list of either; an empty list is no image; prompt: the user's turn, without the template; fields:
+    copied into the row; system: the system message, or None for the template's own.
     """
 
     id: str | int
@@ -36,10 +37,20 @@ class Request:
     fields: dict = field(default_factory=dict)
     system: str | None = None
 
-    def messages(self) -> list[dict]:
-        """The conversation so far."""
+    def messages(self, images: int = 1) -> list[dict]:
+        """The conversation so far, about so many images. Several stand in front of the prompt, where the chat template
+        numbers them, unless the prompt has their numbers."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, {"role": "user", "content": self.prompt}]
+        content = self.prompt
+        if images > 1 and FIRST_NUMBER not in self.prompt:
+            content = [{"type": "image"}] * images + [{"type": "text", "text": self.prompt}]
+        return [*system, {"role": "user", "content": content}]
+
+    def images(self) -> list:
+        """What the processor opens, in a list."""
+        given = self.image() if callable(self.image) else self.image
+        given = list(given) if isinstance(given, (list, tuple)) else [given]
+        return [image() if callable(image) else image for image in given]
 
 
 def check_requests(requests: Sequence[Request]):

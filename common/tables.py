@@ -170,17 +170,26 @@ def folders_of(paths: Sequence[str]) -> list[str]:
 
 
 class ImageColumn:
-    """The images in one column of a table, by the number of the row.
+    """The images in one column of a table, by the number of the row: one in each, or `several`.
 
     Raises:
         InputError: if it does not hold images, paths, URLs or bytes, or none of the first may be opened.
     """
 
-    def __init__(self, table, column: str, source: str | Sequence[str], image_sources: str | None = None):
+    def __init__(
+        self,
+        table,
+        column: str,
+        source: str | Sequence[str],
+        image_sources: str | None = None,
+        *,
+        several: bool = False,
+    ):
         """image_sources: where names in the column may lead, for others may have written them: to files in
         `folders_of` the table ("folder", the default), to all files ("local"), or to URLs as well ("any")."""
         paths = [source] if isinstance(source, str) else source
         self.images = undecoded(table.select_columns([column]), column, ", ".join(paths))
+        self.several = several
         self.image_sources = image_sources or "folder"
         self.folders = folders_of(paths)
         first = [self.error(row) for row in range(min(IMAGES_CHECKED, len(table)))]
@@ -194,14 +203,25 @@ class ImageColumn:
             ValueError: if the row has several, or names one that may not be opened.
         """
         [cell] = self.images[row].values()
-        image = encoded(cell)
+        return self.checked(encoded(cell))
+
+    def all_of(self, row: int) -> list[str | bytes | None]:
+        """As `[row]`, of a row with several images or none."""
+        [cell] = self.images[row].values()
+        cell = as_list(cell)
+        return [self.checked(encoded(image)) for image in (cell if isinstance(cell, list) else [cell])]
+
+    def one_of(self, row: int, place: int) -> str | bytes | None:
+        return self.all_of(row)[place]
+
+    def checked(self, image: str | bytes | None) -> str | bytes | None:
         if isinstance(image, str) and len(image) <= LONGEST_PATH:  # or else it is base64
             self.check(image)
         return image
 
     def error(self, row: int) -> str | None:
         try:
-            self[row]
+            self.all_of(row) if self.several else self[row]
         except ValueError as error:
             return str(error)
 

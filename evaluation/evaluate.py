@@ -70,13 +70,20 @@ def find_task(name: str, prompt: str | None = None, metric: str | None = None) -
 def fields_of(sample: Sample) -> dict:
     """What a row repeats of its sample."""
     fields = {
-        "image": sample.image.name if isinstance(sample.image, Path) else None,
+        "image": names_of(sample.image),
         "image_id": sample.image_id,
         "question": sample.question,
         "options": sample.options,
         "references": sample.references,
     }
-    return {name: value for name, value in fields.items() if value not in (None, "", ())}
+    return {name: value for name, value in fields.items() if value not in (None, "", (), [])}
+
+
+def names_of(image: object) -> str | list[str] | None:
+    """The name of an image that is a file, or those of several."""
+    if isinstance(image, list):
+        return [image.name for image in image if isinstance(image, Path)]
+    return image.name if isinstance(image, Path) else None
 
 
 def request_of(sample: Sample, task: Task) -> Request:

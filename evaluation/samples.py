@@ -1,4 +1,4 @@
-"""One question of a benchmark about one image, whatever file it comes from."""
+"""One question of a benchmark, whatever file it comes from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ class Sample:
     """What is asked, and what counts as right.
 
     names: where the image may be inside the folder of images, the likeliest first; image: its path, or a function
-    that gives it; references: None if they are not public; split: None where the file does not say; system: message,
-    where the sample has one of its own.
+    that gives it, or a list of several or none; references: None if they are not public; split: None where the file
+    does not say; system: message, where the sample has one of its own.
     """
 
     id: str | int
     names: tuple[str, ...] = ()
-    image: Path | str | bytes | Callable | None = None
+    image: Path | str | bytes | Callable | list | None = None
     question: str = ""
     options: tuple[str, ...] = ()
     references: tuple[str, ...] | None = None

@@ -13,7 +13,7 @@ from ..common.tables import FILES as TABLE_FILES
 from ..common.tables import ImageColumn, holds_tables, load_split
 from ..training.formats import TURNS_COLUMNS
 from .formats import FORMATS, SUFFIXES, file_samples
-from .own import LLAVA, own_file_samples, table_samples
+from .own import LLAVA, images_in, own_file_samples, question_about, table_samples, usual_image_column
 from .samples import Sample, check_samples, right_option, texts
 from .tasks import OWN, Task
 
@@ -65,6 +65,8 @@ def dataset_samples(
         where = {name: named.get(name) for name in ("image_column", "id_column")}
         return table_samples(table, task, source, split, image_sources=image_sources, **where)
     columns = chosen_columns(task, named)
+    if task.format == OWN and named.get("image_column") is None:
+        columns["image"] = usual_image_column(table.column_names)
     if named.get("answers_column") is None and columns["answers"] not in table.column_names:
         columns["answers"] = None  # as in a test set without public answers
     for kind, name in columns.items():
@@ -73,11 +75,15 @@ def dataset_samples(
                 f"{source} has no column {name!r}; its columns are {', '.join(table.column_names)}. Name the one of "
                 f"the {kind} by --{kind}_column."
             )
-    images = ImageColumn(table, columns["image"], source, image_sources)
+    images = ImageColumn(table, columns["image"], source, image_sources, several=task.format == OWN)
+    rows = images_in(images, columns["image"]) if task.format == OWN else None
     samples = []
     for row, entry in enumerate(text_rows(table, columns)):
-        image = functools.partial(images.__getitem__, row)
-        samples.append(replace(row_sample(entry, task), id=entry.get("id", row), image=image, split=split))
+        sample, image = row_sample(entry, task), functools.partial(images.__getitem__, row)
+        if rows is not None and isinstance(sample.question, str):
+            question, shown = question_about(sample.question, rows[row])
+            sample, image = replace(sample, question=question), shown[0] if len(shown) == 1 else shown
+        samples.append(replace(sample, id=entry.get("id", row), image=image, split=split))
     return samples
 
 

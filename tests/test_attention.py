@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pheye.common.command import InputError
@@ -13,9 +14,9 @@ from pheye.evaluation.attention import (
     main,
     read_prompts,
 )
-from pheye.evaluation.word_attention import AttendedAnswer
+from pheye.evaluation.word_attention import AttendedAnswer, split_words
 
-from tiny import tiny_image
+from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
 
 
 def one_hot(size, index):
@@ -154,3 +155,38 @@ def test_command_stops_before_it_loads_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([*common, "--data", str(samples_file(tmp_path, [{}]))]) == 1
     assert 'pip install ".[eval]"' in capsys.readouterr().err
+
+
+def test_shares_on_canvases_are_those_of_the_views_that_each_image_has(tmp_path):
+    """Nothing stubbed: an image of 1 x 3 crops has four views, and one of 2 x 2 five; the reference is a plain pass
+    over each whole conversation."""
+    config = tiny_config(canvases=[[1, 3], [2, 2]])
+    model, processor = tiny_model(config), tiny_processor(config)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    tertiles, sizes = ["small", "large", "large"], [(120, 37), (50, 50), (110, 40)]
+    path = samples_file(tmp_path, [{"tertile": tertile} for tertile in tertiles])
+    expected = []
+    for number, size in enumerate(sizes):
+        image = tiny_image(number, *size)
+        image.save(tmp_path / f"{number}.png")
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": f"question {number}"}], add_generation_prompt=True
+        )
+        inputs = processor(images=image, text=text, return_tensors="pt")
+        assert inputs["image_grids"].tolist() == [[[1, 3] if number != 1 else [2, 2]]]
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        start = inputs["input_ids"].shape[1]
+        places = [place for _, found in split_words(processor.tokenizer, ids[0, start:].tolist()) for place in found]
+        inputs["input_ids"], inputs["attention_mask"] = ids[:, :-1], torch.ones_like(ids[:, :-1])
+        with torch.no_grad():
+            blocks = model(**inputs, output_cross_attentions=True).cross_attentions  # (1, H, T, N) each
+        views = [block[0].mean(0).unflatten(-1, (-1, config.tokens_per_view)).sum(-1) for block in blocks]  # (T, V)
+        assert {share.shape[1] for share in views} == {4 if number != 1 else 5}
+        expected.append(np.array([share[[start - 1 + place for place in places], 0].mean() for share in views]))
+    arguments = ["--model", str(tmp_path / "model"), "--data", str(path), "--output", str(tmp_path / "out.png")]
+    assert main([*arguments, "--max_new_tokens", "4", "--dtype", "float32", "--device", "cpu"]) == 0
+    small, large = json.loads((tmp_path / "out.json").read_text())["tertiles"]
+    assert small["global_share"] == pytest.approx(expected[0], abs=1e-4)
+    assert large["global_share"] == pytest.approx((expected[1] + expected[2]) / 2, abs=1e-4)
+    assert not np.allclose(expected[0], 1 / 4, atol=1e-2)

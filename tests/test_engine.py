@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from pheye import image_opening_pheye
-from pheye.answering.engine import is_cut
+from pheye.answering.engine import answer, is_cut
 from pheye.answering.rows import Request
 from pheye.common.command import InputError
 
-from answering_runs import BROKEN, names, read
-from tiny import tiny_image
+from answering_runs import BROKEN, NEW, OTHER, SHORT, names, read
+from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (3, 0), (100, 0), (2, 2)])
@@ -138,3 +138,83 @@ def test_bad_options_stop_before_anything_is_written(start, tmp_path, bad):
     with pytest.raises(InputError, match="must be"):
         start(**bad)
     assert names(tmp_path) == set()
+
+
+# --- Several images, or none ---
+
+TEXT, TWO = "Hello.", "Is [image 1] like [image 2]?"
+
+
+def mixed(folder) -> list[Request]:
+    """Prompts about two images, one and none, of which some are to be called for."""
+    paths = []
+    for seed, size in enumerate([(80, 40), (50, 50), (30, 90)]):
+        paths.append(folder / f"{seed}.png")
+        tiny_image(seed, *size).save(paths[-1])
+    return [
+        Request("two", [paths[0], lambda: paths[1]], TWO),
+        Request("none", [], TEXT),
+        Request("one", paths[2], SHORT),
+        Request("called", lambda: [paths[1], paths[0]], OTHER),
+        Request("other none", (), OTHER),
+        Request("list of one", [paths[0].read_bytes()], SHORT),
+    ]
+
+
+def alone(model, processor, request: Request) -> str:
+    """What `generate` answers about the images themselves, with numbers written by hand."""
+    images = request.images()
+    prompt = request.prompt
+    if len(images) == 2 and "[image 1]" not in prompt:
+        prompt = f"[image 1] [image 2] {prompt}"
+    text = processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    inputs = processor(images=[images], text=[text], return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+
+
+@pytest.fixture
+def answered(tmp_path, fresh_state):
+    """Runs the engine on a model and requests; its rows."""
+
+    def answered(parts, requests, **options) -> list[dict]:
+        settings = {"batch_size": 3, "generate_kwargs": {"max_new_tokens": NEW}, "settings": {}, **options}
+        return read(answer(lambda: parts, requests, tmp_path / "rows.jsonl", **settings))
+
+    return answered
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+@pytest.mark.parametrize("canvases", [None, [[1, 2], [2, 2], [3, 1]]])
+def test_rows_of_two_images_one_and_none_are_answered_together_as_alone(answered, tmp_path, batch_size, canvases):
+    config = tiny_config(max_images=2, canvases=canvases)
+    parts, requests = (tiny_model(config), tiny_processor(config)), mixed(tmp_path)
+    expected = [alone(*parts, request) for request in requests]
+    assert len(set(expected)) >= 5  # so that mixing them up shows
+    rows = answered(parts, requests, batch_size=batch_size)
+    assert [row["answer"] for row in rows] == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_a_model_of_one_image_says_how_many_are_too_many_and_answers_texts(
+    answered, model, processor, tmp_path, batch_size
+):
+    requests = mixed(tmp_path)
+    rows = answered((model, processor), requests, batch_size=batch_size)
+    for row, request in zip(rows, requests, strict=True):
+        if len(request.images()) == 2:
+            assert row["error"] == "It has 2 images, and the model takes 1 (max_images)."
+        else:
+            assert row["answer"] == alone(model, processor, request)
+
+
+def test_one_broken_image_of_two_is_named_and_its_row_alone_has_no_answer(answered, tmp_path):
+    config = tiny_config(max_images=2)
+    good = mixed(tmp_path)[0]
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    broken = Request("broken", [good.image[0], tmp_path / "broken.png"], TWO)
+    missing = Request("missing", [None, good.image[0]], TWO)
+    rows = answered((tiny_model(config), tiny_processor(config)), [good, broken, missing])
+    assert rows[0]["answer"] and "answer" not in rows[1]
+    assert "broken.png' could not be read as an image" in rows[1]["error"]
+    assert rows[2]["error"] == "There is no image."

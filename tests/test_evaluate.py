@@ -24,7 +24,7 @@ from pheye.evaluation.metrics.vqa import vqa_accuracy
 from pheye.evaluation.tasks import TASKS
 
 from hub_server import FakeHub
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model, tiny_processor
 from toys import TOYS, Toy, image_paths, nocaps_toy, own_toy, textvqa_toy, vqa_toy, write
 
 pytestmark = pytest.mark.once
@@ -244,6 +244,38 @@ def test_own_data_with_a_prompt_and_a_metric_of_ones_own(run, answers, tmp_path)
     assert (len(prompts), result["metric"]) == (answered, "exact match")  # scored anew, and not asked again
     status, _, _, printed = run("own", *options)
     assert status == 1 and "prompt was '{question} In {a word}.' and is now '{question}'" in printed
+
+
+@pytest.mark.parametrize("max_images", [1, 2])
+def test_own_data_with_several_images_or_none(tmp_path, max_images, capsys):
+    """Nothing stubbed: texts and two images beside rows of one."""
+    config = tiny_config(max_images=max_images)
+    model, processor = tiny_model(config), tiny_processor(config)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    paths = image_paths(tmp_path)
+    images = [[], [paths[0]], [paths[1], paths[0]]]
+    prompts = ["Two and two?", "What?", "[image 1] [image 2] Which?"]
+    data = [
+        {"image": [Path(path).name for path in own], "conversations": [{"from": "human", "value": question},
+                                                                       {"from": "gpt", "value": "4"}]}
+        for own, question in zip(images, ["Two and two?", "<image>\nWhat?", "Which?"], strict=True)
+    ]  # fmt: skip
+    (tmp_path / "val.json").write_text(json.dumps(data))
+    argv = ["--model", str(tmp_path / "model"), "--task", "own", "--data", str(tmp_path / "val.json")]
+    argv += ["--output", str(tmp_path / "out"), "--max_new_tokens", str(NEW), "--dtype", "float32", "--device", "cpu"]
+    assert evaluate.main(argv) == 0
+    rows = rows_of(tmp_path / "out")
+    assert [row.get("image") for row in rows] == [None, "n0.jpg", ["n1.jpg", "n0.jpg"]]
+    for row, own, prompt in zip(rows, images, prompts, strict=True):
+        if len(own) > max_images:
+            assert row["error"] == "It has 2 images, and the model takes 1 (max_images)."
+            continue
+        text = processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        inputs = processor(images=[own], text=[text], return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :]
+        assert row["answer"] == processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+    assert json_of(tmp_path / "out" / "result.json")["errors"] == 2 - max_images
 
 
 def test_the_files_of_other_tasks_with_a_prompt_of_ones_own(run, answers, tmp_path):

@@ -12,6 +12,7 @@ from pheye.evaluation.tasks import METRICS
 from pheye.training.formats import Source
 from pheye.training.mixture import Mixture
 
+from tiny import tiny_config, tiny_processor
 from toys import image_paths, own_toy, read, refused, textvqa_toy, write
 
 pytestmark = pytest.mark.once
@@ -161,3 +162,92 @@ def test_prompts_and_metrics_that_do_not_fit_the_data(tmp_path):
         find_task("own", " ")
     with pytest.raises(ValueError, match="leave --metric out, or take --task own"):
         find_task("gqa", None, "anls")
+
+
+# --- Rows with several images, or none ---
+
+
+def pair_of(question: str, answer: str) -> list[dict]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+SEVERAL = [
+    {"id": "none", "image": [], "conversations": pair_of("Two and two?", "4")},
+    {"id": "one", "image": ["n0.jpg"], "conversations": pair_of("<image>\nWhat?", "A cat.")},
+    {"id": "two", "image": ["n0.jpg", "n1.jpg"], "conversations": pair_of("Is <image> like <image>?", "No.")},
+    {"id": "front", "image": ["n0.jpg", "n1.jpg"], "conversations": pair_of("Which?", "B.")},
+]
+TURNS = [*pair_of("Hello.", "H"), *pair_of("<image>What?", "A"), *pair_of("And <image>now?", "B")]
+
+
+def learnt(path: str, draws: int, max_images: int = 2, **fields) -> set[tuple]:
+    """What training shows in so many draws: a message's text, its answer and its images."""
+    shown = Mixture([Source(path, samples=draws, **fields)], 0, max_images)
+    return {
+        (sample["messages"][0]["content"], sample["messages"][1]["content"], tuple(sample["images"]))
+        for sample in shown
+    }
+
+
+def asked_in_words(samples) -> set[tuple]:
+    """The same of the samples of an evaluation."""
+    words = set()
+    for sample in samples:
+        request = request_of(sample, find_task("own"))
+        [message] = request.messages(len(request.images()))
+        words.add((message["content"], *sample.references, tuple(map(str, request.images()))))
+    return words
+
+
+def test_rows_with_several_images_or_none_are_asked_as_training_shows_them(tmp_path):
+    rows = [*SEVERAL, {"id": "turns", "image": ["n0.jpg", "n1.jpg"], "conversations": TURNS}]
+    options = save(rows, tmp_path / "val.jsonl")
+    samples, _ = read("own", *options)
+    assert [sample.id for sample in samples] == ["none", "one", "two", "front", "turns-0", "turns-1", "turns-2"]
+    assert [len(request_of(sample, find_task("own")).images()) for sample in samples] == [0, 1, 2, 2, 0, 1, 2]
+    assert samples[2].question == "Is [image 1] like [image 2] ?"
+    assert samples[3].question == "[image 1] [image 2] Which?"
+    assert asked_in_words(samples) == learnt(options[1], 60)
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_tables_with_several_images_or_none(tmp_path, column):
+    paths = image_paths(tmp_path)
+    data = {
+        column: [[paths[0]] * len(row["image"]) for row in SEVERAL],
+        "conversations": [row["conversations"] for row in SEVERAL],
+    }
+    datasets.Dataset.from_dict(data).to_parquet(tmp_path / "rows.parquet")
+    options = ("--image_sources", "local")
+    samples, _ = read("own", "--data", str(tmp_path / "rows.parquet"), *options)
+    assert asked_in_words(samples) == learnt(str(tmp_path / "rows.parquet"), 40, image_sources="local")
+    questions = [pair[0]["value"] for pair in data["conversations"]]
+    columns = {column: data[column], "question": questions, "answers": [["x", "y"]] * 4}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "columns.parquet")
+    found, _ = read("own", "--data", str(tmp_path / "columns.parquet"), *options)
+    assert [sample.question for sample in found] == [sample.question for sample in samples]
+    assert {sample.references for sample in found} == {("x", "y")}
+
+
+def test_captions_of_several_images_have_the_numbers_that_training_shows(tmp_path):
+    options = save([SEVERAL[2]], tmp_path / "val.jsonl")
+    task = find_task("own", "Describe them.")
+    [sample] = read("own", *options, "--prompt", "Describe them.")[0]
+    assert request_of(sample, task).prompt == "Describe them."
+    template = tiny_processor(tiny_config(max_images=2)).apply_chat_template
+    said = {"role": "user", "content": "[image 1] [image 2] Describe them."}
+    assert template(request_of(sample, task).messages(2)) == template([said])
+
+
+def test_marks_that_do_not_fit_the_images(tmp_path, capsys):
+    """As in training: left out of a file and counted, and an error of the row of a table."""
+    rows = [SEVERAL[0], {**SEVERAL[2], "conversations": pair_of("<image>?", "No.")}]
+    samples, _ = read("own", *save(rows, tmp_path / "val.jsonl"))
+    assert [sample.id for sample in samples] == ["none"]
+    assert "1 of 2 rows left out: 1 whose marks of images (<image>) are not as many" in capsys.readouterr().out
+    paths = image_paths(tmp_path)
+    data = {"images": [[], paths[:2]], "conversations": [row["conversations"] for row in rows]}
+    datasets.Dataset.from_dict(data).to_parquet(tmp_path / "rows.parquet")
+    samples, _ = read("own", "--data", str(tmp_path / "rows.parquet"))
+    with pytest.raises(ValueError, match=r"have 1 marks of an image \(<image>\), but it has 2 images"):
+        request_of(samples[1], find_task("own")).images()
