@@ -11,7 +11,7 @@ FIRST_USE := tests/test_docs.py tests/test_remote_code.py tests/test_modeling_ph
 	tests/test_pipeline_pheye.py
 
 API := configuration_pheye image_opening_pheye canvases_pheye image_processing_pheye processing_pheye modeling_pheye \
-	generation_pheye layers_pheye vision_pheye blocks_pheye pipeline_pheye answering.engine answering.rows conversion.rules training.formats training.mixture \
+	generation_pheye layers_pheye vision_pheye blocks_pheye visor_pheye pipeline_pheye answering.engine answering.rows conversion.rules training.formats training.mixture \
 	training.collator training.stages training.trained training.trainer evaluation.tasks evaluation.word_attention \
 	evaluation.heatmaps evaluation.metrics.anls evaluation.metrics.bleu evaluation.metrics.cider \
 	evaluation.metrics.vqa

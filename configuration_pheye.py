@@ -40,6 +40,8 @@ CANVASES = {
     "wide": [[rows, columns] for rows, columns in product(range(1, 5), repeat=2) if rows * columns <= 9],
 }
 
+SELF_ATTENTION_KINDS = ("block",)  # how an image may be refined
+
 HIGH_RES_STRIDE = 32  # of a backbone's last map, in pixels: one cell of it for each patch of a view
 
 HEAD_WIDTH = 64  # nominal: the paper divides the wider of the two hidden sizes by 64 to count heads
@@ -93,6 +95,12 @@ class PheyeConfig(PreTrainedConfig):
             image at high resolution beside the vision transformer (after FILA, arXiv 2412.08378); None for no branch.
         high_res_fusion_layers: before which layers of the vision transformer the maps of the backbone's last stages
             join it, one each, ascending; by default FILA's, scaled to the transformer's depth.
+        self_attention_kind: "block": the image is refined by blocks of their own (after VISOR, arXiv 2603.23495).
+        self_attention_layers: before which layers' cross-attention blocks the image is refined, ascending.
+        self_attention_budgets: which of these layers refine it at each budget, cheapest first; by default none or all.
+            `vision_budget` of `forward` and `generate` is an index into this list.
+        router_size: inner width of the MLP that chooses a budget for each prompt; 0 for no router.
+        visual_convolution_kernel: width of a convolution along the patches of each view; odd, or 0 for none.
 
     Raises:
         ValueError: if numbers contradict each other; the message names them.
@@ -100,7 +108,8 @@ class PheyeConfig(PreTrainedConfig):
 
     model_type = "pheye"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "high_res_vision_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]  # Trainer's predictions: logits
+    # For Trainer, whose predictions are logits.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "vision_budget", "router_logits"]
     image_token_id = -1  # no token stands for the image; TRL's GRPO, RLOO and distillation keep this one from answers
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -118,6 +127,11 @@ class PheyeConfig(PreTrainedConfig):
     lora_dropout: float = 0.05
     high_res_vision_config: dict | PreTrainedConfig | None = None
     high_res_fusion_layers: list[int] | tuple[int, ...] | None = None
+    self_attention_kind: str = "block"
+    self_attention_layers: list[int] | tuple[int, ...] = ()
+    self_attention_budgets: list[list[int]] | tuple[tuple[int, ...], ...] = ()
+    router_size: int = 0
+    visual_convolution_kernel: int = 0
 
     def __post_init__(self, **kwargs):
         for name in kwargs:
@@ -138,6 +152,8 @@ class PheyeConfig(PreTrainedConfig):
                 self.high_res_fusion_layers = sorted(
                     {min(max(1, round(layer * depth / FILA_DEPTH)), depth - 1) for layer in FILA_LAYERS}
                 )
+        if self.self_attention_layers and not self.self_attention_budgets:
+            self.self_attention_budgets = [[], list(self.self_attention_layers)]
         super().__post_init__(**kwargs)
         # Both travel with every saved model, so that a fine-tuned one loads and runs in pipelines like its source.
         self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
@@ -158,9 +174,14 @@ class PheyeConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict:
         """What is saved: without settings of what the model has not."""
-        without = {"canvases": None, "max_images": 1, "high_res_vision_config": None, "high_res_fusion_layers": None}
-        saved = super().to_diff_dict()
-        return {name: value for name, value in saved.items() if name not in without or value != without[name]}
+        parts = ("canvases", "high_res_vision_config", "high_res_fusion_layers", "self_attention_layers")
+        parts += ("self_attention_budgets", "router_size", "visual_convolution_kernel")
+        without = {name for name in parts if not getattr(self, name)}
+        if self.max_images == 1:
+            without.add("max_images")
+        if not self.self_attention_layers:
+            without.add("self_attention_kind")
+        return {name: value for name, value in super().to_diff_dict().items() if name not in without}
 
     @classmethod
     def from_variant(cls, variant: str, **kwargs) -> "PheyeConfig":
@@ -235,6 +256,9 @@ class PheyeConfig(PreTrainedConfig):
         parts = ["vision_tower", "global_lora", "local_lora", "view_encoding", "cross_attention_blocks"]
         if self.high_res_vision_config is not None:
             parts += ["high_res_tower", "fusion_blocks"]
+        if self.self_attention_layers:
+            parts.append("self_attention_blocks")
+        parts += ["router"] * bool(self.router_size) + ["visual_convolution"] * bool(self.visual_convolution_kernel)
         return [f"pheye.{name}" for name in (*parts, "language_model.lm_head")]
 
     @property
@@ -300,6 +324,7 @@ class PheyeConfig(PreTrainedConfig):
                 f"got image_size={image_size} and patch_size={patch_size}."
             )
         self._check_branch()
+        self._check_refining()
 
     def _check_branch(self):
         """Raise ValueError where the high-resolution branch and its fusion layers contradict each other."""
@@ -323,6 +348,44 @@ class PheyeConfig(PreTrainedConfig):
                 f"high_res_fusion_layers={layers} are {len(layers)}, but the backbone has {len(stages)} stages; name "
                 "no more layers than that."
             )
+
+    def _check_refining(self):
+        """Raise ValueError where self-attention layers, budgets and router contradict each other."""
+        if self.self_attention_kind not in SELF_ATTENTION_KINDS:
+            raise ValueError(
+                f"self_attention_kind={self.self_attention_kind!r} must be one of {', '.join(SELF_ATTENTION_KINDS)}."
+            )
+        layers, budgets = self.self_attention_layers, self.self_attention_budgets
+        allowed = self.cross_attention_layers[1:]
+        if not _is_ascending(layers) or not set(layers) <= {*allowed}:
+            raise ValueError(
+                f"self_attention_layers={layers!r} must be ascending, and each have a cross-attention block that is "
+                f"not the first: some of {list(allowed)}."
+            )
+        if not isinstance(budgets, (list, tuple)):
+            raise ValueError(f"self_attention_budgets={budgets!r} must be a list of lists of layers.")
+        for place, budget in enumerate(budgets):
+            if not _is_ascending(budget) or not set(budget) <= {*layers} or budget in budgets[:place]:
+                raise ValueError(
+                    f"self_attention_budgets has the entry {budget!r}, which must be ascending layers of "
+                    f"self_attention_layers={list(layers)}, and stand there once."
+                )
+            if place and len(budget) < len(budgets[place - 1]):
+                raise ValueError(
+                    f"self_attention_budgets has the entry {budget!r} behind {budgets[place - 1]!r}; sort them by "
+                    "their number of layers, cheapest first."
+                )
+        size = self.vision_config.hidden_size
+        if layers and size % max(1, size // HEAD_WIDTH):
+            raise ValueError(f"vision_config.hidden_size={size} must be a multiple of {size // HEAD_WIDTH} heads.")
+        _check_integer("router_size", self.router_size, 0)
+        if self.router_size and len(budgets) < 2:
+            raise ValueError(
+                f"router_size={self.router_size} needs budgets to choose from, but self_attention_budgets={budgets!r}."
+            )
+        kernel = self.visual_convolution_kernel
+        if not (_is_integer(kernel) and kernel >= 0 and (kernel == 0 or kernel % 2)):
+            raise ValueError(f"visual_convolution_kernel={kernel!r} must be an odd integer, or 0 for none.")
 
 
 def read_canvases(canvases: str | Sequence | None) -> list[list[int]] | None:
@@ -361,6 +424,10 @@ def learned_positions(text_config: PreTrainedConfig) -> int | None:
 
 def _is_integer(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_ascending(layers) -> bool:
+    return isinstance(layers, (list, tuple)) and all(map(_is_integer, layers)) and list(layers) == sorted({*layers})
 
 
 def _is_number(value) -> bool:

@@ -14,6 +14,7 @@ from .layers_pheye import CACHE
 
 PIXELS = ("pixel_values", "high_res_pixel_values")
 IMAGE_INPUTS = (*PIXELS, "image_grids", "image_hidden_states")
+PER_IMAGE = (*IMAGE_INPUTS, "vision_budget")  # what has a row per image, and goes with it
 
 logger = logging.get_logger(__name__)
 
@@ -22,7 +23,7 @@ class PheyeGenerationMixin(GenerationMixin):
     """For a model whose part `pheye` is a `PheyeModel`."""
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, input_ids=None, **model_kwargs):
-        images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if name in model_kwargs}
+        images = {name: model_kwargs.pop(name) for name in PER_IMAGE if name in model_kwargs}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **model_kwargs
         )
@@ -44,9 +45,7 @@ class PheyeGenerationMixin(GenerationMixin):
         images = {name: model_kwargs.pop(name, None) for name in IMAGE_INPUTS}
         features, mask = self.pheye.image_features(cache, **images)
         if features is not None and chunked and cache is not None:
-            caches = self.pheye.image_caches(cache)
-            for block, image_cache in zip(self.pheye.cross_attention_blocks, caches, strict=True):
-                image_cache.update(*block.project(features), mask)
+            self.pheye.fill_image_caches(cache, features, mask, model_kwargs.pop("vision_budget", None))
         elif features is not None:
             model_kwargs.update(image_hidden_states=features, image_grids=images["image_grids"])
 
@@ -69,9 +68,15 @@ class PheyeGenerationMixin(GenerationMixin):
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and inputs.get("use_cache", True) and self._holds_image(inputs.get(CACHE)):
-            for name in IMAGE_INPUTS:
+            for name in PER_IMAGE:
                 inputs.pop(name, None)
         return inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if outputs.vision_budget is not None:  # without a cache each step reads the image anew, and the same way
+            model_kwargs["vision_budget"] = outputs.vision_budget
+        return model_kwargs
 
     def _holds_image(self, cache: Cache | None) -> bool:
         return cache is not None and self.pheye.image_caches(cache)[0].is_initialized
@@ -89,7 +94,7 @@ class PheyeGenerationMixin(GenerationMixin):
             # An assistant that only reads text guesses without the image; this model corrects it. One that sees gets
             # features of its own, for pixels do not reach its first pass, which is no first iteration to the library.
             images = {name: model_kwargs.get(name) for name in (*PIXELS, "image_grids")}
-            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in IMAGE_INPUTS}
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in PER_IMAGE}
             if assistant_model.config.model_type == self.config.model_type and images["pixel_values"] is not None:
                 if assistant_model.config.high_res_vision_config is None:
                     images["high_res_pixel_values"] = None

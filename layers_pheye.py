@@ -61,7 +61,8 @@ class ViewCall(Call):
 
 
 class TextCall(Call):
-    """Of the language model: features and caches of the image; the blocks' weights come back."""
+    """Of the language model: features and caches of the image, and how closely to read it; the blocks' weights come
+    back."""
 
     kind, steps = "language model", "cross-attention blocks did not see the image"
 
@@ -75,17 +76,23 @@ class TextCall(Call):
         cache: Cache | None,
         use_cache: bool,
         output_cross_attentions: bool,
+        vision_budget: list[int] | None,
+        attention_mask: torch.Tensor | None,
     ):
         super().__init__(tower, steps_due)
         # What goes in.
         self.image_hidden_states = image_hidden_states
         self.image_mask = image_mask
+        self.vision_budget = vision_budget  # of each image; None until the router has chosen
+        self.attention_mask = attention_mask  # of the text, for the router
         self.image_caches = image_caches
         self.cache = cache
         self.use_cache = use_cache
         self.output_cross_attentions = output_cross_attentions
-        # What comes out.
+        # What comes out, or changes from layer to layer.
+        self.visual_states = image_hidden_states
         self.cross_attentions: list[torch.Tensor] = []
+        self.router_logits: torch.Tensor | None = None
 
     def keywords(self) -> dict:
         """What the language model is called with beside its text: the cache and, where there is an image, this."""
@@ -95,9 +102,12 @@ class TextCall(Call):
 
     def outputs(self) -> dict:
         """What came out, by the names that it has in the model's output."""
+        image, budget = self.image_hidden_states, self.vision_budget
         return {
             "cross_attentions": tuple(self.cross_attentions) or None,
-            "image_hidden_states": self.image_hidden_states,
+            "image_hidden_states": image,
+            "vision_budget": None if budget is None else torch.tensor(budget, device=image.device),
+            "router_logits": self.router_logits,
         }
 
 

@@ -18,7 +18,7 @@ from tiny import tiny_image, tiny_model
 
 TESTS = Path(__file__).parent
 REPO = "me/7b-pheye.v1.0-x"  # leading digit, dots and hyphens: none of it may be in a Python module's name
-IMAGES = ("image_opening", "canvases", "image_processing", "vision")
+IMAGES = ("image_opening", "canvases", "image_processing", "vision", "visor")
 PARTS = ("configuration", *IMAGES, "processing", "blocks", "layers", "modeling", "generation", "pipeline")
 CODE = {f"{part}_pheye.py" for part in PARTS}
 WEIGHTS = "model.safetensors"

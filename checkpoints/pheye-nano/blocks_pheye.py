@@ -46,6 +46,7 @@ class PheyeImageCache(CacheLayer):
 
     def reset(self):
         self.keys, self.values, self.mask, self.is_initialized = None, None, None, False
+        self.vision_budget: list[int] | None = None  # kept by the first of a model's
 
     def lazy_initialization(self, *args): ...
 
@@ -120,59 +121,41 @@ def eager_attention(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-class PheyeCrossAttentionBlock(GradientCheckpointingLayer):
-    """Dense cross-attention block: text attends over all image tokens, then an MLP, both residual (section 2.1)."""
+class PheyeAttentionBlock(GradientCheckpointingLayer):
+    """Attention over a memory, then an MLP: the parts of both kinds of block.
 
-    def __init__(self, config: PheyeConfig):
-        super().__init__()
-        text_size, vision_size = config.text_config.hidden_size, config.vision_config.hidden_size
-        mlp_size = 4 * text_size // config.cross_attention_reduction
-        self.config = config
-        self.head_size = config.cross_attention_size // config.cross_attention_heads
-        self.scaling = HEAD_WIDTH**-0.5  # also where the reduction makes heads narrower
-        self.is_causal = False
-        self.attention_norm = nn.LayerNorm(text_size, eps=1e-5)
-        self.to_q = nn.Linear(text_size, config.cross_attention_size)
-        self.to_k = nn.Linear(vision_size, config.cross_attention_size)
-        self.to_v = nn.Linear(vision_size, config.cross_attention_size)
-        self.to_out = nn.Linear(config.cross_attention_size, text_size)
-        self.mlp_norm = nn.LayerNorm(text_size, eps=1e-5)
-        self.mlp_in = nn.Linear(text_size, mlp_size)
-        self.mlp_out = nn.Linear(mlp_size, text_size)
-        self.to_out.ends_residual = self.mlp_out.ends_residual = True  # start smaller, see `_init_weights`
+    Args:
+        size: width of the states that attend.
+        memory_size: width of what they attend to.
+        inner_size: of queries, keys and values.
+    """
 
-    def forward(
+    def __init__(
         self,
-        hidden_states: torch.Tensor,
-        image_hidden_states: torch.Tensor | None,
-        image_cache: PheyeImageCache | None = None,
-        output_weights: bool = False,
-        image_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Condition `hidden_states` (R, T, D) on an image: on `image_hidden_states` (B, N, D), whose keys and values
-        go into `image_cache`, or else on those in it. Returns the new states and, if asked for, the attention's
-        weights (R, H, T, N): then it attends eagerly, whatever the implementation.
-
-        image_mask: (B, 1, 1, N), the tokens that are there, None for all. A row without any stays as it is.
-        """
-        if image_hidden_states is None:
-            key, value, image_mask = image_cache.keys, image_cache.values, image_cache.mask
-        else:
-            key, value = self.project(image_hidden_states)
-            if image_cache is not None:
-                image_cache.update(key, value, image_mask)
-        attended, weights = self.attend(self.attention_norm(hidden_states), key, value, output_weights, image_mask)
-        conditioned = hidden_states + self.to_out(attended)
-        conditioned = conditioned + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(conditioned))))
-        if image_mask is None:
-            return conditioned, weights
-        has_image = image_mask.flatten(1).any(dim=1).repeat_interleave(len(hidden_states) // len(image_mask))  # (R,)
-        if weights is not None:
-            weights = weights * has_image[:, None, None, None]
-        return torch.where(has_image[:, None, None], conditioned, hidden_states), weights
+        config: PheyeConfig,
+        size: int,
+        memory_size: int,
+        inner_size: int,
+        heads: int,
+        mlp_size: int,
+        scaling: float,
+    ):
+        super().__init__()
+        self.config = config
+        self.head_size = inner_size // heads
+        self.scaling = scaling
+        self.is_causal = False
+        self.attention_norm = nn.LayerNorm(size, eps=1e-5)
+        self.to_q = nn.Linear(size, inner_size)
+        self.to_k = nn.Linear(memory_size, inner_size)
+        self.to_v = nn.Linear(memory_size, inner_size)
+        self.to_out = nn.Linear(inner_size, size)
+        self.mlp_norm = nn.LayerNorm(size, eps=1e-5)
+        self.mlp_in = nn.Linear(size, mlp_size)
+        self.mlp_out = nn.Linear(mlp_size, size)
 
     def project(self, image_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, H, N, D) of image features (B, N, D).
+        """Keys and values (B, H, N, D) of an image's tokens (B, N, D).
 
         Contiguous, because every decoding step reads them whole, and strided ones are read more slowly.
         """
@@ -215,3 +198,49 @@ class PheyeCrossAttentionBlock(GradientCheckpointingLayer):
         )  # (B, R / B * T, H, D)
         weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1) if output_weights else None
         return attended.reshape(rows, length, -1), weights
+
+    def add_to(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The block's result, from its input and what `attend` gave for it."""
+        hidden_states = hidden_states + self.to_out(attended)
+        return hidden_states + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(hidden_states))))
+
+
+class PheyeCrossAttentionBlock(PheyeAttentionBlock):
+    """Dense cross-attention block: text attends over all image tokens, then an MLP, both residual (section 2.1)."""
+
+    def __init__(self, config: PheyeConfig):
+        text_size, vision_size = config.text_config.hidden_size, config.vision_config.hidden_size
+        mlp_size = 4 * text_size // config.cross_attention_reduction
+        scaling = HEAD_WIDTH**-0.5  # also where the reduction makes heads narrower
+        inner_size, heads = config.cross_attention_size, config.cross_attention_heads
+        super().__init__(config, text_size, vision_size, inner_size, heads, mlp_size, scaling)
+        self.to_out.ends_residual = self.mlp_out.ends_residual = True  # start smaller, see `_init_weights`
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        image_hidden_states: torch.Tensor | None,
+        image_cache: PheyeImageCache | None = None,
+        output_weights: bool = False,
+        image_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Condition `hidden_states` (R, T, D) on an image: on `image_hidden_states` (B, N, D), whose keys and values
+        go into `image_cache`, or else on those in it. Returns the new states and, if asked for, the attention's
+        weights (R, H, T, N): then it attends eagerly, whatever the implementation.
+
+        image_mask: (B, 1, 1, N), the tokens that are there, None for all. A row without any stays as it is.
+        """
+        if image_hidden_states is None:
+            key, value, image_mask = image_cache.keys, image_cache.values, image_cache.mask
+        else:
+            key, value = self.project(image_hidden_states)
+            if image_cache is not None:
+                image_cache.update(key, value, image_mask)
+        attended, weights = self.attend(self.attention_norm(hidden_states), key, value, output_weights, image_mask)
+        conditioned = self.add_to(hidden_states, attended)
+        if image_mask is None:
+            return conditioned, weights
+        has_image = image_mask.flatten(1).any(dim=1).repeat_interleave(len(hidden_states) // len(image_mask))  # (R,)
+        if weights is not None:
+            weights = weights * has_image[:, None, None, None]
+        return torch.where(has_image[:, None, None], conditioned, hidden_states), weights

@@ -47,7 +47,7 @@ from .blocks_pheye import (
 )
 from .canvases_pheye import IMAGE, VIEW, images_in, view_table, views_in
 from .configuration_pheye import HIGH_RES_STRIDE, PheyeConfig, learned_positions
-from .generation_pheye import PheyeGenerationMixin
+from .generation_pheye import IMAGE_INPUTS, PheyeGenerationMixin
 from .layers_pheye import CACHE, CALL, Step, TextCall, ViewCall, put_before, put_before_checkpoints, transformer_layers
 from .vision_pheye import (
     GLOBAL_VIEWS,
@@ -61,6 +61,15 @@ from .vision_pheye import (
     place_vectors,
     run_with,
     view_maps,
+)
+from .visor_pheye import (
+    PheyeRouter,
+    PheyeSelfAttentionBlock,
+    PheyeVisualConvolution,
+    images_there,
+    largest_choices,
+    last_states,
+    read_budgets,
 )
 
 if TYPE_CHECKING:  # never run, but it makes every saved model carry these files too
@@ -86,11 +95,14 @@ class PheyeModelOutputWithPast(BaseModelOutputWithPast):
     last_hidden_state (R, T, D); cache (past_key_values before transformers 5.24): the language model's cache, with the
     image's keys and values behind its own; hidden_states, attentions: the language model's; cross_attentions: per
     block (R, H, T, N), on request; image_hidden_states (B, N, D), where this call encoded or was given
-    an image.
+    an image, and there, if the model has budgets, vision_budget (B,), the one taken; router_logits (R, budgets), where
+    the router chose it.
     """
 
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+    vision_budget: torch.LongTensor | None = None
+    router_logits: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -99,6 +111,8 @@ class PheyeCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+    vision_budget: torch.LongTensor | None = None
+    router_logits: torch.FloatTensor | None = None
 
 
 def given_text(input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -113,7 +127,13 @@ class PheyePreTrainedModel(PreTrainedModel):
     base_model_prefix = "pheye"  # not "model": transformers 5.23 renames `model.language_model.model` on loading
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PheyeCrossAttentionBlock", "PheyeFusionBlock", "PheyeViewEncoding", "PheyeLora"]
+    _no_split_modules = [
+        "PheyeCrossAttentionBlock",
+        "PheyeSelfAttentionBlock",
+        "PheyeFusionBlock",
+        "PheyeViewEncoding",
+        "PheyeLora",
+    ]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -173,6 +193,8 @@ class PheyePreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0 if getattr(module, "starts_at_zero", False) else 0.02)
+        elif getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
 
 
 def _begin_with_square(prefix: str, encoding: PheyeViewEncoding, loading_info, state_dict, checkpoint_files):
@@ -253,6 +275,15 @@ class PheyeModel(PheyePreTrainedModel):
                 PheyeFusionBlock(config.vision_config.hidden_size, channels) for channels in channels
             )
             self._fusion_before = {layer: block for block, layer in enumerate(config.high_res_fusion_layers)}
+        self.self_attention_blocks = self.router = self.visual_convolution = None
+        if config.self_attention_layers:
+            self.self_attention_blocks = nn.ModuleList(
+                PheyeSelfAttentionBlock(config) for _ in config.self_attention_layers
+            )
+        if config.router_size:
+            self.router = PheyeRouter(config)
+        if config.visual_convolution_kernel:
+            self.visual_convolution = PheyeVisualConvolution(config)
         self._block_before = {layer: block for block, layer in enumerate(config.cross_attention_layers)}
         self._adapt_vision_tower()
         self.put_before_all(put_before)
@@ -580,8 +611,11 @@ class PheyeModel(PheyePreTrainedModel):
         """
         table = self._table_of(pixel_values, image_grids)
         outputs = self._encode_views(pixel_values, high_res_pixel_values, table, **kwargs)
+        features = self.view_encoding(outputs.last_hidden_state, table)
+        if self.visual_convolution is not None:
+            features = self.visual_convolution(features)
         return BaseModelOutputWithPooling(
-            last_hidden_state=self.view_encoding(outputs.last_hidden_state, table),
+            last_hidden_state=features,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -597,19 +631,66 @@ class PheyeModel(PheyePreTrainedModel):
         block = self._block_before.get(layer)
         if block is None:
             return hidden_states
+        if call.visual_states is not None and layer in self.config.self_attention_layers:
+            if call.vision_budget is None:
+                call.router_logits = self.router(last_states(hidden_states, call.attention_mask))
+                there = images_there(call.image_mask, len(call.visual_states))
+                call.vision_budget = largest_choices(call.router_logits, there)
+            call.visual_states = self.refine(layer, call.visual_states, call.vision_budget, call.image_mask)
         image_cache = None if call.image_caches is None else call.image_caches[block]
         call.steps_run += 1
         # Positional arguments: reentrant checkpointing sees no gradient through keywords.
         hidden_states, weights = self.cross_attention_blocks[block](
-            hidden_states, call.image_hidden_states, image_cache, call.output_cross_attentions, call.image_mask
+            hidden_states, call.visual_states, image_cache, call.output_cross_attentions, call.image_mask
         )
         if weights is not None:
             call.cross_attentions.append(weights)
         return hidden_states
 
+    def refine(
+        self, layer: int, visual_states: torch.Tensor, vision_budget: list[int], image_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The tokens of images (B, N, D) behind the self-attention block before a layer: new ones for images whose
+        budget has it."""
+        budgets = self.config.self_attention_budgets
+        rows = [row for row, budget in enumerate(vision_budget) if budget >= 0 and layer in budgets[budget]]
+        if not rows:
+            return visual_states
+        block = self.self_attention_blocks[self.config.self_attention_layers.index(layer)]
+        if len(rows) == len(visual_states):
+            return block(visual_states, image_mask)
+        rows = torch.tensor(rows, device=visual_states.device)
+        refined = block(visual_states[rows], None if image_mask is None else image_mask[rows])
+        return visual_states.index_copy(0, rows, refined.to(visual_states.device))
+
     def image_caches(self, cache: Cache) -> list[PheyeImageCache]:
         """The part of a cache that holds the image, one layer per block."""
         return image_caches(cache, self.config.text_config.num_hidden_layers, len(self.cross_attention_blocks))
+
+    def fill_image_caches(
+        self,
+        cache: Cache,
+        image_hidden_states: torch.Tensor,
+        image_mask: torch.Tensor | None,
+        vision_budget: int | torch.Tensor | None,
+    ):
+        """Write into a cache, before any text, the keys and values that the blocks would make of an image."""
+        if vision_budget is None and self.router is not None:
+            raise ValueError(
+                "The router needs the whole prompt, which prefill_chunk_size cuts into pieces; give vision_budget."
+            )
+        budgets, visual_states = self._budgets(vision_budget, image_hidden_states, image_mask), image_hidden_states
+        caches, layers = self.image_caches(cache), self.config.cross_attention_layers
+        for layer, block, image_cache in zip(layers, self.cross_attention_blocks, caches, strict=True):
+            if budgets is not None and layer in self.config.self_attention_layers:
+                visual_states = self.refine(layer, visual_states, budgets, image_mask)
+            image_cache.update(*block.project(visual_states), image_mask)
+        caches[0].vision_budget = budgets
+
+    def vision_budget_of(self, cache: Cache) -> list[int] | None:
+        """The budget at which each image of a cache was read (-1: a row without an image), such as the one that
+        `generate` returns; None if the model has none."""
+        return self.image_caches(cache)[0].vision_budget
 
     def image_features(
         self,
@@ -661,22 +742,22 @@ class PheyeModel(PheyePreTrainedModel):
         mask = there.repeat_interleave(self.config.tokens_per_view, dim=1)[:, None, None]
         return mask.to(next(self.view_encoding.parameters()).device)
 
-    def prepare(
-        self,
-        text: torch.Tensor,
-        images: dict[str, torch.Tensor | None],
-        cache: Cache | None,
-        use_cache: bool | None,
-        output_cross_attentions: bool | None,
-        others: dict,
-    ) -> TextCall:
-        """What a call of the language model on this text (ids or embeddings), and on the images of this call (its
-        `IMAGE_INPUTS`) or of its cache, begins with. `others` are the arguments that go on to the language model.
+    def call_language_model(self, tower: nn.Module, inputs: dict, may_route: bool = True) -> tuple[dict, TextCall]:
+        """Call the language model, or its base model, with the image.
+
+        Args:
+            inputs: arguments of `forward`; what is not Pheye's own goes on to the language model.
+            may_route: if no budget is given, let the router choose it where there is one; else the largest is taken.
 
         Raises:
             ValueError: if text and image do not fit each other or the model.
         """
-        self._check_arguments(text, cache, others)
+        images = {name: inputs.pop(name, None) for name in IMAGE_INPUTS}
+        cache, use_cache, vision_budget, output_cross_attentions = (
+            inputs.pop(name, None) for name in ("cache", "use_cache", "vision_budget", "output_cross_attentions")
+        )
+        text = given_text(inputs["input_ids"], inputs["inputs_embeds"])
+        self._check_arguments(text, cache, inputs)
         image_hidden_states, image_mask = self.image_features(cache, **images)
         if image_hidden_states is not None and (not len(image_hidden_states) or len(text) % len(image_hidden_states)):
             raise ValueError(
@@ -688,13 +769,14 @@ class PheyeModel(PheyePreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.text_config)
         caches = None if cache is None else self.image_caches(cache)
-        has_image = image_hidden_states is not None or bool(caches and caches[0].is_initialized)
+        in_cache = bool(caches and caches[0].is_initialized)
         if output_cross_attentions is None:
-            wanted = others.get("output_attentions")
+            wanted = inputs.get("output_attentions")
             wanted = self.config.output_attentions if wanted is None else wanted
             output_cross_attentions = wanted and self.config._attn_implementation == "eager"
         skips_layers = self.training and getattr(self.config.text_config, "layerdrop", 0) > 0
-        return TextCall(
+        has_image = image_hidden_states is not None or in_cache
+        call = TextCall(
             self.language_model,
             len(self.cross_attention_blocks) if has_image and not skips_layers else 0,
             image_hidden_states,
@@ -703,7 +785,37 @@ class PheyeModel(PheyePreTrainedModel):
             cache,
             use_cache,
             output_cross_attentions,
+            self._budgets(vision_budget, image_hidden_states, image_mask, in_cache, may_route),
+            inputs.get("attention_mask"),
         )
+        outputs = tower(return_dict=True, **call.keywords(), **inputs)
+        call.check()
+        if caches and call.vision_budget is not None:
+            caches[0].vision_budget = call.vision_budget
+        return outputs, call
+
+    def _budgets(
+        self,
+        vision_budget: int | torch.Tensor | None,
+        image_hidden_states: torch.Tensor | None,
+        image_mask: torch.Tensor | None,
+        in_cache: bool = False,
+        may_route: bool = False,
+    ) -> list[int] | None:
+        """The budget of each image of a call, -1 where there is no image; None where there is nothing to choose, or
+        the router will."""
+        budgets = self.config.self_attention_budgets
+        if image_hidden_states is None:
+            if vision_budget is not None and in_cache:
+                raise ValueError(
+                    f"vision_budget={vision_budget} is given for an image that the cache holds as it was read; give "
+                    "the image again, with a new cache."
+                )
+            return None
+        if vision_budget is None and (not budgets or (may_route and self.router is not None)):
+            return None
+        there = images_there(image_mask, len(image_hidden_states))
+        return read_budgets(len(budgets) - 1 if vision_budget is None else vision_budget, there, budgets)
 
     def _check_arguments(self, text: torch.Tensor, cache: Cache | None, others: dict):
         unknown = [name for name, value in others.items() if value is not None and name.startswith(MEDIA)]
@@ -743,32 +855,28 @@ class PheyeModel(PheyePreTrainedModel):
         output_cross_attentions: bool | None = None,
         high_res_pixel_values: torch.Tensor | None = None,
         image_grids: torch.Tensor | None = None,
+        vision_budget: int | torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PheyeModelOutputWithPast:
         """Hidden states of text that may have an image; for the arguments see `PheyeForConditionalGeneration`."""
-        call = self.prepare(
-            given_text(input_ids, inputs_embeds),
+        outputs, call = self.call_language_model(
+            self.language_model.base_model,
             {
+                "input_ids": input_ids,
                 "pixel_values": pixel_values,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "cache": cache,
+                "inputs_embeds": inputs_embeds,
+                "image_hidden_states": image_hidden_states,
+                "use_cache": use_cache,
+                "output_cross_attentions": output_cross_attentions,
                 "high_res_pixel_values": high_res_pixel_values,
                 "image_grids": image_grids,
-                "image_hidden_states": image_hidden_states,
+                "vision_budget": vision_budget,
+                **kwargs,
             },
-            cache,
-            use_cache,
-            output_cross_attentions,
-            kwargs,
         )
-        outputs = self.language_model.base_model(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            return_dict=True,
-            **call.keywords(),
-            **kwargs,
-        )
-        call.check()
         return PheyeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
@@ -868,6 +976,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, PheyeGenerationMixin):
         output_cross_attentions: bool | None = None,
         high_res_pixel_values: torch.Tensor | None = None,
         image_grids: torch.Tensor | None = None,
+        vision_budget: int | torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PheyeCausalLMOutputWithPast:
@@ -881,6 +990,9 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, PheyeGenerationMixin):
             image_grids: (B, I, 2), from the processor, where the model has canvases, or rows have several images or
                 none.
             image_hidden_states: (B, N, D), from `get_image_features`, in place of `pixel_values`.
+            vision_budget: how closely to read the images, where the model has self-attention blocks: an index into
+                `config.self_attention_budgets`, one for all images or (B,). By default the router's choice where there
+                is a router and no labels, else the largest.
             labels: (R, T), -100 where there is nothing to learn.
             output_cross_attentions: give the blocks' weights; for this call they attend eagerly, and the language
                 model as it always does. By default where `output_attentions` is asked for and all attention is eager.
@@ -896,30 +1008,26 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, PheyeGenerationMixin):
             )
         if not torch.compiler.is_compiling():
             self.pheye.positions_left(given_text(input_ids, inputs_embeds).shape[1] + text_in(cache))
-        call = self.pheye.prepare(
-            given_text(input_ids, inputs_embeds),
+        outputs, call = self.pheye.call_language_model(
+            self.pheye.language_model,
             {
+                "input_ids": input_ids,
                 "pixel_values": pixel_values,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "cache": cache,
+                "inputs_embeds": inputs_embeds,
+                "image_hidden_states": image_hidden_states,
+                "use_cache": use_cache,
+                "output_cross_attentions": output_cross_attentions,
                 "high_res_pixel_values": high_res_pixel_values,
                 "image_grids": image_grids,
-                "image_hidden_states": image_hidden_states,
+                "vision_budget": vision_budget,
+                "logits_to_keep": logits_to_keep,
+                **kwargs,
             },
-            cache,
-            use_cache,
-            output_cross_attentions,
-            kwargs,
+            may_route=labels is None,
         )
-        outputs = self.pheye.language_model(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            logits_to_keep=logits_to_keep,
-            return_dict=True,
-            **call.keywords(),
-            **kwargs,
-        )
-        call.check()
         loss = None
         if labels is not None:
             loss = self.loss_function(
