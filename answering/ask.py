@@ -1,8 +1,12 @@
 """A question about an image, answered on the screen.
 
     pheye ask MODEL IMAGE "What is written on the sign?"
+    pheye ask MODEL IMAGE IMAGE "Which is the older one?"
+    pheye ask MODEL "How are you?"
 
-MODEL is a folder or a Hub id, IMAGE a path or a URL. The answer appears word by word.
+MODEL is a folder or a Hub id, IMAGE a path or a URL. A model takes as many images as it was made for (`max_images`).
+Several get their numbers in front of the question, unless it has them: "Is [image 1] older than [image 2]?". The
+answer appears word by word.
 """
 
 import argparse
@@ -16,6 +20,7 @@ from ..image_processing_pheye import to_rgb
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
 from .engine import is_cut, open_model
 from .rows import Request
+from .sources import is_image, is_url
 
 
 class Answer(TextStreamer):
@@ -33,7 +38,7 @@ class Answer(TextStreamer):
 
 def ask(
     model: str,
-    image: str,
+    images: list[str],
     question: str,
     *,
     max_new_tokens: int,
@@ -43,15 +48,18 @@ def ask(
 ):
     """Print the answer; the arguments are the command's options."""
     try:
-        opened = to_rgb(load_image(image))
+        opened = [to_rgb(load_image(image)) for image in images]
     except ValueError as error:
         raise InputError(str(error)) from error
     _, load = open_model(model, revision, dtype, device or default_device())
     loaded, processor = load()
-    messages = Request(0, opened, question).messages()
+    most = processor.image_processor.max_images
+    if len(opened) > most:
+        raise InputError(f"There are {len(opened)} images, and {model} takes {most} (max_images); ask about fewer.")
+    messages = Request(0, opened, question).messages(len(opened))
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     try:
-        inputs = processor(images=opened, text=prompt, return_tensors="pt").to(loaded.device)
+        inputs = processor(images=[opened], text=prompt, return_tensors="pt").to(loaded.device)
         ids = loaded.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -70,13 +78,15 @@ def parse(argv: list[str] | None) -> dict:
     """The command's options by name."""
     parser = Parser(prog="pheye ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
-    parser.add_argument("image", metavar="IMAGE", help="path or URL")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="path or URL; several, or none")
     parser.add_argument("question", metavar="QUESTION", help="in quotes")
     parser.add_argument(
         "--max_new_tokens", type=at_least(1), default=DEFAULT_MAX_NEW_TOKENS, help="(default: %(default)s)"
     )
     add_loading_options(parser)
-    options = vars(parser.parse_args(argv))
+    options = vars(parser.parse_intermixed_args(argv))
+    if not options["images"] and (is_url(options["question"]) or is_image(options["question"])):
+        parser.error(f"{options['question']} is an image: write a question behind it")
     if not options["question"].strip():
         parser.error("QUESTION is empty; give the model something to answer")
     return options

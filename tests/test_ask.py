@@ -9,7 +9,7 @@ from test_image_processing_pheye import serve
 from pheye.answering import ask
 from pheye.answering.ask import Answer
 
-from tiny import tiny_image
+from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
 
 NEW = 8
 QUESTION = "What is this?"
@@ -42,6 +42,45 @@ def test_the_answer_is_that_of_generate(run, image, model, processor):
     assert run(image, QUESTION, "--max-new-tokens", str(NEW))[:2] == (0, f"{expected}\n")
     with serve({"/a.png": image.read_bytes()}) as url:
         assert run(f"{url}/a.png", QUESTION, "--max_new_tokens", str(NEW))[1] == f"{expected}\n"
+
+
+@pytest.mark.parametrize("canvases", [None, [[1, 2], [2, 2], [3, 1]]])
+def test_several_images_and_none(image, tmp_path, capsys, canvases):
+    config = tiny_config(max_images=2, canvases=canvases)
+    model, processor = tiny_model(config), tiny_processor(config)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    tiny_image(1, 80, 40).save(tmp_path / "b.png")
+    both = [image, tmp_path / "b.png"]
+    printed = []
+    for images, question, prompt in [
+        (both, QUESTION, f"[image 1] [image 2] {QUESTION}"),
+        (both[::-1], QUESTION, f"[image 1] [image 2] {QUESTION}"),
+        (both, "Is [image 1] like [image 2]?", "Is [image 1] like [image 2]?"),
+        ([], QUESTION, QUESTION),
+    ]:
+        text = processor.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        inputs = processor(images=[images], text=[text], return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        expected = processor.post_process_image_text_to_text(ids)[0].lstrip()
+        options = ["--device", "cpu", "--max_new_tokens", str(NEW)]
+        assert ask.main([str(tmp_path / "model"), *options, *map(str, images), question]) == 0
+        printed.append(capsys.readouterr().out)
+        assert printed[-1] == f"{expected}\n"
+    assert len(set(printed)) >= 3
+
+
+def test_more_images_than_the_model_takes_are_counted(image, model_folder, capsys):
+    assert ask.main([str(model_folder), str(image), str(image), QUESTION, "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert f"There are 2 images, and {model_folder} takes 1 (max_images); ask about fewer." in error
+
+
+@pytest.mark.parametrize("name", ["a.png", "https://example.org/a"])
+def test_a_question_that_was_forgotten(name, capsys):
+    with pytest.raises(SystemExit):
+        ask.parse(["model", name])
+    assert f"{name} is an image: write a question behind it" in capsys.readouterr().err
 
 
 def test_words_appear_when_they_are_there_and_without_the_space_in_front(processor, monkeypatch):
