@@ -9,6 +9,7 @@ more, delete their rows from the output and give the same command again.
 """
 
 import argparse
+import math
 import sys
 
 import torch
@@ -16,6 +17,7 @@ from PIL import Image
 
 from ..common.command import Parser, add_model_options, at_least, exit_status, process_state
 from ..common.tables import IMAGE_SOURCES
+from ..image_processing_pheye import grids_of
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
 from ..processing_pheye import CAPTION_INSTRUCTION
 from .engine import answer, default_workers, open_model
@@ -26,9 +28,14 @@ from .sources import find_requests
 
 @torch.no_grad()
 def compile_vision_tower(model, processor, images: int):
-    """Compile for batches of so many images; smaller ones, such as the last, are encoded as they would be without."""
+    """Compile for batches of so many images, all of the most crops; others, such as the last, which may be smaller,
+    are encoded as they would be without."""
     model.model.vision_tower.compile(dynamic=False)
-    image_inputs = processor.image_processor([Image.new("RGB", (8, 8))] * images, return_tensors="pt")
+    image_processor = processor.image_processor
+    grids, view = grids_of(image_processor.tiles_per_side, image_processor.canvases), image_processor.size
+    rows, columns = max(grids, key=math.prod)
+    largest = Image.new("RGB", (columns * view.width, rows * view.height))  # which fills this canvas alone
+    image_inputs = image_processor([largest] * images, return_tensors="pt")
     model.get_image_features(**image_inputs.to(model.device))
     torch.compiler.set_stance("eager_on_recompile")
 

@@ -89,16 +89,66 @@ def test_transformers_own_pipeline_answers(saved, photos, expected):
         assert found[0]["generated_text"].strip() == answer.strip()
 
 
+def test_transformers_own_pipeline_joins_images_of_one_canvas_alone(saved, photos):
+    """As docs/usage.md says. When it joins others, the documents may say so."""
+    pipe = pipeline("image-text-to-text", model=str(saved), trust_remote_code=True, device="cpu")
+
+    def ask(names: list[str], batch_size: int) -> list[str]:
+        contents = [
+            [{"type": "image", "path": str(photos / name)}, {"type": "text", "text": "What?"}] for name in names
+        ]
+        chats = [[{"role": "user", "content": content}] for content in contents]
+        found = pipe(text=chats, batch_size=batch_size, max_new_tokens=NEW, return_full_text=False)
+        return [answer[0]["generated_text"] for answer in found]
+
+    assert ask(["1.png", "3.png"], 2) == ask(["1.png", "3.png"], 1)
+    assert len(ask(["0.png", "1.png"], 1)) == 2
+    with pytest.raises(RuntimeError, match=r"Sizes of tensors must match.* in the list"):
+        ask(["0.png", "1.png"], 2)
+
+
+def captions(saved, images: list, output: Path, batch_size: int, *options: str) -> list[str]:
+    PartialState._reset_state()
+    options = ["--batch_size", str(batch_size), "--max_new_tokens", str(NEW), "--dtype", "float32", *options]
+    argv = ["--model", str(saved), "--images", *map(str, images), "--output", str(output), "--device", "cpu", *options]
+    assert caption.main(argv) == 0
+    return [json.loads(line)["caption"] for line in output.read_text().splitlines()]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_captions_of_all_shapes_in_one_batch(saved, photos, expected, tmp_path, workers):
-    PartialState._reset_state()
-    output = tmp_path / "out.jsonl"
-    options = ["--batch_size", "4", "--max_new_tokens", str(NEW), "--dtype", "float32", "--workers", str(workers)]
-    status = caption.main(
-        ["--model", str(saved), "--images", str(photos), "--output", str(output), "--device", "cpu", *options]
-    )
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert status == 0 and [row["caption"] for row in rows] == expected
+    assert captions(saved, [photos], tmp_path / "out.jsonl", 4, "--workers", str(workers)) == expected
+
+
+def test_a_compiled_tower_captions_batches_of_the_largest_canvas_by_its_one_graph(
+    saved, photos, expected, tmp_path, monkeypatch
+):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, runs = torch.nn.Module.compile, []
+
+    def backend(graph, inputs):
+        def run(*args):
+            runs.append(1)
+            return graph.forward(*args)
+
+        return run
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compiled(self, **kw, backend=backend))
+    square, others = [photos / "1.png", photos / "3.png"], [photos / "0.png", photos / "2.png"]
+    try:
+        found = captions(saved, square, tmp_path / "square.jsonl", 2, "--compile")
+        assert found == [expected[1], expected[3]]
+        assert len(runs) == 2  # for the picture that warms it up, and for the two
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        torch.compiler.set_stance("default")
+        torch._dynamo.reset()
+        runs.clear()
+        found = captions(saved, [*square, *others], tmp_path / "all.jsonl", 4, "--compile")
+        assert found == [expected[place] for place in (1, 3, 0, 2)]
+        assert len(runs) == 1  # images of other shapes among them: eagerly
+    finally:
+        torch.compiler.set_stance("default")
 
 
 def test_attention_is_drawn_on_the_image_and_not_on_what_lies_around_it(saved, photos, tmp_path):
