@@ -173,6 +173,76 @@ def test_rows_with_two_images_one_and_none_train_together_as_by_the_command(tmp_
     assert losses(trainer)[0] == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def canvas_parts():
+    config = tiny_config(canvases=[[1, 2], [2, 2], [3, 1]], max_images=2, lora_dropout=0.0)
+    return lambda: (tiny_model(config), tiny_processor(config))
+
+
+def loss_by_the_command(model, processor, images: list[list], conversations: list[list[dict]]) -> float:
+    """Of a batch that `PheyeCollator` makes, which has tests of its own; numbers of images are written by hand."""
+    samples = [
+        {"id": str(row), "images": own, "messages": copy.deepcopy(messages)}
+        for row, (own, messages) in enumerate(zip(images, conversations, strict=True))
+    ]
+    for sample in samples:
+        if len(sample["images"]) > 1:
+            numbers = "".join(f"[image {number}] " for number, _ in enumerate(sample["images"], start=1))
+            sample["messages"][1]["content"] = numbers + sample["messages"][1]["content"]
+    batch = PheyeCollator(processor)(samples)
+    with torch.no_grad():
+        return model(**{name: value for name, value in batch.items() if name not in ("seen", "skipped")}).loss.item()
+
+
+@learns_assistant_only
+def test_rows_of_two_images_of_any_shape_train_as_by_the_command(tmp_path, canvas_parts):
+    model, processor = canvas_parts()
+    choose_trained(model)
+    sizes = [[(80, 40), (50, 50)], [(30, 90), (80, 40)], [(50, 50)]]
+    images = [[tiny_image(place, *size) for place, size in enumerate(row)] for row in sizes]
+    expected = loss_by_the_command(model, processor, images, CONVERSATIONS[:3])
+    turned = loss_by_the_command(model, processor, [row[::-1] for row in images], CONVERSATIONS[:3])
+    rows = [{"images": own, "messages": messages} for own, messages in zip(images, CONVERSATIONS, strict=False)]
+    before = parameters(model)
+    trainer = make_trainer(tmp_path, model, rows, processor=processor, assistant_only_loss=True)
+    (seen,) = train_and_watch(trainer)
+    grids = [[[1, 2], [2, 2]], [[2, 2], [0, 0]], [[3, 1], [1, 2]]]
+    assert sorted(seen["image_grids"].tolist()) == grids
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-4)
+    assert losses(trainer)[0] != pytest.approx(turned, rel=1e-4)
+    name = "pheye.view_encoding.row_embedding.weight"
+    assert not torch.equal(model.state_dict()[name], before[name])
+
+
+@learns_assistant_only
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_a_batch_of_text_alone_trains_the_language_model_and_nothing_else(tmp_path, canvas_parts, has_adapter):
+    model, processor = canvas_parts()
+    choose_trained(model)
+    expected = loss_by_the_command(model, processor, [[], []], CONVERSATIONS[:2])
+    rows = [{"images": [], "messages": messages} for messages in CONVERSATIONS[:2]]
+    config = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj)", init_lora_weights=True)
+    options = {"peft_config": config} if has_adapter else {}
+    trainer = make_trainer(tmp_path, model, rows, processor=processor, assistant_only_loss=True, **options)
+    before = parameters(trainer.model)
+    (seen,) = train_and_watch(trainer)
+    assert not {"pixel_values", "image_grids"} & seen.keys()
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-4)
+    changed = {name for name, value in parameters(trainer.model).items() if not torch.equal(value, before[name])}
+    assert bool(changed) == has_adapter and all("lora_B" in name for name in changed)
+
+
+@learns_assistant_only
+def test_text_alone_without_checkpoints_has_nothing_to_train_but_a_language_model(tmp_path, canvas_parts):
+    """As docs/training.md says."""
+    model, processor = canvas_parts()
+    choose_trained(model)
+    rows = [{"images": [], "messages": messages} for messages in CONVERSATIONS[:2]]
+    options = {"processor": processor, "assistant_only_loss": True, "gradient_checkpointing": False}
+    with pytest.raises(RuntimeError, match="element 0 of tensors does not require grad"):
+        make_trainer(tmp_path, model, rows, **options).train()
+
+
 @learns_assistant_only
 def test_training_lowers_the_loss_and_changes_what_trains_only(assistant_trainer):
     model = trainable_model()
