@@ -40,7 +40,7 @@ CANVASES = {
     "wide": [[rows, columns] for rows, columns in product(range(1, 5), repeat=2) if rows * columns <= 9],
 }
 
-SELF_ATTENTION_KINDS = ("block",)  # how an image may be refined
+SELF_ATTENTION_KINDS = ("block", "joint")  # by blocks of its own, or by layers of the language model
 
 HIGH_RES_STRIDE = 32  # of a backbone's last map, in pixels: one cell of it for each patch of a view
 
@@ -95,8 +95,10 @@ class PheyeConfig(PreTrainedConfig):
             image at high resolution beside the vision transformer (after FILA, arXiv 2412.08378); None for no branch.
         high_res_fusion_layers: before which layers of the vision transformer the maps of the backbone's last stages
             join it, one each, ascending; by default FILA's, scaled to the transformer's depth.
-        self_attention_kind: "block": the image is refined by blocks of their own (after VISOR, arXiv 2603.23495).
-        self_attention_layers: before which layers' cross-attention blocks the image is refined, ascending.
+        self_attention_kind: how an image is refined (after VISOR, arXiv 2603.23495): "block", by blocks of their own,
+            or "joint", by layers of the language model on image and text together.
+        self_attention_layers: "block": before which layers' cross-attention blocks the image is refined, but not
+            before the first; "joint": by which layers, that have no block themselves. Ascending.
         self_attention_budgets: which of these layers refine it at each budget, cheapest first; by default none or all.
             `vision_budget` of `forward` and `generate` is an index into this list.
         router_size: inner width of the MLP that chooses a budget for each prompt; 0 for no router.
@@ -257,7 +259,7 @@ class PheyeConfig(PreTrainedConfig):
         if self.high_res_vision_config is not None:
             parts += ["high_res_tower", "fusion_blocks"]
         if self.self_attention_layers:
-            parts.append("self_attention_blocks")
+            parts.append("joint_attention" if self.self_attention_kind == "joint" else "self_attention_blocks")
         parts += ["router"] * bool(self.router_size) + ["visual_convolution"] * bool(self.visual_convolution_kernel)
         return [f"pheye.{name}" for name in (*parts, "language_model.lm_head")]
 
@@ -356,11 +358,15 @@ class PheyeConfig(PreTrainedConfig):
                 f"self_attention_kind={self.self_attention_kind!r} must be one of {', '.join(SELF_ATTENTION_KINDS)}."
             )
         layers, budgets = self.self_attention_layers, self.self_attention_budgets
-        allowed = self.cross_attention_layers[1:]
+        crossed, allowed = self.cross_attention_layers, self.cross_attention_layers[1:]
+        which = "each have a cross-attention block that is not the first"
+        if self.self_attention_kind == "joint":
+            allowed = [layer for layer in range(crossed[0] + 1, crossed[-1]) if layer not in crossed]
+            which = "stand between cross-attention blocks without having one"
         if not _is_ascending(layers) or not set(layers) <= {*allowed}:
             raise ValueError(
-                f"self_attention_layers={layers!r} must be ascending, and each have a cross-attention block that is "
-                f"not the first: some of {list(allowed)}."
+                f"self_attention_layers={layers!r} must be ascending, and {which} "
+                f'(self_attention_kind="{self.self_attention_kind}"): some of {list(allowed)}.'
             )
         if not isinstance(budgets, (list, tuple)):
             raise ValueError(f"self_attention_budgets={budgets!r} must be a list of lists of layers.")

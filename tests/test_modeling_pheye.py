@@ -16,7 +16,7 @@ from torch import nn
 from transformers import DynamicCache, GPT2Config, StaticCache, Trainer, TrainingArguments
 
 from pheye import PheyeForConditionalGeneration, PheyeModel, PheyeProcessor
-from pheye.layers_pheye import CALL, put_before
+from pheye.layers_pheye import CALL, Call, put_before
 
 from tiny import randomize, tiny_config, tiny_model, tiny_text_config
 from tiny import tiny_pixels as pixels
@@ -394,8 +394,8 @@ def test_steps_are_taken_right_before_layers_in_calls_that_carry_a_call(by_name)
     layers, seen = nn.ModuleList(Layer(index, by_name) for index in range(3)), []
 
     def step(index, states, call):
-        seen.append((index, call))
-        return states + call
+        seen.append((index, call.added, list(layers).index(call.layer)))
+        return states + call.added
 
     put_before(layers, step)
 
@@ -408,7 +408,9 @@ def test_steps_are_taken_right_before_layers_in_calls_that_carry_a_call(by_name)
     expected = 0
     for index in range(3):
         expected = (expected + 5) * 10 + index
-    assert run(**{CALL: 5}) == expected and seen == [(0, 5), (1, 5), (2, 5)]
+    call = Call(nn.Identity(), steps_due=3)
+    call.added = 5
+    assert run(**{CALL: call}) == expected and seen == [(0, 5, 0), (1, 5, 1), (2, 5, 2)]
     assert run() == 12 and len(seen) == 3
 
 

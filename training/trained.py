@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # The paper's choice (spec section 8): all that stands between the two pretrained models. Where there is a branch, what
 # joins it to the vision tower belongs to this; the branch itself is pretrained, too. The router trains by itself.
 PAPER_PARTS = ("cross_attention_blocks", "global_lora", "local_lora", "view_encoding", "fusion_blocks")
-PAPER_PARTS += ("self_attention_blocks", "visual_convolution")
+PAPER_PARTS += ("self_attention_blocks", "joint_attention", "visual_convolution")
 PAPER_PATTERN = rf"pheye\.({'|'.join(PAPER_PARTS)})\."
 
 LORA_NAME = "default"

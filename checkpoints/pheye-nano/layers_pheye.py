@@ -6,6 +6,7 @@ What the hooks amount to:
         x = fuse[l](x, maps) if l in high_res_fusion_layers else x
         x = layer(x)
     for l, layer in enumerate(text layers):
+        image = refine[l](image) if l in self_attention_layers else image
         h = block[l](h, image) if l in cross_attention_layers else h
         h = layer(h)
 
@@ -40,6 +41,7 @@ class Call:
 
     def __init__(self, tower: PreTrainedModel, steps_due: int):
         self.tower, self.steps_due, self.steps_run = type(tower).__name__, steps_due, 0
+        self.layer, self.layer_keywords = None, {}  # the layer that comes next, and what it is called with
 
     def check(self):
         """Some models drop keywords on the way to their layers, and the image with them; refuse those."""
@@ -91,6 +93,7 @@ class TextCall(Call):
         self.output_cross_attentions = output_cross_attentions
         # What comes out, or changes from layer to layer.
         self.visual_states = image_hidden_states
+        self.open_layer = None  # a layer that ran on the text alone, and is still to run on image and text
         self.cross_attentions: list[torch.Tensor] = []
         self.router_logits: torch.Tensor | None = None
 
@@ -125,6 +128,7 @@ def _take_step(step: Step, index: int, layer: nn.Module, args: tuple, kwargs: di
     call = kwargs.pop(CALL, None)
     if call is None:
         return args, kwargs
+    call.layer, call.layer_keywords = layer, kwargs
     states = step(index, args[0] if args else kwargs["hidden_states"], call)
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 

@@ -62,15 +62,7 @@ from .vision_pheye import (
     run_with,
     view_maps,
 )
-from .visor_pheye import (
-    PheyeRouter,
-    PheyeSelfAttentionBlock,
-    PheyeVisualConvolution,
-    images_there,
-    largest_choices,
-    last_states,
-    read_budgets,
-)
+from .visor_pheye import PheyeJointAttention, PheyeRefinementMixin
 
 if TYPE_CHECKING:  # never run, but it makes every saved model carry these files too
     from .image_processing_pheye import PheyeImageProcessor  # noqa: F401
@@ -195,6 +187,8 @@ class PheyePreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=0 if getattr(module, "starts_at_zero", False) else 0.02)
         elif getattr(module, "starts_at_zero", False):
             init.zeros_(module.weight)
+        elif isinstance(module, PheyeJointAttention):
+            init.zeros_(module.gates)
 
 
 def _begin_with_square(prefix: str, encoding: PheyeViewEncoding, loading_info, state_dict, checkpoint_files):
@@ -239,7 +233,7 @@ def check_grids(config: PheyeConfig) -> list[int]:
     return [one.shape[1] for one in maps]
 
 
-class PheyeModel(PheyePreTrainedModel):
+class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
     """Vision tower, language model and the trained parts between them; gives hidden states (see the generation class).
 
     The trained parts stand beside the two pretrained models, whose own names and layouts stay as they are: hooks add
@@ -275,15 +269,7 @@ class PheyeModel(PheyePreTrainedModel):
                 PheyeFusionBlock(config.vision_config.hidden_size, channels) for channels in channels
             )
             self._fusion_before = {layer: block for block, layer in enumerate(config.high_res_fusion_layers)}
-        self.self_attention_blocks = self.router = self.visual_convolution = None
-        if config.self_attention_layers:
-            self.self_attention_blocks = nn.ModuleList(
-                PheyeSelfAttentionBlock(config) for _ in config.self_attention_layers
-            )
-        if config.router_size:
-            self.router = PheyeRouter(config)
-        if config.visual_convolution_kernel:
-            self.visual_convolution = PheyeVisualConvolution(config)
+        self.add_refinement(config)
         self._block_before = {layer: block for block, layer in enumerate(config.cross_attention_layers)}
         self._adapt_vision_tower()
         self.put_before_all(put_before)
@@ -627,16 +613,11 @@ class PheyeModel(PheyePreTrainedModel):
         return transformer_layers(self.language_model, self.config.text_config.num_hidden_layers, "language model")
 
     def run_block(self, layer: int, hidden_states: torch.Tensor, call: TextCall) -> torch.Tensor:
-        """The step before each layer of the language model: the block that stands there, if one does."""
+        """The step before each layer of the language model: what refines the image there, and the block."""
+        hidden_states = self.run_refinement(layer, hidden_states, call)
         block = self._block_before.get(layer)
         if block is None:
             return hidden_states
-        if call.visual_states is not None and layer in self.config.self_attention_layers:
-            if call.vision_budget is None:
-                call.router_logits = self.router(last_states(hidden_states, call.attention_mask))
-                there = images_there(call.image_mask, len(call.visual_states))
-                call.vision_budget = largest_choices(call.router_logits, there)
-            call.visual_states = self.refine(layer, call.visual_states, call.vision_budget, call.image_mask)
         image_cache = None if call.image_caches is None else call.image_caches[block]
         call.steps_run += 1
         # Positional arguments: reentrant checkpointing sees no gradient through keywords.
@@ -647,50 +628,10 @@ class PheyeModel(PheyePreTrainedModel):
             call.cross_attentions.append(weights)
         return hidden_states
 
-    def refine(
-        self, layer: int, visual_states: torch.Tensor, vision_budget: list[int], image_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The tokens of images (B, N, D) behind the self-attention block before a layer: new ones for images whose
-        budget has it."""
-        budgets = self.config.self_attention_budgets
-        rows = [row for row, budget in enumerate(vision_budget) if budget >= 0 and layer in budgets[budget]]
-        if not rows:
-            return visual_states
-        block = self.self_attention_blocks[self.config.self_attention_layers.index(layer)]
-        if len(rows) == len(visual_states):
-            return block(visual_states, image_mask)
-        rows = torch.tensor(rows, device=visual_states.device)
-        refined = block(visual_states[rows], None if image_mask is None else image_mask[rows])
-        return visual_states.index_copy(0, rows, refined.to(visual_states.device))
-
     def image_caches(self, cache: Cache) -> list[PheyeImageCache]:
-        """The part of a cache that holds the image, one layer per block."""
-        return image_caches(cache, self.config.text_config.num_hidden_layers, len(self.cross_attention_blocks))
-
-    def fill_image_caches(
-        self,
-        cache: Cache,
-        image_hidden_states: torch.Tensor,
-        image_mask: torch.Tensor | None,
-        vision_budget: int | torch.Tensor | None,
-    ):
-        """Write into a cache, before any text, the keys and values that the blocks would make of an image."""
-        if vision_budget is None and self.router is not None:
-            raise ValueError(
-                "The router needs the whole prompt, which prefill_chunk_size cuts into pieces; give vision_budget."
-            )
-        budgets, visual_states = self._budgets(vision_budget, image_hidden_states, image_mask), image_hidden_states
-        caches, layers = self.image_caches(cache), self.config.cross_attention_layers
-        for layer, block, image_cache in zip(layers, self.cross_attention_blocks, caches, strict=True):
-            if budgets is not None and layer in self.config.self_attention_layers:
-                visual_states = self.refine(layer, visual_states, budgets, image_mask)
-            image_cache.update(*block.project(visual_states), image_mask)
-        caches[0].vision_budget = budgets
-
-    def vision_budget_of(self, cache: Cache) -> list[int] | None:
-        """The budget at which each image of a cache was read (-1: a row without an image), such as the one that
-        `generate` returns; None if the model has none."""
-        return self.image_caches(cache)[0].vision_budget
+        """The part of a cache that holds the image: a layer per block, then one per joint layer."""
+        joint = 0 if self.joint_attention is None else len(self.config.self_attention_layers)
+        return image_caches(cache, self.config.text_config.num_hidden_layers, len(self.cross_attention_blocks) + joint)
 
     def image_features(
         self,
@@ -793,29 +734,6 @@ class PheyeModel(PheyePreTrainedModel):
         if caches and call.vision_budget is not None:
             caches[0].vision_budget = call.vision_budget
         return outputs, call
-
-    def _budgets(
-        self,
-        vision_budget: int | torch.Tensor | None,
-        image_hidden_states: torch.Tensor | None,
-        image_mask: torch.Tensor | None,
-        in_cache: bool = False,
-        may_route: bool = False,
-    ) -> list[int] | None:
-        """The budget of each image of a call, -1 where there is no image; None where there is nothing to choose, or
-        the router will."""
-        budgets = self.config.self_attention_budgets
-        if image_hidden_states is None:
-            if vision_budget is not None and in_cache:
-                raise ValueError(
-                    f"vision_budget={vision_budget} is given for an image that the cache holds as it was read; give "
-                    "the image again, with a new cache."
-                )
-            return None
-        if vision_budget is None and (not budgets or (may_route and self.router is not None)):
-            return None
-        there = images_there(image_mask, len(image_hidden_states))
-        return read_budgets(len(budgets) - 1 if vision_budget is None else vision_budget, there, budgets)
 
     def _check_arguments(self, text: torch.Tensor, cache: Cache | None, others: dict):
         unknown = [name for name, value in others.items() if value is not None and name.startswith(MEDIA)]
