@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -32,7 +33,7 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger(__name__)  # not `warnings`: lmms-eval silences them all
 
-IMAGE_TOKEN = "<image>"  # tasks put it where other models want one; Pheye's prompt has none
+IMAGE_TOKEN = "<image>"  # tasks put it where other models want an image; of one alone, Pheye's prompt has no trace
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of no use to a greedy answer or to beams
 
 
@@ -51,8 +52,25 @@ def manifest():
 
 
 def prompt_of(context: str) -> str:
-    """The user's turn."""
+    """The user's turn about one image."""
     return context.replace(IMAGE_TOKEN, "").strip()
+
+
+@dataclass
+class Marked(Request):
+    """A request whose prompt has a mark where each image stands: of several images, each gets its number there, or in
+    front if the marks are not as many."""
+
+    context: str = ""
+
+    def messages(self, images: int = 1) -> list[dict]:
+        texts = self.context.strip().split(IMAGE_TOKEN)
+        if images < 2 or len(texts) != images + 1:
+            return super().messages(images)
+        parts = [{"type": "text", "text": texts[0]}]
+        for text in texts[1:]:
+            parts += [{"type": "image"}, {"type": "text", "text": text.removeprefix("\n").removeprefix(" ")}]
+        return [{"role": "user", "content": parts}]
 
 
 def decoding(gen_kwargs: dict) -> tuple[dict, list[str]]:
@@ -87,25 +105,28 @@ def cut(answer: str, until: Sequence[str]) -> str:
     return answer
 
 
-def only_image(visuals: Sequence | None, where: str) -> Image.Image:
-    """The one image in what a task shows; `where` names the document.
+def only_images(visuals: Sequence | None, where: str, max_images: int = 1) -> list[Image.Image]:
+    """The images in what a task shows, of which there is at least one; `where` names the document.
 
     Raises:
-        RefusedTask: if it shows anything else.
+        RefusedTask: if it shows anything else, or more than the model takes.
     """
     visuals = list(visuals or [])
-    if len(visuals) == 1 and isinstance(visuals[0], Image.Image):
-        return visuals[0]
+    if 0 < len(visuals) <= max_images and all(isinstance(visual, Image.Image) for visual in visuals):
+        return visuals
     kinds = ", ".join(sorted({type(visual).__name__ for visual in visuals}))
     shown = f"{len(visuals)} objects ({kinds})" if visuals else "no image"
+    takes, has = ("exactly one image", "a single image")
+    if max_images > 1:
+        takes, has = f"one image to {max_images} (max_images)", "as many images"
     raise RefusedTask(
-        f"{where} shows {shown}, but Pheye answers about exactly one image: leave this task out, or give one of "
-        "your own by --include_path that has only the documents with a single image."
+        f"{where} shows {shown}, but this Pheye answers about {takes}: leave this task out, or give one of your own "
+        f"by --include_path that has only the documents with {has}."
     )
 
 
-def document_image(documents, doc_id: int, doc_to_visual, where: str) -> Image.Image:
-    return only_image(doc_to_visual(documents[doc_id]), where)
+def document_images(documents, doc_id: int, doc_to_visual, where: str, max_images: int) -> list[Image.Image]:
+    return only_images(doc_to_visual(documents[doc_id]), where, max_images)
 
 
 # --- The model ---
@@ -191,8 +212,9 @@ class Pheye(lmms):
     def request(self, index: int, instance) -> Request:
         context, _, doc_to_visual, doc_id, task, split = instance.args
         documents = self.task_dict[task][split]
-        image = functools.partial(document_image, documents, doc_id, doc_to_visual, where(instance))
-        return Request(index, image, prompt_of(context))
+        most = self.processor.image_processor.max_images
+        images = functools.partial(document_images, documents, doc_id, doc_to_visual, where(instance), most)
+        return Marked(index, images, prompt_of(context), context=context)
 
     def loglikelihood(self, requests: list):
         raise NotImplementedError(refusal(requests, "compares likelihoods"))

@@ -27,9 +27,9 @@ from pheye.answering.engine import answer
 from pheye.answering.rows import Request
 from pheye.common.command import InputError
 from pheye.evaluation import lmms
-from pheye.evaluation.lmms import Pheye, RefusedTask, cut, decoding, only_image, prompt_of
+from pheye.evaluation.lmms import Marked, Pheye, RefusedTask, cut, decoding, only_images, prompt_of
 
-from tiny import tiny_image
+from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
 
 pytestmark = pytest.mark.once
 
@@ -153,7 +153,31 @@ def test_other_models_image_token_is_no_part_of_the_prompt():
 )
 def test_anything_but_one_image_is_refused_with_the_remedy(visuals, shown):
     with pytest.raises(RefusedTask, match=f"^Document 3 of toy shows {shown}, but .* exactly one .*--include_path"):
-        only_image(visuals, "Document 3 of toy")
+        only_images(visuals, "Document 3 of toy")
+
+
+@pytest.mark.parametrize("visuals", [[], ["film.mp4", "film.mp4"], [tiny_image()] * 3])
+def test_more_images_than_a_model_of_several_takes_are_refused_with_the_number(visuals):
+    with pytest.raises(RefusedTask, match=r"answers about one image to 2 \(max_images\): .* with as many images"):
+        only_images(visuals, "Document 3 of toy", 2)
+
+
+@pytest.mark.parametrize(
+    ("context", "images", "prompt"),
+    [
+        ("<image>\nWhat?", 1, "What?"),
+        ("Which?", 2, "[image 1] [image 2] Which?"),
+        ("<image>\n<image>\nWhich?", 2, "[image 1] [image 2] Which?"),
+        ("Is <image> like <image>?", 2, "Is [image 1] like [image 2] ?"),
+        ("<image> Which of the two?", 2, "[image 1] [image 2] Which of the two?"),  # marks of another number
+        ("<image> or <image>?", 1, "or ?"),
+    ],
+)
+def test_of_several_images_each_has_its_number_at_its_mark_or_in_front(context, images, prompt):
+    template = tiny_processor(tiny_config(max_images=2)).apply_chat_template
+    request = Marked(0, None, prompt_of(context), context=context)
+    expected = template([{"role": "user", "content": prompt}])
+    assert template(request.messages(images)) == expected
 
 
 # --- What lmms-eval calls ---
@@ -227,6 +251,26 @@ def test_several_images_later_on_are_no_empty_answer(adapter):
     documents = [{"images": [png(n)] * (1 + n // 4)} for n in range(len(QUESTIONS))]
     with pytest.raises(RefusedTask, match=r"Document 4 of toy shows 2 objects \(Image\)"):
         adapter(documents).generate_until(instances([{"max_new_tokens": 1}]))
+
+
+def test_a_model_of_several_images_is_shown_them_all(adapter, tmp_path):
+    config = tiny_config(max_images=2, canvases=[[1, 2], [2, 2], [3, 1]])
+    model, processor = tiny_model(config), tiny_processor(config)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    documents = [{"images": [png(n), png(n + 1)][: 1 + n % 2]} for n in range(len(QUESTIONS))]
+    expected = []
+    for number, (document, question) in enumerate(zip(documents, QUESTIONS, strict=True)):
+        said = {"role": "user", "content": f"[image 1] [image 2] {question}" if number % 2 else question}
+        text = processor.apply_chat_template([said], add_generation_prompt=True)
+        inputs = processor(images=[opened(document)], text=[text], return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :]
+        expected.append(processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip())
+    given = adapter(documents, pretrained=str(tmp_path / "model"), device="cpu")
+    assert given.generate_until(instances([{"max_new_tokens": NEW}])) == expected
+    documents[0]["images"] = [png(0)] * 3
+    with pytest.raises(RefusedTask, match=r"Document 0 of toy shows 3 objects \(Image\)"):
+        given.generate_until(instances([{"max_new_tokens": NEW}]))
 
 
 def test_a_task_that_begins_with_a_broken_image_goes_on(adapter):
