@@ -32,6 +32,7 @@ def wrapped_classes() -> list[str]:
 
 def config_of(kind: str) -> PheyeConfig:
     options = {"canvases": [[1, 2], [2, 2], [3, 1]], "max_images": 2} if "canvases" in kind else {}
+    options |= {"self_attention_layers": [3]} if "budgets" in kind else {}
     return (hybrid_config if "hybrid" in kind else tiny_config)(lora_dropout=0.0, **options)
 
 
@@ -65,13 +66,15 @@ def new_model(bf16: bool, kind: str = "plain"):
     return model
 
 
-def train(model: nn.Module, batch: dict, bf16: bool, processes: int = 1) -> list[float]:
-    """Losses of this process: its share of the sum over answer tokens, over the answer tokens of all processes."""
+def train(model: nn.Module, batch: dict, bf16: bool, processes: int = 1, kind: str = "plain") -> list[float]:
+    """Losses of this process: its share of the sum over answer tokens, over the answer tokens of all processes. With
+    budgets, the first step takes the largest and the second the cheapest, which leaves a block without gradients."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     losses = []
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        budget = {"vision_budget": 1 - step} if "budgets" in kind else {}
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model(**batch, num_items_in_batch=answer_tokens()).loss
+            loss = model(**batch, **budget, num_items_in_batch=answer_tokens()).loss
         (loss.float() * processes).backward()  # gradients are averaged over processes, and the loss is a sum
         optimizer.step()
         optimizer.zero_grad()
@@ -130,7 +133,7 @@ def process(rank: int, rendezvous: str, folder: str, shard, bf16: bool, kind: st
         model = shard(model, init_device_mesh("cpu", (2,), mesh_dim_names=("dp",)), bf16)
         is_split = [isinstance(parameter, DTensor) for parameter in model.parameters()]
         assert not any(is_split) if shard is replicate else all(is_split)
-        losses = train(model, samples(slice(2 * rank, 2 * rank + 2), kind), bf16, processes=2)
+        losses = train(model, samples(slice(2 * rank, 2 * rank + 2), kind), bf16, 2, kind)
         assert nonfinite(model) == []  # what the Trainer asks before it saves
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         total = torch.tensor(losses)
@@ -155,13 +158,14 @@ WAYS = [
     *itertools.product([shard_by_torch, shard_by_accelerate, replicate], ["plain", "hybrid canvases"]),
     (shard_by_torch, "hybrid"),
     (shard_by_torch, "canvases"),
+    (shard_by_accelerate, "budgets"),
 ]
 
 
 @pytest.mark.parametrize(("shard", "kind"), WAYS)
 def test_two_processes_train_as_one_and_their_checkpoint_loads_in_one(tmp_path, shard, kind):
     before, single = new_model(bf16=False, kind=kind), new_model(bf16=False, kind=kind)
-    losses = train(single, samples(slice(None), kind), bf16=False)
+    losses = train(single, samples(slice(None), kind), bf16=False, kind=kind)
     sharded = run_sharded(tmp_path, shard, False, kind)
     torch.testing.assert_close(sharded["losses"], torch.tensor(losses), rtol=1e-5, atol=0)
     assert losses[1] < losses[0]

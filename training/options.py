@@ -14,8 +14,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..common.command import InputError, Parser, require
 from ..common.tables import IMAGE_SOURCES
+from ..configuration_pheye import SELF_ATTENTION_KINDS
 from .formats import Source
 from .stages import STAGES
+from .vision_budgets import LARGEST, UNIVERSAL
 
 EFFECTIVE_BATCH = 128  # the paper's (spec section 8)
 SAVE_STEPS = 500
@@ -92,6 +94,13 @@ class ModelArguments:
         default=False, metadata={"help": "compute the vision tower's activations twice to save memory"}
     )
     attention: str | None = field(default=None, metadata={"help": "attention implementation, such as sdpa"})
+    self_attention_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "add what refines the image before these layers, to a model that has nothing of it"},
+    )
+    self_attention_kind: str | None = field(
+        default=None, metadata={"help": "of --self_attention_layers", "choices": list(SELF_ATTENTION_KINDS)}
+    )
 
 
 @dataclass
@@ -158,6 +167,13 @@ class PheyeTrainingArguments(TrainingArguments):
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "stop when so many evaluations in turn were no better than the best"}
+    )
+    vision_budgets: str = field(
+        default=LARGEST,
+        metadata={
+            "help": "of a model with budgets: train the largest, or all of them, one drawn for each step",
+            "choices": [LARGEST, UNIVERSAL],
+        },
     )
     restore_callback_states_from_checkpoint: bool = True  # the patience that is left
     save_strategy: str | None = field(
@@ -435,6 +451,13 @@ def parse_options(
         raise InputError("--push_to_hub pushes a whole model; leave out --trained_only.")
     if of_model.language_model_lora and not of_run.trained_only and (training.fsdp or training.deepspeed):
         raise InputError("Sharded weights cannot be merged with LoRA here; add --trained_only and merge afterwards.")
+    if of_model.self_attention_kind is not None and of_model.self_attention_layers is None:
+        raise InputError("--self_attention_kind has no effect here: it needs --self_attention_layers.")
+    if of_model.self_attention_layers is not None and of_run.trained_only:
+        raise InputError(
+            "--trained_only leaves a file for the model that the run began with, which lacks the "
+            "--self_attention_layers; leave out one of them."
+        )
     for name in ("lora_rank", "lora_alpha", "lora_dropout"):
         if getattr(of_model, name) is not None and not of_model.language_model_lora:
             raise InputError(f"--{name} has no effect here: it needs --language_model_lora.")

@@ -20,6 +20,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from ..common.command import InputError, Interrupted, exit_status
 from ..common.models import find_model
+from ..configuration_pheye import PheyeConfig
 from ..modeling_pheye import PheyeForConditionalGeneration
 from ..processing_pheye import PheyeProcessor
 from .callbacks import Plan
@@ -35,6 +36,7 @@ from .skipped import print_skipped
 from .stages import STAGES, completed, stage_sources
 from .trained import add_language_model_lora, choose_trained, describe_trained
 from .trainer import PheyeTrainer
+from .vision_budgets import prepare_for_budgets
 
 
 def parse(argv: list[str] | None = None):
@@ -97,14 +99,23 @@ def load_model(
     lora_dropout: float | None = None,
     vision_gradient_checkpointing: bool = False,
     attention: str | None = None,
+    self_attention_layers: list[int] | None = None,
+    self_attention_kind: str | None = None,
     *,
     bf16: bool,
 ) -> tuple[PheyeForConditionalGeneration, LoraModel | None]:
     """The model, ready to train: frozen parts in bfloat16 (if `bf16`), trained ones in float32; and its LoRA."""
     with loading(model):
+        added = {}
+        if self_attention_layers is not None:
+            there = PheyeConfig.from_pretrained(model, revision=revision).self_attention_layers
+            if there:
+                raise InputError(f"{model} has self_attention_layers={there}; leave --self_attention_layers out.")
+            added = {"self_attention_layers": self_attention_layers}
+            added |= {"self_attention_kind": self_attention_kind} if self_attention_kind else {}
         # All in float32 at first, so that a trained part that an earlier stage saved in float32 keeps its digits.
         loaded = PheyeForConditionalGeneration.from_pretrained(
-            model, revision=revision, dtype=torch.float32, attn_implementation=attention
+            model, revision=revision, dtype=torch.float32, attn_implementation=attention, **added
         )
     numbers = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout}
     numbers = {name: number for name, number in numbers.items() if number is not None}
@@ -137,6 +148,7 @@ def make_trainer(
     """The Trainer of the command, which says how many steps there will be, and does not push checkpoints."""
     training = copy.copy(training)
     training.push_to_hub = False  # the finished model is pushed, once
+    prepare_for_budgets(model.config, training, training.vision_budgets)
     patience = training.early_stopping_patience
     with refused_options():
         trainer = PheyeTrainer(
@@ -148,6 +160,7 @@ def make_trainer(
             callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
             language_model_lora=None if lora is None else next(iter(lora.peft_config.values())),
             max_skipped_share=max_skipped_share,
+            vision_budgets=training.vision_budgets,
         )
     trainer.callback_handler.callbacks.insert(0, Plan(trainer))  # before the progress bar
     return trainer

@@ -19,6 +19,7 @@ from .collator import IGNORED, PheyeCollator
 from .mixture import Mixture, MixtureSampler
 from .skipped import SKIPPED_FILE, append_skipped, keep_until
 from .trained import TRAINED_FILE, check_names, copy_state, nonfinite, read_trained, save_trained, trained_state
+from .vision_budgets import LARGEST, UNIVERSAL, drawn_budget
 
 LEAST_JUDGED = 100  # samples of a run whose share of skipped ones is judged; one may be broken in a smaller one
 
@@ -41,14 +42,22 @@ class PheyeTrainer(Trainer):
     Args:
         language_model_lora: settings of `add_language_model_lora`, to be saved with the weights.
         max_skipped_share: of the run's samples whose image cannot be read; more raise an error.
+        vision_budgets: what a step trains of a model with budgets: "largest", or "universal", one that is drawn. The
+            arguments must have gone through `prepare_for_budgets`. Evaluation takes the largest.
     """
 
     def __init__(
-        self, *args, language_model_lora: LoraConfig | None = None, max_skipped_share: float = 0.01, **kwargs
+        self,
+        *args,
+        language_model_lora: LoraConfig | None = None,
+        max_skipped_share: float = 0.01,
+        vision_budgets: str = LARGEST,
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.language_model_lora = language_model_lora
         self.max_skipped_share = max_skipped_share
+        self.vision_budgets = vision_budgets
         self.staging: str | None = None
         self.skipped, self.samples = 0, float("inf")  # of this process and its main one's past; of the whole run
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)  # read only when logged
@@ -101,6 +110,10 @@ class PheyeTrainer(Trainer):
             append_skipped(self.args.output_dir, skipped, self.state.global_step + 1)
         if len(skipped) == seen:
             del inputs["labels"]
+        if budgets := len(self.model.config.self_attention_budgets):  # said here: without labels a router would choose
+            drawn = self.vision_budgets == UNIVERSAL
+            step = (self.args.seed, self.state.global_step)
+            inputs["vision_budget"] = drawn_budget(*step, budgets) if drawn else budgets - 1
         self.tokens_seen += inputs["attention_mask"][:seen].sum() * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.has_bad_loss |= ~torch.isfinite(loss)
