@@ -1,12 +1,14 @@
 """What an image costs in multiplications: the paper's formulas (section 2.2), and what the real modules compute.
 
     python -m pheye.benchmarks.complexity [--variant x4-672 | --model FOLDER_OR_ID] [--text_tokens 65] [--branch L]
+        [--budget LAYER ...]
 
 Prints a table for the formulas, a table of counted floating-point operations (two to a multiplication) part by part,
 beside those of a LLaVA-style model, which has the same language model read as many visual tokens in its text; at the
 end, one line of JSON. Nothing is computed: the modules run on torch's meta device, so no weights are needed.
 `--branch` gives the model a ConvNeXt of that size as high-resolution branch. What a branch adds is counted, and for a
-ConvNeXt stands beside its formula.
+ConvNeXt stands beside its formula. `--budget` gives it self-attention blocks before these layers. Where a model has
+some, every budget is counted, beside plain Pheye, the LLaVA-style model and that with half of the visual tokens.
 """
 
 import argparse
@@ -20,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pheye import PheyeConfig, PheyeForConditionalGeneration
 
 from ..common.command import Parser
-from .full_size import CONVNEXT_SIZES, with_branch
+from .designs import DENSE, HALF, PLAIN, Reading, budget_name, readings
+from .full_size import CONVNEXT_SIZES, with_branch, with_budgets
 
 PAPER_SIZES = {
     "text_tokens": 65,
@@ -90,6 +93,33 @@ def convnext_flops(config: PheyeConfig) -> int:
     return 2 * multiplications
 
 
+def language_model_flops(tokens: int, size: int, layers: int) -> int:
+    """Of a language model without its head, whose MLPs are four times as wide."""
+    return layers * (24 * tokens * size**2 + 4 * tokens**2 * size)
+
+
+def self_attention_flops(image_tokens: int, size: int) -> int:
+    """Of a self-attention block on an image."""
+    return 24 * image_tokens * size**2 + 4 * image_tokens**2 * size
+
+
+def budget_formulas(config: PheyeConfig, text_tokens: int) -> dict[str, int]:
+    """Operations of a prompt about an encoded image, by formula, for the designs of `counted_budgets`."""
+    size, layers = config.text_config.hidden_size, config.text_config.num_hidden_layers
+    tokens, width = config.tokens_per_image, config.vision_config.hidden_size
+    block = 20 * text_tokens * size**2 + 4 * tokens * width * size + 4 * text_tokens * tokens * size
+    plain = language_model_flops(text_tokens, size, layers) + len(config.cross_attention_layers) * block
+    return {
+        PLAIN: plain,
+        **{
+            budget_name(config, budget): plain + len(active) * self_attention_flops(tokens, width)
+            for budget, active in enumerate(config.self_attention_budgets)
+        },
+        DENSE: language_model_flops(text_tokens + tokens, size, layers),
+        HALF: language_model_flops(text_tokens + (tokens + 1) // 2, size, layers),
+    }
+
+
 def count(call: Callable[[], object]) -> int:
     """Floating-point operations of a call on the meta device."""
     # torch counts batched products that make a new tensor, not those that add to one.
@@ -113,17 +143,59 @@ def counted_parts(config: PheyeConfig, text_tokens: int) -> dict[str, int]:
     text_only = count(lambda: model(text, logits_to_keep=1))
     conditioned = count(lambda: model(text, image_hidden_states=image, logits_to_keep=1))
     projections = count(lambda: [block.project(image) for block in blocks])
+    refined = counted_refinement(model, image)
     return {
         "vision tower": tower,
         "LoRA in the vision tower": lora,
         "keys and values of all blocks": projections,
-        "rest of the blocks": conditioned - text_only - projections,
+        "rest of the blocks": conditioned - text_only - projections - sum(refined.values()),
+        **refined,
         "language model": text_only,
         "LLaVA-style: language model": count(
             lambda: model.model.language_model(inputs_embeds=prefix, logits_to_keep=1)
         ),
         **counted_branch(model, views),
     }
+
+
+def counted_refinement(model: PheyeForConditionalGeneration, image: torch.Tensor) -> dict[str, int]:
+    """What the largest budget adds to reading an image, if the model has budgets."""
+    if not model.config.self_attention_layers:
+        return {}
+    blocks = model.model.self_attention_blocks[: len(model.config.self_attention_budgets[-1])]  # one costs as another
+    return {"self-attention blocks, largest budget": count(lambda: [block(image) for block in blocks])}
+
+
+def counted_budgets(config: PheyeConfig, text_tokens: int) -> dict[str, dict[str, int]]:
+    """Operations of a prompt about an image for plain Pheye, every budget, and two LLaVA-style models: to encode the
+    image, to read it with the prompt (`prefill`), and of a further token (`step`)."""
+    with torch.device("meta"):
+        model = PheyeForConditionalGeneration(config).eval()
+        size, tile = config.vision_config.image_size, config.high_res_tile_size
+        pixels = {"pixel_values": torch.empty(1, config.views_per_image, 3, size, size)}
+        if tile is not None:
+            pixels["high_res_pixel_values"] = torch.empty(1, config.tiles_per_side**2, 3, tile, tile)
+        text = torch.zeros(1, text_tokens, dtype=torch.long)
+    return {name: _counted_reading(design, pixels, text) for name, design in readings(model).items()}
+
+
+def _counted_reading(design: Reading, pixels: dict[str, torch.Tensor], text: torch.Tensor) -> dict[str, int]:
+    results = []  # of the calls, which are made as they are counted
+    return {
+        "encode": count(lambda: results.append(design.encode(**pixels))),
+        "prefill": count(lambda: results.append(design.prefill(text, results[0]))),
+        "step": count(lambda: design.step(text[:, :1], results[1])),
+    }
+
+
+def print_budgets(config: PheyeConfig, counted: dict[str, dict[str, int]], text_tokens: int):
+    formulas, dense = budget_formulas(config, text_tokens), counted[DENSE]["prefill"]
+    print("\n| GFLOP counted | prefill | by formula | of LLaVA-style | with encoding | further token |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, parts in counted.items():
+        values = (parts["prefill"], formulas[name], parts["encode"] + parts["prefill"], parts["step"])
+        prefill, formula, whole, step = (f"{value / 1e9:,.4g}" for value in values)
+        print(f"| {name} | {prefill} | {formula} | 1/{dense / parts['prefill']:.3g} | {whole} | {step} |")
 
 
 def counted_branch(model: PheyeForConditionalGeneration, views: torch.Tensor) -> dict[str, int]:
@@ -167,6 +239,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--variant", default="x4-672")
     parser.add_argument("--model", help="folder or Hub id of any Pheye, in place of a published variant")
     parser.add_argument("--branch", choices=CONVNEXT_SIZES, help="size of a ConvNeXt as high-resolution branch")
+    parser.add_argument(
+        "--budget", nargs="+", type=int, metavar="LAYER", help="self-attention blocks before these layers, ascending"
+    )
     parser.add_argument("--text_tokens", type=int, default=PAPER_SIZES["text_tokens"])
     arguments = parser.parse_args(argv)
     if arguments.model:
@@ -175,6 +250,8 @@ def main(argv: list[str] | None = None):
         config = PheyeConfig.from_variant(arguments.variant)
     if arguments.branch:
         config = with_branch(config, arguments.branch)
+    if arguments.budget:
+        config = with_budgets(config, arguments.budget)
 
     ratios = paper_ratios()
     print("| by the paper's formulas | ratio |\n| --- | --- |")
@@ -195,7 +272,11 @@ def main(argv: list[str] | None = None):
     )
     ratio = parts["LLaVA-style: language model"] / after_vision
     print(f"\nLLaVA-style over Pheye after the vision tower, counted: {ratio:.4g}")
-    print(json.dumps({"benchmark": "complexity", "paper": ratios, "counted_flops": parts, "counted_ratio": ratio}))
+    result = {"benchmark": "complexity", "paper": ratios, "counted_flops": parts, "counted_ratio": ratio}
+    if config.self_attention_layers:
+        result["budgets"] = counted_budgets(config, arguments.text_tokens)
+        print_budgets(config, result["budgets"], arguments.text_tokens)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

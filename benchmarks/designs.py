@@ -1,20 +1,34 @@
 """Three ways to answer about an image with the same weights: ours, the published one, and a LLaVA-style model.
 
-Each has `generate`, and the module at whose end an image is encoded (`encoded`).
+Each has `generate`, and the module at whose end an image is encoded (`encoded`). `readings` takes designs apart.
+
+Shapes: B images, V views, N tokens of all views of an image, R text rows, T text tokens, D width.
 """
 
 import copy
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
-from pheye import PheyeForConditionalGeneration
+from pheye import PheyeConfig, PheyeForConditionalGeneration
 from pheye.configuration_pheye import HEAD_WIDTH
+from pheye.layers_pheye import CACHE
 
-from .full_size import fill
+from .full_size import fill, without_budgets
+
+PLAIN, DENSE, HALF = "plain Pheye", "LLaVA-style", "LLaVA-style, half of the visual tokens"
 
 
 def share_weights(model: PreTrainedModel, source: PreTrainedModel):
@@ -122,3 +136,79 @@ class LlavaStyle:
         return self.step.generate(
             input_ids=torch.cat([prefix, input_ids], dim=1), pixel_values=pixel_values.flatten(0, 1), **kwargs
         )
+
+
+@dataclass
+class Reading:
+    """A design taken apart.
+
+    encode: pixels (B, V, 3, height, width), and tiles where the model has a branch, to features (B, N, D).
+    prefill: a prompt's ids (R, T) and the features to a cache that holds both.
+    step: reads one more token (R, 1) with the cache.
+    """
+
+    encode: Callable[..., torch.Tensor]
+    prefill: Callable[[torch.Tensor, torch.Tensor], Cache]
+    step: Callable[[torch.Tensor, Cache], object]
+
+
+def budget_name(config: PheyeConfig, budget: int) -> str:
+    return f"blocks before {config.self_attention_budgets[budget]}"
+
+
+def readings(model: PheyeForConditionalGeneration) -> dict[str, Reading]:
+    """Plain Pheye, `model` at each of its budgets, a LLaVA-style model, and that without every second visual token.
+
+    All have the same weights. Those that encode alike share `encode`. To choose which tokens to drop would cost more.
+    """
+    with torch.device("meta"):
+        plain = PheyeForConditionalGeneration._from_config(without_budgets(model.config), dtype=model.dtype)
+    share_weights(plain, model)
+    llava = LlavaStyle(model).step
+    with_blocks, dense = _encoder(model), _dense_encoder(llava)
+    budgets = {
+        budget_name(model.config, budget): _reading(model, with_blocks, vision_budget=budget)
+        for budget in range(len(model.config.self_attention_budgets))
+    }
+    return {
+        PLAIN: _reading(fill(plain, model.device), _encoder(plain)),
+        **budgets,
+        DENSE: _dense(llava, dense, every=1),
+        HALF: _dense(llava, dense, every=2),
+    }
+
+
+def _encoder(model: PheyeForConditionalGeneration) -> Callable[..., torch.Tensor]:
+    return lambda **images: model.get_image_features(**images).last_hidden_state
+
+
+def _dense_encoder(model: LlavaForConditionalGeneration) -> Callable[..., torch.Tensor]:
+    def encode(pixel_values: torch.Tensor, high_res_pixel_values: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.cat(model.get_image_features(pixel_values.flatten(0, 1)).pooler_output)[None]
+
+    return encode
+
+
+def _reading(model: PheyeForConditionalGeneration, encode: Callable[..., torch.Tensor], **options) -> Reading:
+    def prefill(ids: torch.Tensor, features: torch.Tensor) -> Cache:
+        outputs = model(ids, image_hidden_states=features, use_cache=True, logits_to_keep=1, **options)
+        return getattr(outputs, CACHE)
+
+    def step(ids: torch.Tensor, cache: Cache):
+        return model(ids, **{CACHE: cache})
+
+    return Reading(encode, prefill, step)
+
+
+def _dense(model: LlavaForConditionalGeneration, encode: Callable[..., torch.Tensor], every: int) -> Reading:
+    """A model that reads every such visual token in its text, for one image."""
+
+    def prefill(ids: torch.Tensor, features: torch.Tensor) -> Cache:
+        text = model.get_input_embeddings()(ids)
+        embeds = torch.cat([features[:, ::every], text], dim=1)  # (1, N / every + T, D)
+        return getattr(model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1), CACHE)
+
+    def step(ids: torch.Tensor, cache: Cache):
+        return model(ids, **{CACHE: cache})
+
+    return Reading(encode, prefill, step)

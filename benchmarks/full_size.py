@@ -1,5 +1,7 @@
 """Full-size models with random weights, made in seconds, straight in their dtype."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, ConvNextConfig, PhiConfig, PreTrainedModel
@@ -15,7 +17,9 @@ CONVNEXT_SIZES = {  # widths and depths of the published ConvNeXt's stages
 
 
 def chosen_config(variant: str) -> PheyeConfig:
-    """The configuration of a published model, or of a toy with which a benchmark can be tried in seconds."""
+    """The configuration of a published model, of one in a folder, or of a toy that tries a benchmark in seconds."""
+    if Path(variant).is_dir():
+        return PheyeConfig.from_pretrained(variant)
     if variant != "toy":
         return PheyeConfig.from_variant(variant)
     return PheyeConfig(
@@ -31,6 +35,7 @@ def chosen_config(variant: str) -> PheyeConfig:
             vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
         ),
         tiles_per_side=2,
+        cross_attention_interval=2,
     )
 
 
@@ -39,6 +44,25 @@ def with_branch(config: PheyeConfig, convnext: str, **kwargs) -> PheyeConfig:
     widths, depths = CONVNEXT_SIZES[convnext]
     branch = ConvNextConfig(hidden_sizes=widths, depths=depths)
     return PheyeConfig.from_dict(config.to_dict() | {"high_res_vision_config": branch.to_dict(), **kwargs})
+
+
+def with_budgets(config: PheyeConfig, layers: list[int]) -> PheyeConfig:
+    """`config` with self-attention blocks before `layers`, and a budget for each number of them: the first ones."""
+    budgets = [layers[:blocks] for blocks in range(len(layers) + 1)]
+    return PheyeConfig.from_dict(
+        config.to_dict() | {"self_attention_layers": layers, "self_attention_budgets": budgets}
+    )
+
+
+def without_budgets(config: PheyeConfig) -> PheyeConfig:
+    """The configuration of plain Pheye."""
+    added = {
+        "self_attention_layers": [],
+        "self_attention_budgets": [],
+        "router_size": 0,
+        "visual_convolution_kernel": 0,
+    }
+    return PheyeConfig.from_dict(config.to_dict() | added)
 
 
 def random_model(

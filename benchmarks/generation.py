@@ -1,7 +1,7 @@
 """How fast a Pheye of full size answers, beside the floors that the hardware sets.
 
     python -m pheye.benchmarks.generation --variant x4-672 [--dtype bfloat16] [--beams 4] [--batch 8] [--device cpu]
-        [--compare] [--compile] [--static] [--plot FILE | --branch T B L]
+        [--compare] [--compile] [--static] [--plot FILE | --branch T B L | --budget LAYER ...]
 
 Random weights, made straight in their dtype. Parts are timed by stamping the clock at their borders (the end of the
 vision tower, each step's logits), all in one process and in turn; medians over `--repeats` rounds are printed as a
@@ -9,7 +9,9 @@ table and, last, as one line of JSON. A first round that compiles, and on a GPU 
 `--compare` adds the published way of computing and a LLaVA-style model of the same parts (see designs.py), `--compile`
 a compiled vision tower, `--static` answers with a static cache, whose steps are compiled on a GPU. `--plot` draws
 instead what an answer costs against the number of crops. `--branch` measures instead what encoding costs with
-ConvNeXts of these sizes as high-resolution branch (see branch.py).
+ConvNeXts of these sizes as high-resolution branch (see branch.py). `--budget` measures instead what reading an image
+costs with none, one, ... of the self-attention blocks before these layers, beside plain Pheye, the LLaVA-style model,
+and that with half of its visual tokens; and a batch of mixed budgets (see budgets.py).
 """
 
 import argparse
@@ -32,6 +34,7 @@ from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcesso
 from ..common.command import Parser
 from ..common.machine import machine
 from .branch import branch_costs, print_costs
+from .budgets import budget_costs, print_budgets
 from .designs import LlavaStyle, Ours, Published
 from .full_size import CONVNEXT_SIZES, chosen_config, random_model
 from .measuring import Stamps, memory, now, reset_peak_memory, summary
@@ -329,7 +332,7 @@ def print_tables(result: dict):
 
 def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="x4-672", help="or toy, to try the command")
+    parser.add_argument("--variant", default="x4-672", help="or a model's folder, or toy, to try the command")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--beams", type=int, default=4)
@@ -352,6 +355,13 @@ def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
         choices=CONVNEXT_SIZES,
         help="measure encoding with a ConvNeXt of these sizes as high-resolution branch instead",
     )
+    instead.add_argument(
+        "--budget",
+        nargs="+",
+        type=int,
+        metavar="LAYER",
+        help="measure budgets with self-attention blocks before these layers, ascending, instead",
+    )
     args = parser.parse_args(argv)
     start_memory = memory("VmRSS")
     config = config or chosen_config(args.variant)
@@ -370,6 +380,12 @@ def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
             costs = branch_costs(config, convnext, getattr(torch, args.dtype), args.device, args.repeats)
             print_costs(convnext, costs)
             result["branches"][convnext] = costs
+    elif args.budget:
+        options = {"repeats": args.repeats, "text_tokens": PROMPT_TOKENS, "tokens": args.tokens}
+        result = budget_costs(
+            config, args.budget, getattr(torch, args.dtype), args.device, batch=max(args.batch), **options
+        )
+        print_budgets(result)
     else:
         model = random_model(config, getattr(torch, args.dtype), args.device)
         model.set_attn_implementation(args.attention)

@@ -16,6 +16,11 @@ def now(device: torch.device | str = "cpu") -> float:
     return time.perf_counter()
 
 
+def busy(device: torch.device | str = "cpu") -> float:
+    """Seconds of work: on a CPU the processor's, which other work on the machine disturbs less than the clock's."""
+    return time.process_time() if torch.device(device).type == "cpu" else now(device)
+
+
 class Stamps:
     """The moments at which modules end, while a `with` block runs: `times` begins with its start.
 

@@ -1,15 +1,17 @@
 """The benchmark of section 2.2: the paper's figures, and counts that a hand can check."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from test_high_res import hybrid_config
 from transformers import AutoBackbone, AutoModel
 
-from pheye import PheyeConfig
+from pheye import PheyeConfig, PheyeForConditionalGeneration
 from pheye.benchmarks import complexity
-from pheye.benchmarks.full_size import with_branch
+from pheye.benchmarks.designs import DENSE, HALF, PLAIN
+from pheye.benchmarks.full_size import with_branch, with_budgets
 from pheye.vision_pheye import PheyeFusionBlock
 
 from tiny import tiny_config
@@ -110,3 +112,82 @@ def test_command_gives_a_branch_to_a_model_and_prints_its_formulas(capsys, monke
     output = capsys.readouterr().out
     assert "| high-resolution branch | GFLOP counted | by formula |" in output
     assert json.loads(output.splitlines()[-1])["counted_flops"] == complexity.counted_parts(config, 7)
+
+
+# --- Budgets ---
+
+X2, X4, TEXT_TOKENS = [3, 5, 9, 11, 15, 17, 21, 23], [7, 11, 15, 19, 23], 64
+BUDGET_GFLOPS = {  # of the specification, section 10: LLaVA-style, then by number of blocks
+    "x2-448": (X2, 3617, {0: 390, 1: 449, 2: 508, 4: 626, 8: 862}),
+    "x4-448": (X4, 3617, {0: 273, 1: 332, 2: 391, 4: 509, 5: 568}),
+    "x2-672": (X2, 7728, {0: 559, 1: 694, 2: 829, 4: 1098, 8: 1638}),
+    "x4-672": (X4, 7728, {0: 357, 1: 492, 2: 627, 4: 896, 5: 1031}),
+}
+
+
+def shallow(config: PheyeConfig) -> PheyeConfig:
+    """With one layer in the vision tower: what is counted here comes behind it."""
+    vision_config = config.vision_config.to_dict() | {"num_hidden_layers": 1}
+    return PheyeConfig.from_dict(config.to_dict() | {"vision_config": vision_config})
+
+
+@pytest.mark.parametrize("variant", BUDGET_GFLOPS)
+def test_budgets_cost_what_the_specification_says(variant):
+    layers, dense, by_blocks = BUDGET_GFLOPS[variant]
+    config = with_budgets(PheyeConfig.from_variant(variant), layers)
+    formulas = list(complexity.budget_formulas(config, TEXT_TOKENS).values())  # plain, each budget, dense, half
+    assert len(formulas) == len(layers) + 4 and formulas[0] == formulas[1]
+    assert formulas[-2] == pytest.approx(1e9 * dense, rel=0.01)
+    for blocks, gflops in by_blocks.items():
+        assert formulas[1 + blocks] == pytest.approx(1e9 * gflops, rel=0.01)
+
+
+@pytest.mark.parametrize("variant", ["x4-448", pytest.param("x2-672", marks=pytest.mark.slow)])
+def test_budgets_of_published_sizes_are_counted_within_a_percent_of_their_formulas(variant):
+    config = shallow(with_budgets(PheyeConfig.from_variant(variant), BUDGET_GFLOPS[variant][0][:2]))
+    with torch.device("meta"):
+        model = PheyeForConditionalGeneration(config).eval()
+        image = torch.empty(1, config.tokens_per_image, config.vision_config.hidden_size)
+        text = torch.zeros(1, TEXT_TOKENS, dtype=torch.long)
+    counted = [
+        complexity.count(lambda b=b: model(text, image_hidden_states=image, vision_budget=b, logits_to_keep=1))
+        for b in range(3)
+    ]
+    formulas = list(complexity.budget_formulas(config, TEXT_TOKENS).values())[1:4]
+    assert counted == pytest.approx(formulas, rel=0.01)
+    assert counted[2] - counted[1] == counted[1] - counted[0] == formulas[1] - formulas[0]  # affine
+
+
+def test_designs_of_nanos_size_are_counted_beside_each_other():
+    nano = PheyeConfig.from_pretrained(Path(__file__).parent.parent / "checkpoints" / "pheye-nano")
+    config = with_budgets(shallow(nano), [3, 5])
+    counted = complexity.counted_budgets(config, TEXT_TOKENS)
+    formulas = complexity.budget_formulas(config, TEXT_TOKENS)
+    assert list(counted) == list(formulas)
+    for name, parts in counted.items():
+        assert parts["prefill"] == pytest.approx(formulas[name], rel=0.01), name
+    budgets = [parts for name, parts in counted.items() if name not in (PLAIN, DENSE, HALF)]
+    assert [parts["prefill"] for parts in budgets] == pytest.approx([2.0e9, 9.3e9, 16.7e9], rel=0.01)
+    for parts in budgets:  # no budget changes encoding, nor a further token
+        assert {**parts, "prefill": 0} == {**counted[PLAIN], "prefill": 0}
+    assert counted[DENSE]["step"] > counted[HALF]["step"]  # which attend over their visual tokens
+
+
+def test_parts_of_a_model_with_budgets_add_up():
+    plain = complexity.counted_parts(tiny_config(), 7)
+    config = with_budgets(tiny_config(), [3])
+    counted = complexity.counted_parts(config, 7)
+    block = counted.pop("self-attention blocks, largest budget")
+    assert counted == plain and block == complexity.self_attention_flops(config.tokens_per_image, 32)
+
+
+def test_command_counts_budgets(capsys, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    complexity.main(["--model", str(tmp_path), "--text_tokens", "7", "--budget", "3"])
+    output = capsys.readouterr().out
+    last = json.loads(output.splitlines()[-1])
+    config = with_budgets(tiny_config(), [3])
+    assert list(last["budgets"]) == list(complexity.budget_formulas(config, 7))
+    assert all(f"| {name} |" in output for name in last["budgets"])
+    block = last["budgets"]["blocks before [3]"]["prefill"] - last["budgets"]["blocks before []"]["prefill"]
+    assert block == complexity.self_attention_flops(config.tokens_per_image, 32)

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pheye import PheyeForConditionalGeneration
-from pheye.benchmarks import branch, complexity, generation, preprocessing
-from pheye.benchmarks.designs import LlavaStyle, Ours, Published
-from pheye.benchmarks.full_size import random_model
+from pheye.benchmarks import branch, budgets, complexity, generation, preprocessing
+from pheye.benchmarks.designs import DENSE, HALF, PLAIN, LlavaStyle, Ours, Published, readings
+from pheye.benchmarks.full_size import random_model, with_budgets
 from pheye.benchmarks.measuring import Stamps
 
 from tiny import tiny_config, tiny_image, tiny_model
@@ -151,6 +151,52 @@ def test_encoding_with_a_branch_is_measured_beside_its_parts(capsys, monkeypatch
     assert all(row == {"median": 1, "min": 1, "max": 1, "n": 2} for row in costs["seconds"].values())
     assert [row["median"] for row in costs["ratios"].values()] == [pytest.approx(1 / 3, abs=1e-3), 1]
     assert "| ConvNeXt-T | median |" in output and "| encode / ViT |" in output
+
+
+def test_designs_taken_apart_are_the_designs_themselves(pixels, ids):
+    model = random_model(with_budgets(tiny_config(), [3]), torch.float32)
+    designs, first, more = readings(model), ids[:1, :-1], ids[:1, -1:]
+    assert list(designs) == [PLAIN, "blocks before []", "blocks before [3]", DENSE, HALF]
+    last = {}
+    for name, design in designs.items():
+        cache = design.prefill(first, design.encode(pixel_values=pixels))
+        last[name] = design.step(more, cache).logits[0, -1]
+    for budget in range(2):
+        expected = model(ids[:1], pixels, vision_budget=budget).logits[0, -1]
+        torch.testing.assert_close(last[f"blocks before {[3] * budget}"], expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(last[PLAIN], last["blocks before []"])
+    llava = LlavaStyle(model)
+    text = torch.cat([ids.new_full((1, llava.image_tokens), llava.step.config.image_token_id), ids[:1]], dim=1)
+    expected = llava.step(input_ids=text, pixel_values=pixels[0]).logits[0, -1]
+    torch.testing.assert_close(last[DENSE], expected, atol=1e-5, rtol=1e-4)
+    half = designs[HALF].prefill(first, designs[HALF].encode(pixel_values=pixels))
+    assert half.get_seq_length() == (model.config.tokens_per_image + 1) // 2 + first.shape[1]
+
+
+def test_budgets_are_measured_beside_the_other_designs(capsys, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(budgets, "busy", lambda device: next(ticks))  # so that every call takes a second
+    generation.main(["--repeats", "2", "--dtype", "float32", "--tokens", "3", "--budget", "3"], tiny_config())
+    output = capsys.readouterr().out
+    last = json.loads(output.splitlines()[-1])
+    names = list(last["operations"])
+    assert names == [PLAIN, "blocks before []", "blocks before [3]", DENSE, HALF]
+    assert {name: row["n"] for name, row in last["seconds"]["prefill"].items()} == dict.fromkeys(names, 2)
+    assert {name: row["n"] for name, row in last["seconds"]["step"].items()} == dict.fromkeys(names, 6)
+    assert all(row["median"] == 2 for row in last["seconds"]["with encoding"].values())
+    assert set(last["step / plain"]) == set(names) - {PLAIN}
+    assert last["mixed / predicted"] == {"median": 1, "min": 1, "max": 1, "n": 2}
+    assert all(f"| {name} |" in output for name in (*names, "mixed", "mixed / predicted"))
+
+
+def test_what_budgets_predict_of_a_mixed_batch(monkeypatch):
+    model = random_model(with_budgets(tiny_config(), [3]), torch.float32)
+    clock, costs = budgets.Clock(model.device), iter([0, 8, 8, 20, 20, 34])  # 8 and 12 seconds at its two budgets, 14
+    monkeypatch.setattr(budgets, "busy", lambda device: next(costs))
+    features = torch.zeros(3, model.config.tokens_per_image, 32)
+    budgets.mixed_round(clock, model, torch.ones(3, 5, dtype=torch.long), features)
+    assert clock.seconds["batch", "predicted"] == [pytest.approx((8 + 12 + 8) / 3)]
+    assert clock.ratios("batch", "predicted")["mixed"]["median"] == pytest.approx(1.5)
 
 
 def test_peaks_of_memory_are_those_of_a_call():
