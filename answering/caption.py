@@ -15,7 +15,7 @@ import sys
 import torch
 from PIL import Image
 
-from ..common.command import Parser, add_model_options, at_least, exit_status, process_state
+from ..common.command import Parser, add_budget_option, add_model_options, at_least, exit_status, process_state
 from ..common.tables import IMAGE_SOURCES
 from ..image_processing_pheye import grids_of
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
@@ -49,6 +49,7 @@ def caption(
     batch_size: int,
     max_new_tokens: int,
     num_beams: int,
+    vision_budget: int | None,
     dtype: str,
     device: str | None,
     workers: int | None,
@@ -77,12 +78,15 @@ def caption(
         **dataset_options,
         **({"compile": True} if compile else {}),  # rounds differently in half precision
     }
+    decoding = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
+    if vision_budget is not None:
+        decoding["vision_budget"] = vision_budget
     answer(
         load,
         requests,
         output,
         batch_size=batch_size,
-        generate_kwargs={"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False},
+        generate_kwargs=decoding,
         settings=settings,
         workers=default_workers(device) if workers is None else workers,
         answer_name="caption",
@@ -112,6 +116,7 @@ def parse(argv: list[str] | None) -> dict:
         "--max_new_tokens", type=at_least(1), default=DEFAULT_MAX_NEW_TOKENS, help="(default: %(default)s)"
     )
     parser.add_argument("--num_beams", type=at_least(1), default=1, help="(default: 1, greedy)")
+    add_budget_option(parser)
     parser.add_argument(
         "--workers", type=at_least(0), help="processes that open images, per device (default: 4; on a CPU none)"
     )

@@ -22,6 +22,7 @@ from ..common.images import tried
 from ..common.machine import versions
 from ..common.models import find_model
 from ..image_processing_pheye import pad_rows
+from ..layers_pheye import CACHE
 from .rows import Part, Request, Run, check_requests, row
 
 
@@ -58,7 +59,8 @@ def answer(
     answer_name: str = "answer",
 ) -> Path:
     """Write one line of JSON per request into `output`: `id`, its `fields`, and the answer, or `error` if an image
-    cannot be read or there are more than the model takes. Every process of a launch makes this call.
+    cannot be read or there are more than the model takes; where the model has budgets, also `vision_budget`, the one
+    taken. Every process of a launch makes this call.
 
     Args:
         load: gives the model, on its device, and the processor; called only where something is left to answer.
@@ -206,8 +208,9 @@ def counts_of(image_inputs: dict[str, torch.Tensor], rows: int) -> list[int]:
 
 def answer_batches(
     model, processor, requests: Sequence[Request], batch_size: int, workers: int, generate_kwargs: dict
-) -> Iterator[list[tuple[Request, str | None, str | None]]]:
-    """Batch by batch: each request with its answer or the error of its images, the other being None."""
+) -> Iterator[list[tuple[Request, str | None, str | None, int | None]]]:
+    """Batch by batch: each request with its answer or the error of its images, the other being None, and the budget
+    at which its images were read, if there is one."""
     loader = torch.utils.data.DataLoader(
         ImageInputs(processor, requests),
         batch_size,
@@ -223,28 +226,34 @@ def answer_batches(
         counts = counts_of(image_inputs, len(whole))
         asked = [request.messages(count) for request, count in zip(whole, counts, strict=True)]
         answers = iter(generate(model, processor, asked, image_inputs, generate_kwargs) if asked else [])
-        yield [
-            (request, next(answers) if error is None else None, error)
-            for request, error in zip(batch, errors, strict=True)
-        ]
+        answered = []
+        for request, error in zip(batch, errors, strict=True):
+            text, budget = next(answers) if error is None else (None, None)
+            answered.append((request, text, error, budget))
+        yield answered
 
 
 def generate(
     model, processor, conversations: list[list[dict]], image_inputs: dict[str, torch.Tensor], generate_kwargs: dict
-) -> list[str]:
-    """One answer per conversation."""
+) -> list[tuple[str, int | None]]:
+    """One answer per conversation, and the budget at which its images were read, if there is one."""
     # As plain texts, which do not ask for the images that come beside them.
     texts = [str(processor.apply_chat_template(messages, add_generation_prompt=True)) for messages in conversations]
     inputs = processor(text=texts, return_tensors="pt").to(model.device)
     image_inputs = {name: values.to(model.device, non_blocking=True) for name, values in image_inputs.items()}
     try:
-        ids = model.generate(**inputs, **image_inputs, **generate_kwargs, return_dict_in_generate=False)
+        output = model.generate(**inputs, **image_inputs, **generate_kwargs, return_dict_in_generate=True)
     except ValueError as error:  # a prompt that is too long, or arguments that do not go together
         raise InputError(
             f"{error} The first prompt of the batch: {conversations[0][-1]['content'][:200]!r}"
         ) from error
-    answers = processor.post_process_image_text_to_text(ids[:, inputs["input_ids"].shape[1] :])
-    return [answer.lstrip() for answer in answers]
+    answers = processor.post_process_image_text_to_text(output.sequences[:, inputs["input_ids"].shape[1] :])
+    cache = output.get(CACHE)
+    budgets = None if cache is None else model.model.vision_budget_of(cache)
+    return [
+        (answer.lstrip(), None if budgets is None or budgets[row] < 0 else budgets[row])
+        for row, answer in enumerate(answers)
+    ]
 
 
 def is_cut(model, ids: torch.Tensor, max_new_tokens: int) -> bool:

@@ -70,9 +70,12 @@ def check_requests(requests: Sequence[Request]):
         seen.add(request.id)
 
 
-def row(request: Request, answer_name: str, text: str | None, error: str | None) -> dict:
+def row(
+    request: Request, answer_name: str, text: str | None, error: str | None, vision_budget: int | None = None
+) -> dict:
     result = {answer_name: text} if error is None else {"error": error}
-    return {"id": request.id, **request.fields, **result}
+    taken = {} if vision_budget is None else {"vision_budget": vision_budget}
+    return {"id": request.id, **request.fields, **result, **taken}
 
 
 def encode(row: dict) -> bytes:

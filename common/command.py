@@ -45,6 +45,15 @@ def add_model_options(parser: argparse.ArgumentParser):
     add_loading_options(parser)
 
 
+def add_budget_option(parser: argparse.ArgumentParser):
+    """The option of commands that answer by which a model with budgets is told how closely to read images."""
+    parser.add_argument(
+        "--vision_budget",
+        type=at_least(0),
+        help="how closely to read images, where the model has budgets (default: its router's choice, or the largest)",
+    )
+
+
 def add_loading_options(parser: argparse.ArgumentParser):
     """Those beside the model itself."""
     parser.add_argument("--revision", help="branch, tag or commit of the model's repository")

@@ -23,6 +23,7 @@ from ..common.command import (
     InputError,
     Interrupted,
     Parser,
+    add_budget_option,
     add_model_options,
     at_least,
     exit_status,
@@ -299,6 +300,7 @@ def evaluate(
     batch_size: int,
     max_new_tokens: int | None,
     num_beams: int | None,
+    vision_budget: int | None,
     dtype: str,
     device: str | None,
     workers: int | None,
@@ -326,6 +328,8 @@ def evaluate(
     identity, load = open_model(model, revision, dtype, device)
     length, beams = max_new_tokens or task.max_new_tokens, num_beams or task.num_beams
     decoding = {"max_new_tokens": length, "num_beams": beams, "do_sample": False}
+    if vision_budget is not None:
+        decoding["vision_budget"] = vision_budget
     settings = {
         "model": model,
         "files of the model": identity,
@@ -370,6 +374,7 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--batch_size", type=at_least(1), default=8, help="samples at once (default: 8)")
     parser.add_argument("--max_new_tokens", type=at_least(1), help="(default: the task's)")
     parser.add_argument("--num_beams", type=at_least(1), help="(default: the task's)")
+    add_budget_option(parser)
     parser.add_argument(
         "--workers", type=at_least(0), help="processes that open images, per device (default: 4; on a CPU none)"
     )

@@ -194,7 +194,7 @@ class Pheye(lmms):
                 asked.sort(key=lambda request: -len(request.prompt))  # as in `answering.engine`
                 batches = answer_batches(self.model, self.processor, asked, self.batch_size, self.workers, arguments)
                 for batch in batches:
-                    for request, text, error in batch:
+                    for request, text, error, _ in batch:
                         if error is not None:
                             logger.warning("%s gets an empty answer: %s", where(requests[request.id]), error)
                         answers[request.id] = cut(text or "", until)

@@ -62,7 +62,7 @@ def answers(monkeypatch):
     def answers(dark: str, light: str) -> list[str]:
         def generate(model, processor, conversations, image_inputs, generate_kwargs):
             given.extend(messages[-1]["content"] for messages in conversations)
-            return [dark if pixels.mean() < 0 else light for pixels in image_inputs["pixel_values"]]
+            return [(dark if pixels.mean() < 0 else light, None) for pixels in image_inputs["pixel_values"]]
 
         given = []
         monkeypatch.setattr(engine, "generate", generate)
@@ -294,7 +294,11 @@ def test_a_system_message_of_a_sample_is_the_models(run, tmp_path, monkeypatch):
     toy = own_toy()
     toy.content[0]["conversations"].insert(0, {"from": "system", "value": "Be brief."})
     conversations = []
-    monkeypatch.setattr(engine, "generate", lambda model, processor, asked, *_: conversations.extend(asked) or asked)
+    monkeypatch.setattr(
+        engine,
+        "generate",
+        lambda model, processor, asked, *_: conversations.extend(asked) or [("", None)] * len(asked),
+    )
     monkeypatch.setattr(evaluate, "finish", lambda *args: {})
     monkeypatch.setattr(evaluate, "report", lambda *args: "")
     monkeypatch.setattr("pheye.answering.rows.row", lambda *args: {})

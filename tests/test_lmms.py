@@ -231,7 +231,7 @@ def test_answers_are_those_of_our_engine_in_the_order_of_the_requests(adapter, a
 def test_longest_prompts_come_first_in_batches_of_one_kind(adapter, monkeypatch):
     def batches(model, processor, requests, batch_size, workers, generate_kwargs):
         calls.append((batch_size, generate_kwargs["num_beams"], [request.id for request in requests]))
-        yield [(request, f"answer {request.id}", None) for request in requests]
+        yield [(request, f"answer {request.id}", None, None) for request in requests]
 
     calls = []
     monkeypatch.setattr(lmms, "answer_batches", batches)

@@ -333,6 +333,14 @@ def test_compiled_decoding(model):
     assert torch.equal(model.generate(**inputs, **options, compile_config=compiled), expected)
 
 
+@pytest.mark.parametrize("sees", [False, True])
+def test_an_assistant_reads_as_it_likes(model, sees):
+    assistant = tiny_model(seed=1) if sees else tiny_model(seed=1).model.language_model
+    options = {"pixel_values": tiny_pixels(1), "max_new_tokens": NEW, "min_new_tokens": NEW, "vision_budget": 1}
+    expected = model.generate(tiny_text(1), **options)
+    assert torch.equal(model.generate(tiny_text(1), **options, assistant_model=assistant), expected)
+
+
 def counted(model) -> dict[str, int]:
     calls = {"block": 0, "router": 0}
 

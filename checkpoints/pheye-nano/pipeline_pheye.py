@@ -34,6 +34,7 @@ class PheyeImageToTextPipeline(Pipeline):
 
     - `prompt`: the question or instruction; a one-sentence caption by default,
     - `max_new_tokens`: 256 by default; `generate_kwargs`: anything else that `generate` takes,
+    - `vision_budget`: how closely to read the image, where the model has budgets,
     - `batch_size`: images per call of the model.
 
     Returns, per image, a list with a dict `{"generated_text": answer}` for each returned sequence.
@@ -48,6 +49,7 @@ class PheyeImageToTextPipeline(Pipeline):
         self,
         prompt: str | None = None,
         max_new_tokens: int | None = None,
+        vision_budget: int | None = None,
         generate_kwargs: dict | None = None,
         **others,
     ):
@@ -59,13 +61,15 @@ class PheyeImageToTextPipeline(Pipeline):
         if generate_kwargs is not None and not isinstance(generate_kwargs, dict):
             raise TypeError(f"generate_kwargs={generate_kwargs!r} must be a dict of what `generate` takes.")
         generate_kwargs = dict(generate_kwargs or {})
-        if max_new_tokens is not None:
-            if "max_new_tokens" in generate_kwargs:
+        for name, value in (("max_new_tokens", max_new_tokens), ("vision_budget", vision_budget)):
+            if value is None:
+                continue
+            if name in generate_kwargs:
                 raise ValueError(
-                    f"max_new_tokens is given twice, as {max_new_tokens} and in generate_kwargs as "
-                    f"{generate_kwargs['max_new_tokens']}; give it once."
+                    f"{name} is given twice, as {value} and in generate_kwargs as {generate_kwargs[name]}; give it "
+                    "once."
                 )
-            generate_kwargs["max_new_tokens"] = max_new_tokens
+            generate_kwargs[name] = value
         if prompt is not None and not (isinstance(prompt, str) and prompt):
             raise ValueError(f"prompt={prompt!r} must be a text that is not empty; leave it out for a caption.")
         return {} if prompt is None else {"prompt": prompt}, generate_kwargs, {}
