@@ -27,6 +27,8 @@ NO_CLASS_TOKEN = ("siglip_vision_model", "ijepa")
 # Far above all that is of use; they keep a slip of the pen from taking all memory, or from numbers that overflow.
 MOST_TILES = 64
 MOST_LAYERS = 10_000
+MOST_ROUTER_UNITS = 2**16
+MOST_KERNEL = 255
 HIGHEST_ALPHA = 1e6
 
 # Where FILA joins its convolutional branch to a ViT of 24 layers, counted from 0 as "before this layer" (arXiv
@@ -384,14 +386,15 @@ class PheyeConfig(PreTrainedConfig):
         size = self.vision_config.hidden_size
         if layers and size % max(1, size // HEAD_WIDTH):
             raise ValueError(f"vision_config.hidden_size={size} must be a multiple of {size // HEAD_WIDTH} heads.")
-        _check_integer("router_size", self.router_size, 0)
+        _check_integer("router_size", self.router_size, 0, MOST_ROUTER_UNITS)
         if self.router_size and len(budgets) < 2:
             raise ValueError(
                 f"router_size={self.router_size} needs budgets to choose from, but self_attention_budgets={budgets!r}."
             )
         kernel = self.visual_convolution_kernel
-        if not (_is_integer(kernel) and kernel >= 0 and (kernel == 0 or kernel % 2)):
-            raise ValueError(f"visual_convolution_kernel={kernel!r} must be an odd integer, or 0 for none.")
+        _check_integer("visual_convolution_kernel", kernel, 0, MOST_KERNEL)
+        if kernel and kernel % 2 == 0:
+            raise ValueError(f"visual_convolution_kernel={kernel!r} must be odd, or 0 for none.")
 
 
 def read_canvases(canvases: str | Sequence | None) -> list[list[int]] | None:
