@@ -73,6 +73,7 @@ def mixed_round(clock: Clock, model, ids: torch.Tensor, features: torch.Tensor):
 def budget_costs(
     config: PheyeConfig,
     layers: list[int],
+    kind: str,
     dtype: torch.dtype,
     device: str,
     *,
@@ -81,14 +82,15 @@ def budget_costs(
     tokens: int,
     batch: int,
 ) -> dict:
-    """Operations, seconds and ratios, for `config` with self-attention blocks before `layers`.
+    """Operations, seconds and ratios, for `config` with self-attention at `layers`.
 
     Args:
+        kind: "block" or "joint".
         text_tokens: of a prompt.
         tokens: further ones that are timed in each round.
         batch: images in a batch with mixed budgets; 1 for none.
     """
-    config = with_budgets(config, layers)
+    config = with_budgets(config, layers, kind)
     model = random_model(config, dtype, device)
     designs, size = readings(model), config.vision_config.image_size
     pixels = torch.randn(1, config.views_per_image, 3, size, size).to(model.device, dtype)

@@ -1,14 +1,15 @@
 """What an image costs in multiplications: the paper's formulas (section 2.2), and what the real modules compute.
 
     python -m pheye.benchmarks.complexity [--variant x4-672 | --model FOLDER_OR_ID] [--text_tokens 65] [--branch L]
-        [--budget LAYER ...]
+        [--budget LAYER ... [--joint]]
 
 Prints a table for the formulas, a table of counted floating-point operations (two to a multiplication) part by part,
 beside those of a LLaVA-style model, which has the same language model read as many visual tokens in its text; at the
 end, one line of JSON. Nothing is computed: the modules run on torch's meta device, so no weights are needed.
 `--branch` gives the model a ConvNeXt of that size as high-resolution branch. What a branch adds is counted, and for a
-ConvNeXt stands beside its formula. `--budget` gives it self-attention blocks before these layers. Where a model has
-some, every budget is counted, beside plain Pheye, the LLaVA-style model and that with half of the visual tokens.
+ConvNeXt stands beside its formula. `--budget` gives it self-attention blocks before these layers, with `--joint` makes
+these layers joint ones. Where a model has some, every budget is counted, beside plain Pheye, the LLaVA-style model and
+that with half of the visual tokens.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pheye import PheyeConfig, PheyeForConditionalGeneration
 
 from ..common.command import Parser
 from .designs import DENSE, HALF, PLAIN, Reading, budget_name, readings
-from .full_size import CONVNEXT_SIZES, with_branch, with_budgets
+from .full_size import CONVNEXT_SIZES, with_branch, with_budgets, without_budgets
 
 PAPER_SIZES = {
     "text_tokens": 65,
@@ -103,16 +104,25 @@ def self_attention_flops(image_tokens: int, size: int) -> int:
     return 24 * image_tokens * size**2 + 4 * image_tokens**2 * size
 
 
+def joint_attention_flops(image_tokens: int, text_tokens: int, vision_size: int, text_size: int) -> int:
+    """What a joint layer adds to the layer that it is: the image alone, and the text again with it."""
+    layers = language_model_flops(image_tokens, text_size, 1) + language_model_flops(text_tokens, text_size, 1)
+    return layers + 4 * text_tokens * image_tokens * text_size + 4 * image_tokens * vision_size * text_size
+
+
 def budget_formulas(config: PheyeConfig, text_tokens: int) -> dict[str, int]:
     """Operations of a prompt about an encoded image, by formula, for the designs of `counted_budgets`."""
     size, layers = config.text_config.hidden_size, config.text_config.num_hidden_layers
     tokens, width = config.tokens_per_image, config.vision_config.hidden_size
     block = 20 * text_tokens * size**2 + 4 * tokens * width * size + 4 * text_tokens * tokens * size
     plain = language_model_flops(text_tokens, size, layers) + len(config.cross_attention_layers) * block
+    refinement = self_attention_flops(tokens, width)
+    if config.self_attention_kind == "joint":
+        refinement = joint_attention_flops(tokens, text_tokens, width, size)
     return {
         PLAIN: plain,
         **{
-            budget_name(config, budget): plain + len(active) * self_attention_flops(tokens, width)
+            budget_name(config, budget): plain + len(active) * refinement
             for budget, active in enumerate(config.self_attention_budgets)
         },
         DENSE: language_model_flops(text_tokens + tokens, size, layers),
@@ -141,9 +151,9 @@ def counted_parts(config: PheyeConfig, text_tokens: int) -> dict[str, int]:
     blocks, lora = model.model.cross_attention_blocks, count_lora(model, views)
     tower = count(lambda: model.model.vision_tower(views)) - lora
     text_only = count(lambda: model(text, logits_to_keep=1))
-    conditioned = count(lambda: model(text, image_hidden_states=image, logits_to_keep=1))
+    conditioned = count(lambda: model(text, image_hidden_states=image, logits_to_keep=1))  # at the largest budget
     projections = count(lambda: [block.project(image) for block in blocks])
-    refined = counted_refinement(model, image)
+    refined = counted_refinement(config, text, image, conditioned)
     return {
         "vision tower": tower,
         "LoRA in the vision tower": lora,
@@ -158,12 +168,16 @@ def counted_parts(config: PheyeConfig, text_tokens: int) -> dict[str, int]:
     }
 
 
-def counted_refinement(model: PheyeForConditionalGeneration, image: torch.Tensor) -> dict[str, int]:
-    """What the largest budget adds to reading an image, if the model has budgets."""
-    if not model.config.self_attention_layers:
+def counted_refinement(
+    config: PheyeConfig, text: torch.Tensor, image: torch.Tensor, conditioned: int
+) -> dict[str, int]:
+    """What the largest budget adds to reading an image, if there are budgets; with it, `conditioned` was counted."""
+    if not config.self_attention_layers:
         return {}
-    blocks = model.model.self_attention_blocks[: len(model.config.self_attention_budgets[-1])]  # one costs as another
-    return {"self-attention blocks, largest budget": count(lambda: [block(image) for block in blocks])}
+    with torch.device("meta"):
+        plain = PheyeForConditionalGeneration(without_budgets(config)).eval()
+    without = count(lambda: plain(text, image_hidden_states=image, logits_to_keep=1))
+    return {"self-attention at the largest budget": conditioned - without}
 
 
 def counted_budgets(config: PheyeConfig, text_tokens: int) -> dict[str, dict[str, int]]:
@@ -242,6 +256,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument(
         "--budget", nargs="+", type=int, metavar="LAYER", help="self-attention blocks before these layers, ascending"
     )
+    parser.add_argument("--joint", action="store_true", help="let --budget name joint layers of the language model")
     parser.add_argument("--text_tokens", type=int, default=PAPER_SIZES["text_tokens"])
     arguments = parser.parse_args(argv)
     if arguments.model:
@@ -251,7 +266,7 @@ def main(argv: list[str] | None = None):
     if arguments.branch:
         config = with_branch(config, arguments.branch)
     if arguments.budget:
-        config = with_budgets(config, arguments.budget)
+        config = with_budgets(config, arguments.budget, "joint" if arguments.joint else "block")
 
     ratios = paper_ratios()
     print("| by the paper's formulas | ratio |\n| --- | --- |")

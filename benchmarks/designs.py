@@ -153,7 +153,8 @@ class Reading:
 
 
 def budget_name(config: PheyeConfig, budget: int) -> str:
-    return f"blocks before {config.self_attention_budgets[budget]}"
+    kind = "joint layers" if config.self_attention_kind == "joint" else "blocks before"
+    return f"{kind} {config.self_attention_budgets[budget]}"
 
 
 def readings(model: PheyeForConditionalGeneration) -> dict[str, Reading]:

@@ -46,17 +46,17 @@ def with_branch(config: PheyeConfig, convnext: str, **kwargs) -> PheyeConfig:
     return PheyeConfig.from_dict(config.to_dict() | {"high_res_vision_config": branch.to_dict(), **kwargs})
 
 
-def with_budgets(config: PheyeConfig, layers: list[int]) -> PheyeConfig:
-    """`config` with self-attention blocks before `layers`, and a budget for each number of them: the first ones."""
-    budgets = [layers[:blocks] for blocks in range(len(layers) + 1)]
-    return PheyeConfig.from_dict(
-        config.to_dict() | {"self_attention_layers": layers, "self_attention_budgets": budgets}
-    )
+def with_budgets(config: PheyeConfig, layers: list[int], kind: str = "block") -> PheyeConfig:
+    """`config` with self-attention of this kind at `layers`, and a budget for each number of them: the first ones."""
+    budgets = [layers[:number] for number in range(len(layers) + 1)]
+    fields = {"self_attention_kind": kind, "self_attention_layers": layers, "self_attention_budgets": budgets}
+    return PheyeConfig.from_dict(config.to_dict() | fields)
 
 
 def without_budgets(config: PheyeConfig) -> PheyeConfig:
     """The configuration of plain Pheye."""
     added = {
+        "self_attention_kind": "block",
         "self_attention_layers": [],
         "self_attention_budgets": [],
         "router_size": 0,

@@ -1,7 +1,7 @@
 """How fast a Pheye of full size answers, beside the floors that the hardware sets.
 
     python -m pheye.benchmarks.generation --variant x4-672 [--dtype bfloat16] [--beams 4] [--batch 8] [--device cpu]
-        [--compare] [--compile] [--static] [--plot FILE | --branch T B L | --budget LAYER ...]
+        [--compare] [--compile] [--static] [--plot FILE | --branch T B L | --budget LAYER ... [--joint]]
 
 Random weights, made straight in their dtype. Parts are timed by stamping the clock at their borders (the end of the
 vision tower, each step's logits), all in one process and in turn; medians over `--repeats` rounds are printed as a
@@ -10,8 +10,9 @@ table and, last, as one line of JSON. A first round that compiles, and on a GPU 
 a compiled vision tower, `--static` answers with a static cache, whose steps are compiled on a GPU. `--plot` draws
 instead what an answer costs against the number of crops. `--branch` measures instead what encoding costs with
 ConvNeXts of these sizes as high-resolution branch (see branch.py). `--budget` measures instead what reading an image
-costs with none, one, ... of the self-attention blocks before these layers, beside plain Pheye, the LLaVA-style model,
-and that with half of its visual tokens; and a batch of mixed budgets (see budgets.py).
+costs with none, one, ... of the self-attention blocks before these layers (with `--joint`, of these layers as joint
+ones), beside plain Pheye, the LLaVA-style model, and that with half of its visual tokens; and a batch of mixed budgets
+(see budgets.py).
 """
 
 import argparse
@@ -362,6 +363,7 @@ def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
         metavar="LAYER",
         help="measure budgets with self-attention blocks before these layers, ascending, instead",
     )
+    parser.add_argument("--joint", action="store_true", help="let --budget name joint layers of the language model")
     args = parser.parse_args(argv)
     start_memory = memory("VmRSS")
     config = config or chosen_config(args.variant)
@@ -382,9 +384,8 @@ def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
             result["branches"][convnext] = costs
     elif args.budget:
         options = {"repeats": args.repeats, "text_tokens": PROMPT_TOKENS, "tokens": args.tokens}
-        result = budget_costs(
-            config, args.budget, getattr(torch, args.dtype), args.device, batch=max(args.batch), **options
-        )
+        kind, dtype = "joint" if args.joint else "block", getattr(torch, args.dtype)
+        result = budget_costs(config, args.budget, kind, dtype, args.device, batch=max(args.batch), **options)
         print_budgets(result)
     else:
         model = random_model(config, getattr(torch, args.dtype), args.device)

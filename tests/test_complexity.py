@@ -125,6 +125,9 @@ BUDGET_GFLOPS = {  # of the specification, section 10: LLaVA-style, then by numb
 }
 
 
+COUNTS = complexity.counted_budgets, complexity.budget_formulas
+
+
 def shallow(config: PheyeConfig) -> PheyeConfig:
     """With one layer in the vision tower: what is counted here comes behind it."""
     vision_config = config.vision_config.to_dict() | {"num_hidden_layers": 1}
@@ -161,8 +164,7 @@ def test_budgets_of_published_sizes_are_counted_within_a_percent_of_their_formul
 def test_designs_of_nanos_size_are_counted_beside_each_other():
     nano = PheyeConfig.from_pretrained(Path(__file__).parent.parent / "checkpoints" / "pheye-nano")
     config = with_budgets(shallow(nano), [3, 5])
-    counted = complexity.counted_budgets(config, TEXT_TOKENS)
-    formulas = complexity.budget_formulas(config, TEXT_TOKENS)
+    counted, formulas = (function(config, TEXT_TOKENS) for function in COUNTS)
     assert list(counted) == list(formulas)
     for name, parts in counted.items():
         assert parts["prefill"] == pytest.approx(formulas[name], rel=0.01), name
@@ -173,11 +175,29 @@ def test_designs_of_nanos_size_are_counted_beside_each_other():
     assert counted[DENSE]["step"] > counted[HALF]["step"]  # which attend over their visual tokens
 
 
+@pytest.mark.parametrize(("tiles_per_side", "gflops"), [(2, 164), (3, 348)])
+def test_a_joint_layer_costs_what_the_specification_says(tiles_per_side, gflops):
+    config = with_budgets(PheyeConfig(tiles_per_side=tiles_per_side), [6, 10], "joint")
+    _, none, one, two, *_ = complexity.budget_formulas(config, TEXT_TOKENS).values()
+    assert one - none == two - one == pytest.approx(1e9 * gflops, rel=0.01)
+
+
+def test_joint_layers_are_counted_within_a_percent_of_their_formula():
+    nano = PheyeConfig.from_pretrained(Path(__file__).parent.parent / "checkpoints" / "pheye-nano")
+    config = with_budgets(shallow(nano), [2, 4], "joint")
+    counted, formulas = (function(config, TEXT_TOKENS) for function in COUNTS)
+    for name, parts in counted.items():
+        assert parts["prefill"] == pytest.approx(formulas[name], rel=0.01), name
+    none, one, two = (counted[f"joint layers {layers}"]["prefill"] for layers in ([], [2], [2, 4]))
+    assert two - one == one - none  # affine
+    assert counted["joint layers [2]"]["step"] > counted["joint layers []"]["step"] == counted[PLAIN]["step"]
+
+
 def test_parts_of_a_model_with_budgets_add_up():
     plain = complexity.counted_parts(tiny_config(), 7)
     config = with_budgets(tiny_config(), [3])
     counted = complexity.counted_parts(config, 7)
-    block = counted.pop("self-attention blocks, largest budget")
+    block = counted.pop("self-attention at the largest budget")
     assert counted == plain and block == complexity.self_attention_flops(config.tokens_per_image, 32)
 
 
