@@ -9,6 +9,7 @@ COMMANDS = {
     "ask": ("answering.ask", "ask a question about an image"),
     "caption": ("answering.caption", "caption images: files, folders, lists or a data set"),
     "train": ("training.train", "train a model: the paper's stages, or fine-tuning on your own data"),
+    "budgets": ("training.budgets", "find budgets of a model, label questions with them, train its router"),
     "evaluate": ("evaluation.evaluate", "score a model on a benchmark"),
     "attention": ("evaluation.attention", "draw where a model looks while it answers"),
     "detail": ("evaluation.detail", "compare two scores by the size of what the questions ask for"),
