@@ -32,7 +32,9 @@ def wrapped_classes() -> list[str]:
 
 def config_of(kind: str) -> PheyeConfig:
     options = {"canvases": [[1, 2], [2, 2], [3, 1]], "max_images": 2} if "canvases" in kind else {}
-    options |= {"self_attention_layers": [3]} if "budgets" in kind else {}
+    if "budgets" in kind:
+        joint = {"self_attention_kind": "joint", "self_attention_layers": [2]}
+        options |= joint if "joint" in kind else {"self_attention_layers": [3]}
     return (hybrid_config if "hybrid" in kind else tiny_config)(lora_dropout=0.0, **options)
 
 
@@ -159,6 +161,7 @@ WAYS = [
     (shard_by_torch, "hybrid"),
     (shard_by_torch, "canvases"),
     (shard_by_accelerate, "budgets"),
+    (shard_by_torch, "joint budgets"),
 ]
 
 
