@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from ..evaluation.heatmaps import draw_edges, draw_heat, heat_maps
 from ..evaluation.word_attention import view_shares
+from ..processing_pheye import CAPTION_INSTRUCTION
 from .visits import LONGEST_QUESTION, Answer, Looked, Visit, Visits
 
 MOST_PICTURES = 50  # in a table
@@ -42,13 +43,16 @@ class Handlers:
             try:
                 self.look(picture, request)
             except gr.Error as error:
-                gr.Warning(error.message, duration=None, title="This picture cannot be used")
+                gr.Warning(error.message, duration=30)
                 return None, "", "", gr.update(visible=False)
         return gr.skip(), "", "", gr.update(visible=False)
 
     def begin(self, request: gr.Request) -> tuple:
         self.visits.of(request.session_hash).stop.clear()
         return gr.update(visible=False), gr.update(visible=True)
+
+    def begin_caption(self, request: gr.Request) -> tuple:
+        return *self.begin(request), CAPTION_INSTRUCTION
 
     def end(self) -> tuple:
         return gr.update(visible=True), gr.update(visible=False)
@@ -65,14 +69,14 @@ class Handlers:
         looked, visit = self.look(picture, request), self.visits.of(request.session_hash)
         hidden, nothing = gr.update(visible=False), (gr.skip(),) * 5
         yield "", "", hidden, *nothing
-        for answer, text in self.answers(visit, looked, question):
+        for answer, text in self.answers(visit, looked, question):  # noqa: B007 - the last one is used
             yield text, "", gr.skip(), *nothing
         if answer.tokens == 0:
             return
         text, costs = f"{text} …" if answer.is_cut else text, cost(answer)
         yield text, costs, gr.skip(), *nothing
-        visit.looked_at, visit.words = looked, answer.words()
-        words = [(word, number) for number, (word, _) in enumerate(visit.words)]
+        visit.answered = looked, answer.words()
+        words = [(word, number) for number, (word, _) in enumerate(visit.answered[1])]
         if words:
             radio = gr.update(choices=words, value=0)
             yield text, costs, gr.update(visible=True), radio, gr.update(value=0), *self.draw(0, 0, request)
@@ -96,11 +100,11 @@ class Handlers:
     def draw(self, word: int, block: int, request: gr.Request) -> tuple:
         """Where the model looked for a word of the answer: the shares, and heat maps of the global view and of the
         crops. block: 0 for the mean of all, else its number."""
-        visit = self.visits.of(request.session_hash)
-        if not visit.words:
+        answered = self.visits.of(request.session_hash).answered
+        if answered is None:
             raise refusal("The answer is no longer held; ask again.")
-        text, weights = visit.words[word]
-        config, looked = self.model.config, visit.looked_at
+        config, (looked, words) = self.model.config, answered
+        text, weights = words[word]
         weights = weights[block - 1] if block else weights.mean(0)  # (N,)
         share = float(view_shares(weights, config.tokens_per_view)[0])
         whole, crops = heat_maps(weights, looked.grid, config.patches_per_side)
@@ -149,11 +153,11 @@ def open_picture(processor, path: str) -> Looked:
 
 
 def thumbnail(image: Image.Image) -> str:
-    """A small copy as a URL that holds it."""
+    """A small copy, as HTML that holds it."""
     small, data = image.copy(), BytesIO()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     small.save(data, "JPEG")
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
 def cost(answer: Answer) -> str:

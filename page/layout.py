@@ -19,10 +19,17 @@ QUESTIONS = "What is written on the sign?", "How many circles are there?", "What
 TOGETHER = 2  # answers at once
 MOST_WAITING = 32
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the network
+MAP_BUTTONS = ["fullscreen", "download"]
 CSS = """
 .cost dl { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; margin: 0; }
 .cost dt { font-size: .75rem; opacity: .8; }
 .cost dd { margin: 0; font-variant-numeric: tabular-nums; }
+#words input { position: absolute; opacity: 0; }  /* the keyboard still reaches it */
+#words .wrap { gap: .3rem; }
+#words label { padding: .2rem .5rem; }
+#words label span { margin: 0; }
+#words label.selected { background: var(--button-primary-background-fill); color: var(--button-primary-text-color); }
+#words label:focus-within { outline: 2px solid currentColor; }
 """
 
 
@@ -31,7 +38,7 @@ def build(model, processor, name: str) -> gr.Blocks:
     processing_utils.async_ssrf_protected_get = refuse_url  # Gradio fetches what a visitor gives as a file's address
     handlers, is_nano = Handlers(model, processor), name == NANO
     with gr.Blocks(title=f"Pheye: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown(f"# {name}\n{ABOUT_NANO if is_nano else ABOUT_OTHERS}")
+        gr.Markdown(f"# {'Pheye-nano' if is_nano else name}\n{ABOUT_NANO if is_nano else ABOUT_OTHERS}")
         with gr.Tab("One picture"):
             one_picture(page, handlers, QUESTIONS if is_nano else ())
         with gr.Tab("Several pictures"):
@@ -63,62 +70,63 @@ def one_picture(page: gr.Blocks, handlers: Handlers, questions: tuple[str, ...])
     with gr.Row():
         with gr.Column(scale=5):
             picture = gr.Image(
-                label="Picture: drop, paste, photograph or choose one",
+                label="Picture: drop, paste or photograph",
                 sources=["upload", "webcam", "clipboard"],
                 format="png",
                 height=420,
                 elem_id="picture",
             )
             with gr.Row():
-                buttons = {
-                    gr.Button("New sign", size="sm"): samples.sign,
-                    gr.Button("New page of text", size="sm"): samples.page,
-                    gr.Button("A photograph", size="sm"): samples.photograph,
+                drawings = {
+                    gr.Button("New sign", size="sm", min_width=90): samples.sign,
+                    gr.Button("New page", size="sm", min_width=90): samples.page,
+                    gr.Button("A photograph", size="sm", min_width=90): samples.photograph,
                 }
         with gr.Column(scale=4):
             question = gr.Textbox(label="Question", value=(*questions, "")[0], elem_id="question")
             with gr.Row(visible=bool(questions)):
                 for text in questions:
-                    gr.Button(text, size="sm").click(lambda text=text: text, None, question, show_progress="hidden")
+                    button = gr.Button(text, size="sm", min_width=90)
+                    button.click(lambda text=text: text, None, question, show_progress="hidden")
             with gr.Row():
-                ask, caption = gr.Button("Ask", variant="primary"), gr.Button("Caption")
-                stop = gr.Button("Stop", variant="stop", visible=False)
+                ask, caption = gr.Button("Ask", variant="primary", min_width=120), gr.Button("Caption", min_width=120)
+                stop = gr.Button("Stop", variant="stop", visible=False, min_width=120)
             reply = gr.Textbox(label="Answer", lines=3, interactive=False, buttons=["copy"], elem_id="answer")
             cost = gr.HTML(html_template="<dl>${value}</dl>", elem_classes="cost", elem_id="cost")
+    where, drawn = where_it_looked(handlers)
+    fresh = [picture, reply, cost, where]
+    page.load(lambda: first(samples.sign), None, fresh, show_progress="hidden")
+    for button, draw in drawings.items():
+        button.click(lambda draw=draw: first(draw), None, fresh, show_progress="hidden")
+    picture.input(
+        handlers.choose, picture, fresh, preprocess=False, show_progress="hidden", trigger_mode="always_last"
+    )
+    buttons = [ask, stop]
+    asked = gr.on([ask.click, question.submit], handlers.begin, None, buttons, queue=False)
+    captioned = caption.click(handlers.begin_caption, None, [*buttons, question], queue=False)
+    for begun in (asked, captioned):
+        answer_with(handlers, handlers.answer, begun, [picture, question], [reply, cost, where, *drawn], buttons)
+
+
+def where_it_looked(handlers: Handlers) -> tuple[gr.Column, list]:
+    """The column, hidden at first; the words, the block, and what is drawn for both."""
     with gr.Column(visible=False, elem_id="where") as where:
         words = gr.Radio([], label="Where it looked: choose a word of the answer", elem_id="words")
+        share = gr.HTML(elem_id="share")
+        blocks = len(handlers.model.config.cross_attention_layers)
+        block = gr.Slider(0, blocks, 0, step=1, label="Block (0: mean of all)", elem_id="block")
         with gr.Row():
-            blocks = len(handlers.model.config.cross_attention_layers)
-            share = gr.HTML(elem_id="share")
-            block = gr.Slider(0, blocks, 0, step=1, label="Block (0: mean of all)", elem_id="block")
-        with gr.Row():
-            maps = [
-                gr.Image(label=label, interactive=False, elem_id=name, buttons=["fullscreen", "download"])
-                for label, name in (("Global view", "global"), ("Crops", "crops"))
-            ]
-    fresh, drawn = [picture, reply, cost, where], [share, *maps]
-    page.load(lambda: first(samples.sign), None, fresh, show_progress="hidden")
-    for button, draw in buttons.items():
-        button.click(lambda draw=draw: first(draw), None, fresh, show_progress="hidden")
-    picture.input(handlers.choose, picture, fresh, preprocess=False, show_progress="hidden")
-    for asked in (
-        gr.on([ask.click, question.submit], handlers.begin, None, [ask, stop], queue=False),
-        caption.click(lambda: CAPTION_INSTRUCTION, None, question, queue=False).then(
-            handlers.begin, None, [ask, stop], queue=False
-        ),
-    ):
-        answered = asked.then(
-            handlers.answer,
-            [picture, question],
-            [reply, cost, where, words, block, *drawn],
-            preprocess=False,
-            concurrency_limit=TOGETHER,
-            concurrency_id="model",
-            show_progress_on=reply,
-        )
-        answered.then(handlers.end, None, [ask, stop], queue=False)
-    stop.click(handlers.stop, queue=False)
-    gr.on([words.input, block.change], handlers.draw, [words, block], drawn, show_progress="hidden")
+            whole = gr.Image(label="Global view", interactive=False, elem_id="global", buttons=MAP_BUTTONS)
+            crops = gr.Image(label="Crops", interactive=False, elem_id="crops", buttons=MAP_BUTTONS)
+    gr.on(
+        [words.input, block.change],
+        handlers.draw,
+        [words, block],
+        [share, whole, crops],
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
+    return where, [words, block, share, whole, crops]
 
 
 def first(draw) -> tuple:
@@ -130,24 +138,31 @@ def several_pictures(handlers: Handlers, asked: str):
     files = gr.File(label="Pictures: drop a handful", file_count="multiple", file_types=["image"], elem_id="pictures")
     question = gr.Textbox(label="Question about each", value=asked)
     with gr.Row():
-        ask = gr.Button("Ask about all", variant="primary")
-        stop = gr.Button("Stop", variant="stop", visible=False)
+        ask = gr.Button("Ask about all", variant="primary", min_width=120)
+        stop = gr.Button("Stop", variant="stop", visible=False, min_width=120)
         download = gr.DownloadButton("Download as JSON lines", interactive=False)
     rows = gr.Dataframe(
         headers=["", "picture", "answer"],
-        datatype=["image", "str", "str"],
+        datatype=["html", "str", "str"],
         column_widths=["110px", "30%", "60%"],
         wrap=True,
         interactive=False,
         elem_id="table",
     )
-    answered = gr.on([ask.click, question.submit], handlers.begin, None, [ask, stop], queue=False).then(
-        handlers.table,
-        [files, question],
-        [rows, download],
+    asked = gr.on([ask.click, question.submit], handlers.begin, None, [ask, stop], queue=False)
+    answer_with(handlers, handlers.table, asked, [files, question], [rows, download], [ask, stop])
+
+
+def answer_with(handlers: Handlers, handler, begun, inputs: list, outputs: list, buttons: list):
+    """Let `handler` answer once its button's event has `begun`; `buttons`: to ask, and to stop, of which one shows."""
+    answered = begun.then(
+        handler,
+        inputs,
+        outputs,
         preprocess=False,
         concurrency_limit=TOGETHER,
         concurrency_id="model",
+        show_progress_on=outputs[0],
     )
-    answered.then(handlers.end, None, [ask, stop], queue=False)
-    stop.click(handlers.stop, queue=False)
+    answered.then(handlers.end, None, buttons, queue=False)
+    buttons[1].click(handlers.stop, queue=False)

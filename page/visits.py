@@ -19,7 +19,7 @@ from ..answering.engine import is_cut
 from ..common.machine import memory, reset_peak_memory
 from ..evaluation.heatmaps import Shares, fit
 from ..evaluation.word_attention import AttendedAnswer, attention_by_word, split_words, token_attention
-from ..image_opening_pheye import load_image, name_of
+from ..image_opening_pheye import MOST_PIXELS, load_image, name_of
 from ..image_processing_pheye import resize, to_rgb
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
 
@@ -43,7 +43,7 @@ class Looked:
             place = processor.image_processor.place_of(image)
             self.inputs = dict(processor(images=image, return_tensors="pt"))  # features in place of pixels, later
         except ValueError as error:
-            raise ValueError(str(error).replace(name_of(path), "The picture")) from error
+            raise ValueError(in_words(error, name_of(path))) from error
         view = processor.image_processor.size
         self.grid: tuple[int, int] = (place.rows, place.columns)
         self.shares: Shares = place.shares((view.height, view.width))
@@ -63,16 +63,24 @@ class Looked:
             return self.inputs
 
 
+def in_words(error: ValueError, name: str) -> str:
+    """What is wrong with a picture, for a visitor who has neither its path, `name`, nor Python."""
+    if isinstance(error.__cause__, Image.DecompressionBombError):
+        return (
+            f"The picture is too large: it may have up to {2 * MOST_PIXELS // 10**6} million pixels. Make it smaller."
+        )
+    return str(error).replace(name, "The picture", 1).replace(f" {name}", "")
+
+
 @dataclass
 class Visit:
-    """stop: whether the answer is to end; turn: held while one is made; words: those of the last answer, with their
-    attention (L, N)."""
+    """stop: whether the answer is to end; turn: held while one is made; answered: the image of the last answer, and
+    its words with their attention (L, N)."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     turn: threading.Lock = field(default_factory=threading.Lock)
     looked: Looked | None = None
-    looked_at: Looked | None = None
-    words: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    answered: tuple[Looked, list[tuple[str, np.ndarray]]] | None = None
 
 
 class Visits:
