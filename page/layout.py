@@ -44,7 +44,7 @@ def build(model, processor, name: str) -> gr.Blocks:
         with gr.Tab("Several pictures"):
             several_pictures(handlers, QUESTIONS[0] if is_nano else CAPTION_INSTRUCTION)
         page.unload(handlers.close)
-    return page.queue(max_size=MOST_WAITING, default_concurrency_limit=None)
+    return page.queue(max_size=MOST_WAITING, api_open=False, default_concurrency_limit=None)
 
 
 def launch(page: gr.Blocks, **options):

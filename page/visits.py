@@ -23,7 +23,7 @@ from ..image_opening_pheye import MOST_PIXELS, load_image, name_of
 from ..image_processing_pheye import resize, to_rgb
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
 
-MOST_VISITORS = 64  # whose images are held; the longest unseen one's is encoded anew when he is back
+MOST_VISITORS = 32  # whose images are held; the longest unseen one's is encoded anew when he is back
 SHOWN = 640  # side of the square whose area an image has under a heat map
 LONGEST_QUESTION = 2000  # characters
 
@@ -69,7 +69,8 @@ def in_words(error: ValueError, name: str) -> str:
         return (
             f"The picture is too large: it may have up to {2 * MOST_PIXELS // 10**6} million pixels. Make it smaller."
         )
-    return str(error).replace(name, "The picture", 1).replace(f" {name}", "")
+    text = str(error).replace(name, "The picture", 1).replace(f" {name}", "").replace("The image", "The picture")
+    return text.replace(", or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it", "")
 
 
 @dataclass
