@@ -78,15 +78,15 @@ def one_picture(page: gr.Blocks, handlers: Handlers, questions: tuple[str, ...])
             )
             with gr.Row():
                 drawings = {
-                    gr.Button("New sign", size="sm", min_width=90): samples.sign,
-                    gr.Button("New page", size="sm", min_width=90): samples.page,
-                    gr.Button("A photograph", size="sm", min_width=90): samples.photograph,
+                    gr.Button("New sign", size="sm", min_width=70): samples.sign,
+                    gr.Button("New page", size="sm", min_width=70): samples.page,
+                    gr.Button("A photograph", size="sm", min_width=70): samples.photograph,
                 }
         with gr.Column(scale=4):
             question = gr.Textbox(label="Question", value=(*questions, "")[0], elem_id="question")
             with gr.Row(visible=bool(questions)):
                 for text in questions:
-                    button = gr.Button(text, size="sm", min_width=90)
+                    button = gr.Button(text, size="sm", min_width=70)
                     button.click(lambda text=text: text, None, question, show_progress="hidden")
             with gr.Row():
                 ask, caption = gr.Button("Ask", variant="primary", min_width=120), gr.Button("Caption", min_width=120)
