@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("training.train", "train a model: the paper's stages, or fine-tuning on your own data"),
     "budgets": ("training.budgets", "find budgets of a model, label questions with them, train its router"),
     "evaluate": ("evaluation.evaluate", "score a model on a benchmark"),
+    "app": ("app", "open a page in the browser: a picture, a question, an answer, and where the model looked"),
     "attention": ("evaluation.attention", "draw where a model looks while it answers"),
     "detail": ("evaluation.detail", "compare two scores by the size of what the questions ask for"),
     "convert": ("convert_checkpoint", "turn a published checkpoint into a folder that transformers loads"),

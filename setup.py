@@ -29,6 +29,8 @@ TEST = [
     "trl>=1.15",
 ]
 DEMO = ["scikit-image>=0.22"]
+# In an environment of its own until a Gradio takes pillow 13: docs/app.md.
+APP = [*DEMO, "gradio>=6.31"]
 # In an environment of its own: docs/evaluation.md. lmms-eval 0.7.3 imports a module that filelock 4.3 lacks.
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]
 NANO = [
@@ -74,6 +76,7 @@ setup(
         "pheye.evaluation",
         "pheye.evaluation.metrics",
         "pheye.nano",
+        "pheye.page",
         "pheye.training",
     ],
     install_requires=[
@@ -87,6 +90,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
+        "app": APP,
         "demo": DEMO,
         "lmms": LMMS,
         "nano": NANO,

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from pheye import PheyeConfig, PheyeForConditionalGeneration
 from pheye.vision_pheye import join_tiles
 
+from ..common.machine import memory, reset_peak_memory
 from .full_size import chosen_config, random_model, with_branch
-from .measuring import memory, now, reset_peak_memory, summary
+from .measuring import now, summary
 
 VIT, BACKBONE, PRODUCTS = "ViT with LoRA alone", "backbone alone", "fusion products alone"
 

@@ -33,12 +33,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor
 
 from ..common.command import Parser
-from ..common.machine import machine
+from ..common.machine import machine, memory, reset_peak_memory
 from .branch import branch_costs, print_costs
 from .budgets import budget_costs, print_budgets
 from .designs import LlavaStyle, Ours, Published
 from .full_size import CONVNEXT_SIZES, chosen_config, random_model
-from .measuring import Stamps, memory, now, reset_peak_memory, summary
+from .measuring import Stamps, now, summary
 
 PROMPT_TOKENS = 65  # of the paper's section 2.2
 QUESTIONS = 8

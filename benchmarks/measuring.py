@@ -1,9 +1,7 @@
-"""What the benchmarks share: clocks at the borders of a model's parts, memory, and the line about the machine."""
+"""What the benchmarks share: clocks at the borders of a model's parts, and their summary."""
 
-import re
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -55,17 +53,3 @@ def summary(values: list[float], digits: int = 4) -> dict:
         "max": round(max(values), digits),
         "n": len(values),
     }
-
-
-def memory(name: str) -> int | None:
-    """Bytes of this process by a name of /proc/self/status (VmRSS now, VmHWM at most), None where there is none."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    return int(re.search(rf"^{name}:\s+(\d+) kB", status.read_text(), re.MULTILINE).group(1)) * 1024
-
-
-def reset_peak_memory():
-    """Begin VmHWM anew."""
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")

@@ -23,9 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pheye import PheyeConfig, PheyeForConditionalGeneration
 
 from ..common.command import Parser
-from ..common.machine import machine
+from ..common.machine import machine, memory, reset_peak_memory
 from .full_size import random_model
-from .measuring import memory, now, reset_peak_memory, summary
+from .measuring import now, summary
 
 TEXT_TOKENS = 65
 STEPS = 2  # decoding steps after each prefill

@@ -27,13 +27,13 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 from ..common.command import Parser, at_least
-from ..common.machine import machine
+from ..common.machine import machine, memory, reset_peak_memory
 from ..configuration_pheye import PheyeConfig
 from ..modeling_pheye import PheyeForConditionalGeneration
 from ..training.collator import IGNORED
 from ..training.trained import choose_trained, describe_trained
 from .full_size import chosen_config, random_model
-from .measuring import Stamps, memory, now, reset_peak_memory, summary
+from .measuring import Stamps, now, summary
 
 PROMPT_TOKENS = 65  # of the paper's section 2.2
 ANSWER_TOKENS = 30

@@ -1,5 +1,6 @@
 """The machine and the versions that a result was made with, in one line."""
 
+import contextlib
 import datetime
 import os
 import platform
@@ -42,3 +43,17 @@ def machine(device: torch.device | str = "cpu") -> str:
         f"torch {torch.__version__}, transformers {transformers.__version__}; commit {commit()}; "
         f"{datetime.date.today()}"
     )
+
+
+def memory(name: str) -> int | None:
+    """Bytes of this process by a name of /proc/self/status (VmRSS now, VmHWM at most), None where there is none."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return int(re.search(rf"^{name}:\s+(\d+) kB", status.read_text(), re.MULTILINE).group(1)) * 1024
+
+
+def reset_peak_memory():
+    """Begin VmHWM anew, where the system lets a process do so."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

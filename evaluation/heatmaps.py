@@ -75,16 +75,7 @@ def draw_crops(image: Image.Image, grid: tuple[int, int], shares: Shares = WHOLE
     canvas = Image.new("RGB", (width + ROW_LABEL, height + COLUMN_LABEL), "white")
     canvas.paste(resize(image, (width, height), Image.Resampling.BICUBIC), (ROW_LABEL, COLUMN_LABEL))
     draw = ImageDraw.Draw(canvas, "RGBA")
-    rows, columns = grid
-    edges = edges_of(columns, shares[0], shares[2]), edges_of(rows, shares[1], shares[3])
-    for edge in edges[0][1:-1]:
-        for colour, line in LINES if 0 < edge < 1 else ():
-            x = ROW_LABEL + round(edge * width)
-            draw.line((x, COLUMN_LABEL, x, COLUMN_LABEL + height - 1), colour, line)
-    for edge in edges[1][1:-1]:
-        for colour, line in LINES if 0 < edge < 1 else ():
-            y = COLUMN_LABEL + round(edge * height)
-            draw.line((ROW_LABEL, y, ROW_LABEL + width - 1, y), colour, line)
+    edges = draw_edges(draw, grid, shares, (ROW_LABEL, COLUMN_LABEL), (width, height))
     label = {"fill": "black", "font_size": 13}
     for number, centre in enumerate(centres_of(edges[0]), start=1):
         if centre is not None:
@@ -93,6 +84,31 @@ def draw_crops(image: Image.Image, grid: tuple[int, int], shares: Shares = WHOLE
         if centre is not None:
             draw.text((0, COLUMN_LABEL + centre * height), f"row {number}", anchor="lm", **label)
     return canvas
+
+
+def draw_edges(
+    draw: ImageDraw.ImageDraw,
+    grid: tuple[int, int],
+    shares: Shares,
+    corner: tuple[int, int],
+    size: tuple[int, int],
+) -> tuple[list[float], list[float]]:
+    """Draw the lines between crops onto an image that lies at `corner` with this size (width, height).
+
+    Returns:
+        the edges of its columns and of its rows (`edges_of`).
+    """
+    (left, top), (width, height), (rows, columns) = corner, size, grid
+    edges = edges_of(columns, shares[0], shares[2]), edges_of(rows, shares[1], shares[3])
+    for edge in edges[0][1:-1]:
+        for colour, line in LINES if 0 < edge < 1 else ():
+            x = left + round(edge * width)
+            draw.line((x, top, x, top + height - 1), colour, line)
+    for edge in edges[1][1:-1]:
+        for colour, line in LINES if 0 < edge < 1 else ():
+            y = top + round(edge * height)
+            draw.line((left, y, left + width - 1, y), colour, line)
+    return edges
 
 
 def edges_of(count: int, low: float, high: float) -> list[float]:

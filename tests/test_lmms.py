@@ -8,12 +8,8 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
-import subprocess
 import sys
-import sysconfig
 import types
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +25,7 @@ from pheye.common.command import InputError
 from pheye.evaluation import lmms
 from pheye.evaluation.lmms import Marked, Pheye, RefusedTask, cut, decoding, only_images, prompt_of
 
+from environments import checked, install
 from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
 
 pytestmark = pytest.mark.once
@@ -366,37 +363,6 @@ metric_list:
 UTILS = 'def images(doc):\n    return [doc["image"].convert("RGB")]\n'
 
 
-def checked(command: list, **kwargs) -> str:
-    """What a command prints, if it succeeds."""
-    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, **kwargs)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
-    return result.stdout + result.stderr
-
-
-def install(folder: Path) -> Path:
-    """An environment with this checkout and its extra `lmms`: the folder of its commands.
-
-    It sees the packages of the present one, which are as fixed as those, but can change none of them. torchvision goes
-    again, because it comes for another build of torch than the present one and then breaks transformers.
-    """
-    checkout = folder / "checkout"
-    files = [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py"), *ROOT.glob("[a-z]*/[a-z]*/*.py")]
-    files += [ROOT / "README.md", ROOT / "pyproject.toml"]
-    for file in files:
-        (checkout / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, checkout / file.relative_to(ROOT))
-    venv.create(folder / "venv", symlinks=True)
-    commands = folder / "venv" / "bin"
-    own = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
-    present = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
-    (Path(sysconfig.get_path("purelib", vars=own)) / "present.pth").write_text("\n".join(present))
-    pip = [commands / "python", "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    torch_pin = f"torch=={torch.__version__.partition('+')[0]}"
-    checked([*pip, "install", "--constraint", ROOT / "constraints-lmms.txt", f"{checkout}[lmms]", torch_pin])
-    checked([*pip, "uninstall", "--yes", "torchvision"])
-    return commands
-
-
 def write_tasks(folder: Path, answers: dict[str, list[str]], generation_kwargs: dict[str, dict]):
     """A task per name, whose right answers are `answers`, but for the first two."""
     folder.mkdir()
@@ -436,7 +402,9 @@ def test_released_lmms_eval_gives_our_answers_in_one_process_and_in_two(answers_
     }
     assert expected["greedy"] != expected["beams"]
     write_tasks(tmp_path / "tasks", expected, kwargs)
-    commands = install(tmp_path)
+    commands = install(tmp_path, "lmms", ROOT / "constraints-lmms.txt")
+    # It comes for another build of torch than the present one, and then breaks transformers.
+    checked([commands / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"])
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
