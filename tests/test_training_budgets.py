@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from budget_runs import BUDGETS, KINDS, LAYERS, model_with_budgets, save, write_questions
 
 from pheye import PheyeForConditionalGeneration
 from pheye.common.command import InputError
-from pheye.training import budgets
+from pheye.training import budgets, train
 from pheye.training.collator import PheyeCollator
 
 from answering_runs import read
+from budget_runs import BUDGETS, KINDS, LAYERS, model_with_budgets, save, write_questions
 from tiny import tiny_processor
+from training_runs import command, weights
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +165,43 @@ def without_answers(folder: Path) -> Path:
     (folder / "test2015").mkdir()
     shutil.copy(folder / "model" / "config.json", folder / "test2015" / "COCO_test2015_000000000009.jpg")
     return path
+
+
+# --- The whole recipe ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "layers"), [("block", [3, 5]), ("joint", [2, 4])])
+def test_the_recipe_from_a_plain_model_to_one_that_routes(data, tmp_path, fresh_state, kind, layers):
+    plain = save(tmp_path / "plain", model_with_budgets(self_attention_layers=[], self_attention_budgets=[]))
+    steps = ["--max_steps", "3", "--effective_batch_size", "4", "--learning_rate", "3e-2", "--all_turns"]
+    train.run(command(plain, data, tmp_path / "largest", *steps, "--self_attention_kind", kind,
+                      "--self_attention_layers", *map(str, layers)))  # fmt: skip
+    refined = tmp_path / "largest"
+    assert budgets.main(given("find", refined, data)) == 0
+    budgets.write_budgets(refined, [[], layers[:1], layers])  # whichever are viable after three steps
+    train.run(command(refined, data, tmp_path / "universal", *steps, "--vision_budgets", "universal"))
+    changed = [
+        name
+        for name, tensor in weights(refined).items()
+        if not torch.equal(tensor, weights(tmp_path / "universal")[name])
+    ]
+    assert any("self_attention_blocks" in name or "joint_attention" in name for name in changed)
+    labels, routed = tmp_path / "labels.jsonl", tmp_path / "routed"
+    assert budgets.main(given("label", tmp_path / "universal", data, "--output", labels, "--rule", "loss")) == 0
+    options = ["--labels", labels, "--output", routed, "--held_out", 0.34, "--router_size", 8]
+    assert budgets.main(given("route", tmp_path / "universal", data, *options)) == 0
+    rows = read(labels)
+    model, processor = PheyeForConditionalGeneration.from_pretrained(routed), tiny_processor()
+    image = processor(images=data.parent / "0.png", return_tensors="pt")
+    text = processor.apply_chat_template([{"role": "user", "content": KINDS[0]}], add_generation_prompt=True)
+    assert model(**processor(text=text, return_tensors="pt"), **image).vision_budget.item() in range(3)
+    for row in rows[:2]:  # the losses of the model that was labelled, which routing has not changed
+        messages = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["references"][0]},
+        ]
+        one = PheyeCollator(processor)([{"id": "x", "images": [str(data.parent / "0.png")], "messages": messages}])
+        one = {name: value for name, value in one.items() if isinstance(value, torch.Tensor)}
+        losses = [model(**one, vision_budget=budget).loss.item() for budget in range(3)]
+        assert row["losses"] == pytest.approx(losses, rel=1e-4)
