@@ -19,6 +19,7 @@ from ..answering.engine import is_cut
 from ..common.command import InputError
 from ..image_opening_pheye import load_image
 from ..image_processing_pheye import to_rgb
+from ..layers_pheye import CACHE
 from .tertiles import TERTILES
 
 TOKENS_PER_PASS = 16  # of the answer, so that memory does not grow with it
@@ -87,15 +88,18 @@ def answer_with_attention(model, processor, image: Image.Image, prompt: str, max
     if "image_grids" in image_inputs:
         encoded["image_grids"] = image_inputs["image_grids"]
     prompt_ids = inputs["input_ids"]
-    ids = model.generate(
+    output = model.generate(
         prompt_ids,
         attention_mask=inputs["attention_mask"],
         **encoded,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        return_dict_in_generate=False,
-    )[:, prompt_ids.shape[1] :]
+        return_dict_in_generate=True,
+    )
+    ids = output.sequences[:, prompt_ids.shape[1] :]
+    if budgets := model.model.vision_budget_of(getattr(output, CACHE)):
+        encoded["vision_budget"] = budgets[0]
     words = split_words(processor.tokenizer, ids[0].tolist())
     return AttendedAnswer(
         processor.post_process_image_text_to_text(ids)[0].strip(),
@@ -113,7 +117,7 @@ def token_attention(
 
     The prompt is read without its last token, which predicts the answer's first; ids have one row.
 
-    encoded: the image's features, and its grid where the model has canvases.
+    encoded: the image's features, its grid where the model has canvases, and its budget where it has budgets.
     """
     cache = DynamicCache(config=model.config.text_config)
     model(prompt_ids[:, :-1], **encoded, cache=cache, use_cache=True, logits_to_keep=1)

@@ -19,6 +19,7 @@ from .visits import LONGEST_QUESTION, Answer, Looked, Visit, Visits
 
 MOST_PICTURES = 50  # in a table
 THUMBNAIL = 96  # pixels
+AUTOMATIC = -1  # the budget that the model takes by itself
 
 
 class Handlers:
@@ -64,12 +65,12 @@ class Handlers:
     def close(self, request: gr.Request):
         self.visits.close(request.session_hash)
 
-    def answer(self, picture: dict | None, question: str, request: gr.Request) -> Iterator[tuple]:
+    def answer(self, picture: dict | None, question: str, vision_budget: int, request: gr.Request) -> Iterator[tuple]:
         """The answer while it is made; then what it cost, its words, and the heat maps of the first."""
         looked, visit = self.look(picture, request), self.visits.of(request.session_hash)
         hidden, nothing = gr.update(visible=False), (gr.skip(),) * 5
         yield "", "", hidden, *nothing
-        for answer, text in self.answers(visit, looked, question):  # noqa: B007 - the last one is used
+        for answer, text in self.answers(visit, looked, question, vision_budget):  # noqa: B007 - the last one is used
             yield text, "", gr.skip(), *nothing
         if answer.tokens == 0:
             return
@@ -81,14 +82,17 @@ class Handlers:
             radio = gr.update(choices=words, value=0)
             yield text, costs, gr.update(visible=True), radio, gr.update(value=0), *self.draw(0, 0, request)
 
-    def answers(self, visit: Visit, looked: Looked, question: str) -> Iterator[tuple[Answer, str]]:
+    def answers(
+        self, visit: Visit, looked: Looked, question: str, vision_budget: int = AUTOMATIC
+    ) -> Iterator[tuple[Answer, str]]:
         """The visitor's answer, one at a time, with its text so far."""
         if not question.strip() or len(question) > LONGEST_QUESTION:
             raise refusal(f"The question has {len(question)} characters; ask with 1 to {LONGEST_QUESTION}.")
         if not visit.turn.acquire(blocking=False):
             raise refusal("Your last question is still being answered; wait, or stop it.")
         try:
-            answer = Answer(self.model, self.processor, looked, question, visit.stop)
+            budget = None if vision_budget == AUTOMATIC else vision_budget
+            answer = Answer(self.model, self.processor, looked, question, visit.stop, budget)
             yield answer, ""
             for text in answer:
                 yield answer, text
@@ -172,4 +176,6 @@ def cost(answer: Answer) -> str:
         "peak memory": "-" if peak is None else f"{peak / 1e6:,.0f} MB",
         "crops": f"{rows} x {columns}",
     }
+    if answer.vision_budget is not None:
+        entries["budget"] = str(answer.vision_budget)
     return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in entries.items())

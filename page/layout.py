@@ -3,10 +3,11 @@
 import gradio as gr
 from gradio import processing_utils
 
+from ..configuration_pheye import PheyeConfig
 from ..image_opening_pheye import MOST_BYTES
 from ..processing_pheye import CAPTION_INSTRUCTION
 from . import samples
-from .handlers import Handlers
+from .handlers import AUTOMATIC, Handlers
 
 NANO = "pheye-nano"
 ABOUT_NANO = """\
@@ -88,6 +89,7 @@ def one_picture(page: gr.Blocks, handlers: Handlers, questions: tuple[str, ...])
                 for text in questions:
                     button = gr.Button(text, size="sm", min_width=70)
                     button.click(lambda text=text: text, None, question, show_progress="hidden")
+            budget = budget_choice(handlers.model.config)
             with gr.Row():
                 ask, caption = gr.Button("Ask", variant="primary", min_width=120), gr.Button("Caption", min_width=120)
                 stop = gr.Button("Stop", variant="stop", visible=False, min_width=120)
@@ -105,7 +107,17 @@ def one_picture(page: gr.Blocks, handlers: Handlers, questions: tuple[str, ...])
     asked = gr.on([ask.click, question.submit], handlers.begin, None, buttons, queue=False)
     captioned = caption.click(handlers.begin_caption, None, [*buttons, question], queue=False)
     for begun in (asked, captioned):
-        answer_with(handlers, handlers.answer, begun, [picture, question], [reply, cost, where, *drawn], buttons)
+        answer_with(
+            handlers, handlers.answer, begun, [picture, question, budget], [reply, cost, where, *drawn], buttons
+        )
+
+
+def budget_choice(config: PheyeConfig) -> gr.Radio:
+    """How closely to read the picture; hidden where the model has no budgets."""
+    budgets = config.self_attention_budgets
+    by_itself = "chosen by the router" if config.router_size else "the largest"
+    choices = [(by_itself, AUTOMATIC)] + [(f"{len(budget)} layers", number) for number, budget in enumerate(budgets)]
+    return gr.Radio(choices, value=AUTOMATIC, label="How closely it reads", visible=bool(budgets), elem_id="budget")
 
 
 def where_it_looked(handlers: Handlers) -> tuple[gr.Column, list]:

@@ -21,6 +21,7 @@ from ..evaluation.heatmaps import Shares, fit
 from ..evaluation.word_attention import AttendedAnswer, attention_by_word, split_words, token_attention
 from ..image_opening_pheye import MOST_PIXELS, load_image, name_of
 from ..image_processing_pheye import resize, to_rgb
+from ..layers_pheye import CACHE
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
 
 MOST_VISITORS = 32  # whose images are held; the longest unseen one's is encoded anew when he is back
@@ -120,15 +121,24 @@ class Pace(StoppingCriteria):
 class Answer:
     """An answer that is read while it is made; afterwards, what it has cost.
 
+    vision_budget: to read the image at; None for the model's choice, and then the one taken, if it has budgets.
     encode_seconds: None if the image was encoded already. peak_memory: bytes, None where it cannot be measured.
     """
 
-    def __init__(self, model, processor, looked: Looked, question: str, stop: threading.Event):
+    def __init__(
+        self,
+        model,
+        processor,
+        looked: Looked,
+        question: str,
+        stop: threading.Event,
+        vision_budget: int | None = None,
+    ):
         self.model, self.processor, self.looked, self.stop = model, processor, looked, stop
         text = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
         self.prompt = processor(text=text, return_tensors="pt").to(model.device)
         self.encode_seconds = self.first_seconds = self.tokens_per_second = self.peak_memory = None
-        self.tokens, self.is_cut = 0, False
+        self.tokens, self.is_cut, self.vision_budget = 0, False, vision_budget
 
     def __iter__(self) -> Iterator[str]:
         """The text so far, longer each time.
@@ -139,7 +149,9 @@ class Answer:
         on_gpu = self.model.device.type == "cuda"
         torch.cuda.reset_peak_memory_stats() if on_gpu else reset_peak_memory()
         is_known, start = "image_hidden_states" in self.looked.inputs, time.perf_counter()
-        self.image = self.looked.encode(self.model)
+        self.image = dict(self.looked.encode(self.model))
+        if self.vision_budget is not None:
+            self.image["vision_budget"] = self.vision_budget
         if on_gpu:
             torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -164,16 +176,19 @@ class Answer:
 
     def _generate(self, streamer: TextIteratorStreamer, pace: Pace) -> torch.LongTensor:
         try:
-            return self.model.generate(
+            output = self.model.generate(
                 **self.prompt,
                 **self.image,
                 max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
                 do_sample=False,
                 num_beams=1,
-                return_dict_in_generate=False,
+                return_dict_in_generate=True,
                 streamer=streamer,
                 stopping_criteria=[pace],
-            )[:, self.prompt["input_ids"].shape[1] :]
+            )
+            if budgets := self.model.model.vision_budget_of(getattr(output, CACHE)):
+                self.vision_budget = self.image["vision_budget"] = budgets[0]
+            return output.sequences[:, self.prompt["input_ids"].shape[1] :]
         finally:
             streamer.end()  # or its reader would wait for ever after an error
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,6 +16,7 @@ from pheye import PheyeForConditionalGeneration
 from pheye.answering import caption
 from pheye.benchmarks import quantization
 from pheye.evaluation import evaluate
+from pheye.evaluation.word_attention import answer_with_attention
 from pheye.training.trained import choose_trained
 
 from tiny import randomize, tiny_image, tiny_pixels, tiny_processor, tiny_text, tiny_text_config, tiny_vision_config
@@ -119,6 +121,20 @@ def test_pipelines_take_a_budget(parts, saved, photos):
         generate_kwargs={"vision_budget": 1, "max_new_tokens": NEW},
     )
     assert found[0]["generated_text"].strip() == expected[0].strip()
+
+
+def test_attention_is_that_of_the_budget_taken(parts, monkeypatch):
+    model, processor = parts
+    choices = iter([1, 3, 3, 3])
+    monkeypatch.setattr(model.model.router, "forward", lambda states: torch.eye(4)[[next(choices)]])
+    answer = answer_with_attention(model, processor, tiny_image(), "What?", 3)
+    found = torch.tensor(np.stack(list(answer.attention)))  # (T, L, N)
+    text = processor.apply_chat_template([{"role": "user", "content": "What?"}], add_generation_prompt=True)
+    inputs = processor(images=tiny_image(), text=text, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=3, vision_budget=1)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    weights = model(**inputs, vision_budget=1, output_cross_attentions=True).cross_attentions
+    close(found, torch.stack([block[0].mean(0)[-4:-1] for block in weights], dim=1))
 
 
 def test_remote_code_is_saved_and_answers(parts, saved, photos):

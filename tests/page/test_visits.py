@@ -176,3 +176,19 @@ def test_pace_is_asked_row_by_row():
     assert pace(torch.zeros(2, 3, dtype=torch.long), None).tolist() == [False, False]
     pace.is_read = False
     assert pace(torch.zeros(2, 3, dtype=torch.long), None).tolist() == [True, True]
+
+
+def test_answers_at_a_budget_and_what_the_router_took(picture, tmp_path):
+    config = tiny_config(self_attention_layers=[3], router_size=8)
+    model, processor = tiny_model(config), tiny_processor(config)
+    pipe = PheyeImageToTextPipeline(model=model, processor=processor)
+    looked, chosen = Looked(processor, picture, str(tmp_path)), []
+    model.model.router.forward = lambda states: chosen.append(1) or torch.tensor([[1.0, 0.0]])
+    for asked, taken in ((0, 0), (1, 1), (None, 0)):
+        answer = Answer(model, processor, looked, "What?", threading.Event(), asked)
+        texts = list(answer)
+        expected = pipe(picture, prompt="What?", max_new_tokens=12, vision_budget=taken)[0]["generated_text"]
+        assert texts[-1] == expected and answer.vision_budget == taken
+        answer.words()
+    assert len(chosen) == 1  # the maps are those of the budget taken
+    assert "vision_budget" not in looked.inputs
