@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from budget_runs import BUDGETS, model_with_budgets, save, write_questions
 from safetensors.torch import load_file
 
 from pheye import PheyeForConditionalGeneration
@@ -14,6 +13,7 @@ from pheye.training.questions import read_questions
 from pheye.training.router import held_out, labels_by_id, report, router_states, save_routed, train_router
 from pheye.visor_pheye import PheyeRouter
 
+from budget_runs import BUDGETS, model_with_budgets, save, write_questions
 from tiny import tiny_processor
 
 ROUTER = "pheye.router."
@@ -159,8 +159,8 @@ def test_all_other_weights_are_written_as_they_are_in_the_files(tmp_path, had_ro
             assert torch.equal(tensor, model.state_dict()[name])
         else:
             assert torch.equal(tensor, before[name]), name
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["router_size"] == 16 and config["self_attention_budgets"] == BUDGETS
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("base", "out"))
+    assert after == {**before, "router_size": 16} and after["dtype"] == "float32"
     assert (tmp_path / "out" / "README.md").exists()
     loaded = PheyeForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(loaded.model.router.mlp_in.weight, model.model.router.mlp_in.weight)

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from budget_runs import BUDGETS, LAYERS, model_with_budgets, save
 
 from pheye.training import train
 from pheye.training.trainer import PheyeTrainer
 from pheye.training.vision_budgets import (
+    changed_config,
     drawn_budget,
     label_by_loss,
     label_by_score,
@@ -24,6 +24,7 @@ from pheye.training.vision_budgets import (
     viable_budgets,
 )
 
+from budget_runs import BUDGETS, LAYERS, model_with_budgets, save
 from tiny import tiny_config, tiny_text_config
 from training_runs import command, refusal, weights, write_data
 
@@ -266,6 +267,15 @@ def test_viable_budgets_are_those_that_no_other_beats_in_cost_and_loss():
             else:  # itself, or one just as good and cheap
                 assert any((len(one), losses[tuple(one)]) == (len(subset), losses[subset]) for one in viable)
         assert [len(subset) for subset in viable] == sorted({len(subset) for subset in viable})
+
+
+def test_budgets_that_cannot_be_are_refused_and_nothing_else_of_a_config_changes(base):
+    with pytest.raises(ValueError, match="sort them"):
+        changed_config(base, self_attention_budgets=[[3], []])
+    changed = json.loads(changed_config(base, self_attention_budgets=[[], [5]], router_size=0))
+    before = json.loads((base / "config.json").read_text())
+    assert changed == {**before, "self_attention_budgets": [[], [5]], "router_size": 0}
+    assert changed_config(base) == (base / "config.json").read_bytes()
 
 
 # --- Labels ---

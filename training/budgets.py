@@ -31,7 +31,7 @@ from ..processing_pheye import PheyeProcessor
 from .labels import LOSS, Rule, check_budgets, make_labels, summary
 from .questions import add_data_options, answered, batches, encoded, losses_of, read_questions, right_answer, tokens_of
 from .router import held_out, labels_by_id, report, router_states, save_routed, train_router
-from .vision_budgets import measured_subsets, viable_budgets
+from .vision_budgets import changed_config, measured_subsets, viable_budgets
 
 SCORE = "score"
 REPORT = "router.json"  # in the output folder of `route`
@@ -86,14 +86,6 @@ def loss_per_token(
     return dict(zip(subsets, (sums / tokens).tolist(), strict=True))
 
 
-def write_budgets(folder: Path, budgets: list[list[int]]):
-    """Put `budgets` into the config.json of a model, and change nothing else of it."""
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text(encoding="utf-8")), "self_attention_budgets": budgets}
-    PheyeConfig.from_dict(dict(config))  # refuses what cannot be loaded
-    write_atomically(path, [json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"])
-
-
 def find(
     model: str, *, dtype: str, device: str | None, batch_size: int, workers: int | None, limit: int | None, **data
 ):
@@ -118,7 +110,7 @@ def find(
     for subset, loss in sorted(losses.items(), key=lambda item: (len(item[0]), item[1])):
         kept = f"budget {budgets.index(list(subset))}" if list(subset) in budgets else "no budget"
         print(f"{list(subset)}: loss per answer token {loss:.4f}, {kept}")
-    write_budgets(folder, budgets)
+    write_atomically(folder / "config.json", [changed_config(folder, self_attention_budgets=budgets)])
     print(f"{folder / 'config.json'}: self_attention_budgets {budgets}")
 
 
@@ -200,6 +192,10 @@ def route(
     config = PheyeConfig.from_pretrained(folder)
     budgets = config.self_attention_budgets
     known = labels_by_id(read_lines(Path(labels)), budgets)
+    if not (0 < share < 1 and 0 < learning_rate < float("inf")):
+        raise InputError(
+            f"--held_out {share} must be above 0 and below 1, and --learning_rate {learning_rate} above 0 and finite."
+        )
     if config.router_size and router_size not in (None, config.router_size):
         raise InputError(f"{model} has a router of size {config.router_size}; leave --router_size out.")
     if Path(output).exists():

@@ -18,6 +18,7 @@ from ..common.files import appear_whole
 from ..visor_pheye import PheyeRouter
 from .labels import check_budgets
 from .questions import batches
+from .vision_budgets import changed_config
 
 ROUTER = "pheye.router."  # how the names of its weights begin
 WEIGHTS = "model*.safetensors"  # as `save_pretrained` names them
@@ -159,8 +160,8 @@ def labels_by_id(rows: list[dict], budgets: Sequence) -> dict[str | int, dict]:
 
 
 def save_routed(folder: Path, model, processor, output: Path, force: bool = False):
-    """Write what `folder` holds, with the router of `model`, to `output`. All other weights are copied as they are in
-    the files, whatever `model` was loaded as.
+    """Write what `folder` holds, with the router of `model`, to `output`. All other weights, and all else of the
+    configuration, are copied as they are in the files, whatever `model` was loaded as.
 
     Raises:
         InputError: if there is something at `output`, unless it is a folder and `force` is set.
@@ -171,6 +172,7 @@ def save_routed(folder: Path, model, processor, output: Path, force: bool = Fals
     state |= {name: weight.float().cpu() for name, weight in model.state_dict().items() if name.startswith(ROUTER)}
     with appear_whole(output, force) as written:
         model.save_pretrained(written, state_dict=state)
+        (written / "config.json").write_bytes(changed_config(folder, router_size=model.config.router_size))
         processor.save_pretrained(written)
         if (folder / "README.md").is_file():
             shutil.copy(folder / "README.md", written)

@@ -5,8 +5,10 @@ After "VISion On Request", arXiv 2603.23495, as far as it is known; what is our 
 """
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from transformers import TrainingArguments
@@ -88,6 +90,17 @@ def viable_budgets(losses: dict[tuple[int, ...], float]) -> list[list[int]]:
             viable.append(list(subset))
             least = loss
     return viable
+
+
+def changed_config(folder: Path, **fields: object) -> bytes:
+    """The config.json of a model with other values of `fields`, and all else as it stands there.
+
+    Raises:
+        ValueError: if a model cannot have them.
+    """
+    config = {**json.loads((folder / "config.json").read_text(encoding="utf-8")), **fields}
+    PheyeConfig.from_dict(dict(config))
+    return json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
 
 
 # --- Which budget a sample needs ---
