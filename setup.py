@@ -31,6 +31,7 @@ TEST = [
     "torchao>=0.16",
     "trl>=1.15",
 ]
+RAY = ["ray[data]>=2.40"]
 DEMO = ["scikit-image>=0.22"]
 # In an environment of its own: docs/evaluation.md. lmms-eval 0.7.3 imports a module that filelock 4.3 lacks.
 LMMS = ["lmms-eval>=0.7", "filelock<4.3"]
@@ -94,6 +95,7 @@ setup(
         "demo": DEMO,
         "lmms": LMMS,
         "nano": NANO,
+        "ray": RAY,
         "serve": SERVE,
         "test": sorted({*TEST, *TRAIN, *EVAL, *NANO, *SERVE}),
     },

@@ -29,6 +29,7 @@ from ..image_processing_pheye import check_images, pad_rows
 from .protocol import ChatRequest, RequestError
 
 CACHED_BYTES = 256 * 2**20  # of images that were encoded
+LONGEST_PROMPT = 2**18  # characters; the tokenizer takes seconds for millions
 
 
 @dataclass
@@ -185,6 +186,8 @@ class Worker:
         try:
             with self.tokenizing:
                 text = str(self.processor.apply_chat_template(request.messages, add_generation_prompt=True))
+                if len(text) > LONGEST_PROMPT:
+                    raise ValueError(f"The text has {len(text)} characters; shorten the prompt.")
                 text.encode()  # says in words what is wrong with half a character
                 ids = self.processor.tokenizer(text)["input_ids"]
             longest = request.max_tokens
@@ -253,16 +256,21 @@ class Worker:
         return not batch or positions is None or longest <= positions
 
     def answer(self, batch: list[Job]):
+        for job in batch:
+            if job.images is not None and not job.is_abandoned and not self.is_closed.is_set():
+                self.encode(job)
+        batch = [job for job in batch if not job.is_abandoned]
         answers = [Answer(job, self.processor.tokenizer, self.ends) for job in batch]
-        self.model.generate(
-            **self.text_inputs(batch),
-            **self.image_inputs(batch),
-            max_new_tokens=max(job.longest for job in batch),
-            logits_processor=LogitsProcessorList([Draws([job.request for job in batch])]),
-            stopping_criteria=StoppingCriteriaList([Follow(answers, self.is_closed)]),
-            do_sample=False,
-            num_beams=1,
-        )
+        if batch and not self.is_closed.is_set():
+            self.model.generate(
+                **self.text_inputs(batch),
+                **self.image_inputs(batch),
+                max_new_tokens=max(job.longest for job in batch),
+                logits_processor=LogitsProcessorList([Draws([job.request for job in batch])]),
+                stopping_criteria=StoppingCriteriaList([Follow(answers, self.is_closed)]),
+                do_sample=False,
+                num_beams=1,
+            )
         for answer in answers:
             if not answer.has_ended:
                 answer.job.fail(RequestError("The server is shutting down.", status=503))
@@ -283,28 +291,21 @@ class Worker:
         the model has them."""
         if batch[0].images is None:
             return {}
-        self.encode(batch)
         different = {job.images: job.features for job in batch}
         rows = list(different.values()) if len(different) == 1 else [job.features for job in batch]
         return pad_rows(rows)
 
-    def encode(self, batch: list[Job]):
-        """Give each job the features of its images, which are encoded once."""
-        missing = {job.images: job for job in batch if job.features is None and job.images not in self.features}
-        if missing:
-            inputs = pad_rows([job.image_inputs for job in missing.values()])
-            inputs = {name: values.to(self.model.device) for name, values in inputs.items()}
-            states = self.model.get_image_features(**inputs).last_hidden_state
-            for row, (images, job) in enumerate(missing.items()):
-                tokens = len(job.image_inputs["pixel_values"]) * self.model.config.tokens_per_view
-                features = {"image_hidden_states": states[row, :tokens].clone()}
-                if "image_grids" in inputs:
-                    features["image_grids"] = inputs["image_grids"][row].clone()
-                self.features[images] = features
-        for job in batch:
-            job.features = job.features or self.features[job.images]
-            job.image_inputs = None
-            self.features[job.images] = job.features
-            self.features.move_to_end(job.images)
-        while sum(f["image_hidden_states"].nbytes for f in self.features.values()) > CACHED_BYTES:
+    def encode(self, job: Job):
+        """Give a job the features of its images, which are encoded once. One job goes after the other: the views of an
+        image are a batch already, and those of several would need the memory of all."""
+        features = job.features or self.features.get(job.images)
+        if features is None:
+            inputs = {name: values[None].to(self.model.device) for name, values in job.image_inputs.items()}
+            features = {"image_hidden_states": self.model.get_image_features(**inputs).last_hidden_state[0]}
+            if "image_grids" in inputs:
+                features["image_grids"] = inputs["image_grids"][0]
+        job.features, job.image_inputs = features, None
+        self.features[job.images] = features
+        self.features.move_to_end(job.images)
+        while sum(one["image_hidden_states"].nbytes for one in self.features.values()) > CACHED_BYTES:
             self.features.popitem(last=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ..image_opening_pheye import WEB, download, from_base64, naming
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
 
-MOST_STOPS = 4
+MOST_STOPS, LONGEST_STOP = 4, 200  # characters
 # Fields that would change the answer and are not served, with what they may say all the same.
 NOT_SERVED = {
     "n": (1,),
@@ -91,8 +91,11 @@ def read_request(body: bytes, model: str, allow_urls: bool) -> ChatRequest:
     top_p = number(given, "top_p", 0, 1, 1)
     stop = given.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > MOST_STOPS or not all(isinstance(s, str) and s for s in stop):
-        raise RequestError(f"stop must be a text or up to {MOST_STOPS} texts that are not empty.", param="stop")
+    are_texts = isinstance(stop, list) and all(isinstance(one, str) and 0 < len(one) <= LONGEST_STOP for one in stop)
+    if not are_texts or len(stop) > MOST_STOPS:
+        raise RequestError(
+            f"stop must be a text or up to {MOST_STOPS} texts, each of 1 to {LONGEST_STOP} characters.", param="stop"
+        )
     longest = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
     options = given.get("stream_options", {})
     if not isinstance(options, dict):

@@ -172,16 +172,16 @@ def test_a_picture_is_encoded_once_for_all_who_ask_about_it(make_worker, monkeyp
     )
     worker = make_worker()
     first = answers(worker, [ask(QUESTIONS[0], IMAGES[0]), ask(QUESTIONS[1], IMAGES[0]), ask(QUESTIONS[0], IMAGES[1])])
-    assert encoded == [2]
+    assert encoded == [1, 1]
     assert answers(worker, [ask(QUESTIONS[0], IMAGES[0])]) == first[:1]  # also where one image serves all rows
     assert answers(worker, [ask(QUESTIONS[1], IMAGES[0])] * 2) == [first[1]] * 2
-    assert encoded == [2]
+    assert encoded == [1, 1]
     one = next(iter(worker.features.values()))["image_hidden_states"].nbytes
     monkeypatch.setattr(batches, "CACHED_BYTES", 2 * one)
     answers(worker, [ask(QUESTIONS[0], IMAGES[2])])
-    assert encoded == [2, 1] and len(worker.features) == 2
+    assert encoded == [1, 1, 1] and len(worker.features) == 2
     answers(worker, [ask(QUESTIONS[0], IMAGES[0])])  # it was asked about last
-    assert encoded == [2, 1]
+    assert encoded == [1, 1, 1]
 
 
 def test_no_answer_is_cut_short_by_a_longer_prompt_beside_it(make_worker, calls, model, processor):
@@ -222,6 +222,7 @@ def test_what_cannot_be_answered_is_refused_before_it_waits(make_worker):
         (ask(QUESTIONS[0], b"no image"), "could not be read as an image"),
         (ask(QUESTIONS[0], IMAGES[0], IMAGES[1]), "2 images"),
         (ask("x" * 600), "512 positions"),
+        (ask("x" * 10**6), "characters; shorten"),
         (ask("\ud800"), "surrogates"),
         (ChatRequest([{"role": "assistant", "content": "x"}], []), "take turns"),
         (ChatRequest([{"role": "user", "content": 3}], []), "must be a text"),

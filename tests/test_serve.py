@@ -18,7 +18,7 @@ from PIL import Image
 from pheye.common.command import InputError
 from pheye.serving.serve import main, parse
 
-from serving_runs import client, question, running, streamed
+from serving_runs import NANO, client, question, running, streamed
 from tiny import tiny_image
 
 
@@ -60,6 +60,17 @@ def test_sigterm_lets_answers_end_and_leaves_nothing(model_folder, tmp_path):
         assert process.wait(20) == -signal.SIGTERM  # as who starts it expects
     log = (tmp_path / "log").read_text()
     assert "Application shutdown complete" in log and "Traceback" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_block_of_the_serving_page_reads_the_sign(tmp_path, capsys, monkeypatch):
+    page = (NANO.parent.parent / "docs" / "serving.md").read_text()
+    [code] = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(NANO.parent.parent)
+    with running(command(Path("checkpoints", "pheye-nano")), tmp_path / "log") as (address, _):
+        exec(code.replace("http://localhost:8000", address), {})
+    assert capsys.readouterr().out == "HOTEL"
 
 
 # --- 200 requests from 16 clients ---
