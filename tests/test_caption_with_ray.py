@@ -18,14 +18,14 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Two nodes of one CPU each, and what they must have to import the example and the package."""
+    """Two nodes of two CPUs each, and what they must have to import the example and the package."""
     from ray.cluster_utils import Cluster
 
     paths = [str(EXAMPLES), *filter(None, sys.path)]
     monkeypatch.setenv("PYTHONPATH", ":".join(paths))
     monkeypatch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2 * 10**8})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 2 * 10**8})
     cluster.add_node(num_cpus=2, object_store_memory=2 * 10**8)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
