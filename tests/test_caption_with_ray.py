@@ -24,6 +24,7 @@ def cluster(monkeypatch):
     paths = [str(EXAMPLES), *filter(None, sys.path)]
     monkeypatch.setenv("PYTHONPATH", ":".join(paths))
     monkeypatch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default others on this machine come first, for minutes
     monkeypatch.syspath_prepend(str(EXAMPLES))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 2 * 10**8})
     cluster.add_node(num_cpus=2, object_store_memory=2 * 10**8)
