@@ -8,6 +8,7 @@ from . import __version__
 COMMANDS = {
     "ask": ("answering.ask", "ask a question about an image"),
     "caption": ("answering.caption", "caption images: files, folders, lists or a data set"),
+    "serve": ("serving.serve", "answer programs by the protocol of OpenAI, many at once"),
     "train": ("training.train", "train a model: the paper's stages, or fine-tuning on your own data"),
     "budgets": ("training.budgets", "find budgets of a model, label questions with them, train its router"),
     "evaluate": ("evaluation.evaluate", "score a model on a benchmark"),

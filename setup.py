@@ -10,14 +10,17 @@ ROOT = Path(__file__).parent
 
 TRAIN = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.14"]
 EVAL = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "sacrebleu>=2.3", "tqdm>=4.66"]
+SERVE = ["starlette>=0.46", "uvicorn>=0.34"]
 TEST = [
     "accelerate>=1.1",
     'atheris>=3.0; sys_platform == "linux" and platform_machine == "x86_64"',
     "datasets>=3.0",
+    "fastapi>=0.115",
     "hypothesis>=6.100",
     "ipykernel>=6.29",
     "nbclient>=0.10",
     "nbformat>=5.10",
+    "openai>=2.0",
     "parameterized>=0.9",
     "pdoc>=15",
     "pycocoevalcap>=1.2",
@@ -28,6 +31,7 @@ TEST = [
     "torchao>=0.16",
     "trl>=1.15",
 ]
+RAY = ["ray[data]>=2.40"]
 DEMO = ["scikit-image>=0.22"]
 # In an environment of its own until a Gradio takes pillow 13: docs/app.md.
 APP = [*DEMO, "gradio>=6.31"]
@@ -77,6 +81,7 @@ setup(
         "pheye.evaluation.metrics",
         "pheye.nano",
         "pheye.page",
+        "pheye.serving",
         "pheye.training",
     ],
     install_requires=[
@@ -94,7 +99,9 @@ setup(
         "demo": DEMO,
         "lmms": LMMS,
         "nano": NANO,
-        "test": sorted({*TEST, *TRAIN, *EVAL, *NANO}),
+        "ray": RAY,
+        "serve": SERVE,
+        "test": sorted({*TEST, *TRAIN, *EVAL, *NANO, *SERVE}),
     },
     package_data={"pheye": ["py.typed"]},
     entry_points={

@@ -86,6 +86,7 @@ def test_block_of_the_training_page_loads_what_was_trained(model, processor, mod
 
 def test_every_python_block_is_in_a_test():
     tested = {"README.md", "checkpoints/pheye-nano/README.md", "docs/training.md", "docs/usage.md"}
+    tested.add("docs/serving.md")  # in tests/test_serve.py
     assert {name_of(page) for page in PAGES if blocks(page, "python")} == tested
 
 

@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"answering", "conversion", "training", "evaluation", "nano", "page"}
+ROOMS = {"answering", "conversion", "training", "evaluation", "nano", "page", "serving"}
 OUTSIDE = {"benchmarks", "examples", "tests", "conformance"}  # they use the rooms, and no room uses them
 HUB = {path.stem for path in ROOT.glob("*_pheye.py")}
 RUNS_AS_A_FILE = {"app", "convert_checkpoint"}  # `python app.py` has no package to import from relatively

@@ -83,7 +83,7 @@ import json
 import torch
 from transformers.cli.serving.model_manager import ModelManager
 
-manager = ModelManager(device="cpu", dtype="float32", trust_remote_code=True)
+manager = ModelManager(device="cpu", dtype="float32", trust_remote_code=TRUST)
 model, processor = manager.load_model_and_processor("folder@main")
 print(json.dumps([type(model).__name__, type(processor).__name__, manager.get_model_modality(model, processor).name]))
 manager.shutdown()
@@ -464,6 +464,9 @@ def test_the_oldest_release_is_the_same_for_pip_and_in_all_files():
     assert pinned == OLDEST
 
 
-def test_transformers_serve_loads_the_folder(folder):
-    """Unmodified: it takes classes from a list of names, to which the configuration adds."""
-    assert run(SERVE, folder) == ["PheyeForConditionalGeneration", "PheyeProcessor", "MULTIMODAL"]
+@pytest.mark.parametrize("trust", [True, False])
+def test_transformers_serve_loads_the_folder(folder, trust):
+    """Unmodified: it takes classes from a list of names, to which the configuration adds. Without trust, where the
+    package makes its classes known."""
+    loaded = run(SERVE if trust else REGISTER + SERVE, folder, TRUST=trust)
+    assert loaded == ["PheyeForConditionalGeneration", "PheyeProcessor", "MULTIMODAL"]

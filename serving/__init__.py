@@ -1,0 +1,1 @@
+"""Answers over HTTP, in the protocol of OpenAI: `pheye serve`."""
