@@ -37,6 +37,6 @@ def test_without_its_packages_it_says_what_to_install(package, monkeypatch, caps
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="There is no Chromium; apt-get install chromium.")
 def test_the_page_in_a_browser(tmp_path):
     commands = install(tmp_path, "app", ROOT / "constraints-app.txt", "playwright")
-    tests = [commands / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "slow", ROOT / "tests/browser"]
+    tests = [commands / "python", "-m", "pytest", "-p", "no:cacheprovider", "-m", "slow", ROOT / "tests/browser"]
     printed = checked(tests, cwd=tmp_path, env={**os.environ, "GRADIO_TEMP_DIR": str(tmp_path / "gradio")})
     assert int(re.search(r"(\d+) passed", printed)[1]) > 10 and "skipped" not in printed
