@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from budget_runs import BUDGETS, KINDS, model_with_budgets, write_questions
 
 from pheye.common.command import InputError
 from pheye.training.collator import PheyeCollator
@@ -19,6 +18,7 @@ from pheye.training.questions import (
     tokens_of,
 )
 
+from budget_runs import BUDGETS, KINDS, model_with_budgets, write_questions
 from tiny import tiny_processor
 
 OPTIONS = {"task": "own", "prompt": None, "images": None}
@@ -49,6 +49,24 @@ def test_losses_of_a_batch_are_those_of_each_question_alone(data):
         seen += [request.id for request in batch.requests] + list(batch.errors)
         assert all("could not be read" in error for error in batch.errors.values())
     assert sorted(seen) == sorted(request.id for request in requests)
+
+
+def test_a_picture_that_several_questions_share_is_encoded_once(data, monkeypatch):
+    model, processor = model_with_budgets(), tiny_processor()
+    _, requests = read_questions(str(data), **OPTIONS)
+    [batch] = batches(processor, [requests[row] for row in (0, 2, 1, 4)], batch_size=4, workers=0)
+    expected = model.get_image_features(**batch.image_inputs).last_hidden_state
+    seen, encode = [], model.get_image_features
+
+    def count(pixel_values, **others):
+        seen.append(len(pixel_values))
+        return encode(pixel_values, **others)
+
+    monkeypatch.setattr(model, "get_image_features", count)
+    found = encoded(model, batch.image_inputs)["image_hidden_states"]
+    assert seen == [3]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
 
 
 def test_text_that_is_too_long_is_told():

@@ -112,10 +112,19 @@ def batches(processor, requests: Sequence[Request], batch_size: int, workers: in
 
 @torch.no_grad()
 def encoded(model, image_inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Images as features, which can be read at any budget."""
-    there = {name: values.to(model.device) for name, values in image_inputs.items()}
-    features = model.get_image_features(**there).last_hidden_state
-    return {"image_hidden_states": features, **{name: there[name] for name in there if name == "image_grids"}}
+    """Images as features, which can be read at any budget. Those that several rows share are encoded once."""
+    tensors = list(image_inputs.values())
+    digests = [
+        hashlib.sha256(b"".join(tensor[row].contiguous().numpy().tobytes() for tensor in tensors)).digest()
+        for row in range(len(tensors[0]))
+    ]
+    distinct = list(dict.fromkeys(digests))
+    rows, places = [digests.index(one) for one in distinct], [distinct.index(one) for one in digests]
+    images = {name: values[rows].to(model.device) for name, values in image_inputs.items()}
+    found = {"image_hidden_states": model.get_image_features(**images).last_hidden_state[places]}
+    if "image_grids" in image_inputs:
+        found["image_grids"] = image_inputs["image_grids"].to(model.device)
+    return found
 
 
 def answered(processor, conversations: list[list[dict]], answers: list[str]) -> dict[str, torch.Tensor]:

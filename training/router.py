@@ -17,7 +17,7 @@ from ..common.command import InputError
 from ..common.files import appear_whole
 from ..visor_pheye import PheyeRouter
 from .labels import check_budgets
-from .questions import batches
+from .questions import batches, encoded
 from .vision_budgets import changed_config
 
 ROUTER = "pheye.router."  # how the names of its weights begin
@@ -48,7 +48,7 @@ def router_states(model, processor, requests: Sequence[Request], batch_size: int
                 found.errors |= batch.errors
                 if batch.requests:
                     one = {"max_new_tokens": 1, "num_beams": 1, "do_sample": False}
-                    generate(model, processor, batch.conversations, batch.image_inputs, one)
+                    generate(model, processor, batch.conversations, encoded(model, batch.image_inputs), one)
                     found.ids += [request.id for request in batch.requests]
                     found.pictures += [picture_of(views) for views in batch.image_inputs["pixel_values"]]
                 bar.update(len(batch.requests) + len(batch.errors))
