@@ -322,6 +322,7 @@ class PheyeRefinementMixin:
     """What a `PheyeModel` does to refine images: budgets, the router, blocks or joint layers."""
 
     def add_refinement(self, config: PheyeConfig):
+        """Make the parts that the configuration names; the others are None."""
         self.self_attention_blocks = self.joint_attention = self.router = self.visual_convolution = None
         if config.self_attention_layers and config.self_attention_kind == "joint":
             check_joint_layer(self.decoder_layers()[0], self.language_model.base_model)
