@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pheye.answering.rows import Request
 from pheye.common.command import InputError
 from pheye.training.collator import PheyeCollator
 from pheye.training.questions import (
@@ -19,7 +20,7 @@ from pheye.training.questions import (
 )
 
 from budget_runs import BUDGETS, KINDS, model_with_budgets, write_questions
-from tiny import tiny_processor
+from tiny import tiny_image, tiny_processor
 
 OPTIONS = {"task": "own", "prompt": None, "images": None}
 
@@ -67,6 +68,26 @@ def test_a_picture_that_several_questions_share_is_encoded_once(data, monkeypatc
     assert seen == [3]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+
+
+def test_unequal_canvases_and_several_images(tmp_path):
+    model = model_with_budgets(canvases=[[1, 2], [2, 2], [3, 1]], max_images=2)
+    processor = tiny_processor(model.config)
+    images = [tiny_image(seed, *size) for seed, size in enumerate([(80, 40), (50, 50), (30, 90)])]
+    asked = [images[0], [images[1], images[2]], images[0], images[2]]
+    requests = [Request(number, image, "What?", {"references": ["no"]}) for number, image in enumerate(asked)]
+    together, alone = (
+        torch.cat(
+            [
+                losses_of(model, answered(processor, batch.conversations, ["no"] * size), image, 3)
+                for batch in batches(processor, requests, batch_size=size, workers=0)
+                for image in [encoded(model, batch.image_inputs)]
+            ]
+        )
+        for size in (4, 1)
+    )
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert together[0] == together[2] and together.unique().numel() == 3
 
 
 def test_text_that_is_too_long_is_told():
