@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from budget_runs import BUDGETS, model_with_budgets, save, write_questions
 
 from pheye.answering.rows import Part, Run
 from pheye.common.command import InputError, Interrupted
@@ -21,6 +20,7 @@ from pheye.training.questions import read_questions
 from pheye.training.vision_budgets import label_by_loss, label_by_score
 
 from answering_runs import read
+from budget_runs import BUDGETS, model_with_budgets, save, write_questions
 from tiny import tiny_processor
 from training_runs import run_alone
 
