@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from .. import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
 from ..training.collator import IGNORED
@@ -69,9 +70,10 @@ class Prefix(nn.Module):
         ignored = labels.new_full((len(labels), inputs["inputs_embeds"].shape[1] - labels.shape[1]), IGNORED)
         return self.language_model(**inputs, labels=torch.cat([ignored, labels], 1))
 
-    def generate(self, input_ids, attention_mask, pixel_values, **kwargs) -> torch.Tensor:
-        ids = self.language_model.generate(**self.joined(input_ids, attention_mask, pixel_values), **kwargs)
-        return torch.cat([input_ids, ids], 1)
+    def generate(self, input_ids, attention_mask, pixel_values, **kwargs) -> GenerateDecoderOnlyOutput:
+        inputs = self.joined(input_ids, attention_mask, pixel_values)
+        ids = self.language_model.generate(**inputs, **{**kwargs, "return_dict_in_generate": False})
+        return GenerateDecoderOnlyOutput(sequences=torch.cat([input_ids, ids], 1))
 
 
 def build(

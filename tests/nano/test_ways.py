@@ -69,7 +69,7 @@ def test_the_prefix_model_says_what_its_forward_pass_predicts(parts):
     model.eval()
     inputs = processor(images=torch.rand(3, 60, 50), text="What?", return_tensors="pt")
     with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        ids = model.generate(**inputs, max_new_tokens=2, do_sample=False).sequences
         length = inputs["input_ids"].shape[1]
         assert torch.equal(ids[:, :length], inputs["input_ids"])
         logits = model(**inputs, labels=inputs["input_ids"]).logits
