@@ -133,10 +133,20 @@ def _take_step(step: Step, index: int, layer: nn.Module, args: tuple, kwargs: di
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
 
+CHECKPOINTS_CONTAIN_HOOKS = "__call__" in vars(GradientCheckpointingLayer)  # in releases before 5.23
+
+
+def drops_cache(layer: nn.Module) -> bool:
+    """Whether a call of this layer is a gradient checkpoint now, which takes no cache."""
+    if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+        return False
+    return CHECKPOINTS_CONTAIN_HOOKS or torch.is_grad_enabled()
+
+
 def put_before_checkpoints(layers: nn.ModuleList, step: Step):
     """Keep steps out of their layers' gradient checkpoints in releases before 5.23, where those include hooks: the
     image would stand in a checkpoint's keywords, through which reentrant checkpointing sends no gradient."""
-    if "__call__" in vars(GradientCheckpointingLayer):
+    if CHECKPOINTS_CONTAIN_HOOKS:
         for index, layer in enumerate(layers):
             layer._gradient_checkpointing_func = functools.partial(
                 _checkpoint_after_step, step, index, layer, layer._gradient_checkpointing_func

@@ -18,7 +18,7 @@ from transformers import Cache
 
 from .blocks_pheye import PheyeAttentionBlock, PheyeImageCache
 from .configuration_pheye import HEAD_WIDTH, PheyeConfig
-from .layers_pheye import CACHE, TextCall
+from .layers_pheye import CACHE, TextCall, drops_cache
 
 
 class PheyeSelfAttentionBlock(PheyeAttentionBlock):
@@ -407,7 +407,8 @@ class PheyeRefinementMixin:
             is_active = bool(self._active(layer, call.vision_budget))
         if is_active:
             keywords, recorder = dict(call.layer_keywords), RecordingCache(cache=call.layer_keywords.get(CACHE))
-            call.layer_keywords[CACHE] = recorder
+            if not drops_cache(call.layer):
+                call.layer_keywords[CACHE] = recorder
             call.open_layer = (layer, call.layer, hidden_states, keywords, recorder)
 
     def _end_joint_layer(self, hidden_states: torch.Tensor, call: TextCall) -> torch.Tensor:
