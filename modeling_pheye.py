@@ -35,7 +35,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .blocks_pheye import (
@@ -683,7 +683,9 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
         mask = there.repeat_interleave(self.config.tokens_per_view, dim=1)[:, None, None]
         return mask.to(next(self.view_encoding.parameters()).device)
 
-    def call_language_model(self, tower: nn.Module, inputs: dict, may_route: bool = True) -> tuple[dict, TextCall]:
+    def call_language_model(
+        self, tower: nn.Module, inputs: dict, may_route: bool = True
+    ) -> tuple[ModelOutput, TextCall]:
         """Call the language model, or its base model, with the image.
 
         Args:

@@ -110,8 +110,8 @@ class PheyeJointAttention(nn.Module):
         image = torch.ones(rows, 1, 1, tokens, dtype=torch.bool, device=states.device) if mask is None else mask
         below = torch.cat([image.expand(rows, 1, length, tokens), text], dim=-1)
         own = self.keywords(rotary, states, torch.cat([above, below], dim=2))
-        for name, dimension in (("position_ids", 1), ("position_embeddings", 1)):
-            own[name] = join(own[name], keywords[name], rows, dimension)
+        for name in ("position_ids", "position_embeddings"):
+            own[name] = join(own[name], keywords[name], rows)
         both = first(layer(torch.cat([states, hidden_states], dim=1), **{**keywords, **own, CACHE: None}))
         seen, joint = both.split([tokens, length], dim=1)
         return visual_states + self.visual_down((seen - states)[::each]), joint
@@ -174,12 +174,11 @@ def first(output: torch.Tensor | tuple) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def join(image, text, rows: int, dimension: int):
-    """Positions, or the tuple of their embeddings, of an image and a text, one behind another."""
+def join(image, text, rows: int):
+    """Positions (1 or R, T), or the tuple of their embeddings, of an image and a text, one behind another."""
     if isinstance(image, tuple):
-        return tuple(join(*parts, rows, dimension) for parts in zip(image, text, strict=True))
-    parts = [part.expand(rows, *part.shape[1:]) for part in (image, text)]
-    return torch.cat(parts, dim=dimension)
+        return tuple(join(*parts, rows) for parts in zip(image, text, strict=True))
+    return torch.cat([part.expand(rows, *part.shape[1:]) for part in (image, text)], dim=1)
 
 
 def causal(tokens: int, mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -286,11 +285,11 @@ def largest_choices(router_logits: torch.Tensor, there: list[bool]) -> list[int]
     return [budget if has_image else -1 for budget, has_image in zip(chosen, there, strict=True)]
 
 
-def read_budgets(vision_budget: int | torch.Tensor, there: list[bool], budgets: Sequence) -> list[int]:
+def read_budgets(vision_budget: int | list[int] | torch.Tensor, there: list[bool], budgets: Sequence) -> list[int]:
     """The budget of each image, -1 where there is none.
 
     Args:
-        vision_budget: one for all, or (B,).
+        vision_budget: one for all, or (B,) as a tensor or a list, such as `vision_budget_of` gives.
         there: which rows have an image.
         budgets: those that the model has; none without self-attention blocks.
 
@@ -309,6 +308,8 @@ def read_budgets(vision_budget: int | torch.Tensor, there: list[bool], budgets: 
             )
         vision_budget = vision_budget.tolist()
     given = vision_budget if isinstance(vision_budget, list) else [vision_budget] * len(there)
+    if len(given) != len(there):
+        raise ValueError(f"vision_budget has {len(given)} entries for {len(there)} images; give one for each.")
     for budget, has_image in zip(given, there, strict=True):
         if has_image and (type(budget) is not int or not 0 <= budget < len(budgets)):
             raise ValueError(

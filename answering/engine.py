@@ -80,44 +80,57 @@ def answer(
         raise InputError(f"batch_size={batch_size} must be at least 1 and workers={workers} at least 0.")
     if generate_kwargs.get("num_return_sequences", 1) != 1:
         raise InputError("num_return_sequences must be 1: a row holds one answer.")
+
+    def rows_of(model, processor, asked: list[Request]) -> Iterator[list[dict]]:
+        for answered in answer_batches(model, processor, asked, batch_size, workers, generate_kwargs):
+            yield [row(request, answer_name, *result) for request, *result in answered]
+
+    # Prompts of like length need little padding; the longest come first, so that memory runs out early if at all.
+    ordered = sorted(requests, key=lambda request: -len(request.prompt))
+    run, settings = Run(Path(output), answer_name), {**settings, "generate_kwargs": generate_kwargs}
+    return write_rows(load, requests, run, rows_of, settings, {"batch_size": batch_size}, ordered)
+
+
+def write_rows(
+    load: Callable[[], tuple],
+    requests: Sequence[Request],
+    run: Run,
+    rows_of: Callable[..., Iterator[list[dict]]],
+    settings: dict,
+    facts: dict,
+    ordered: Sequence[Request] | None = None,
+) -> Path:
+    """Write the row of each request, those that are not written yet, and join what all processes wrote.
+
+    Args:
+        rows_of: given model, processor and requests, gives their rows, some at a time.
+        settings: what the rows depend on; facts: what else is recorded of the run.
+        ordered: the requests in the order in which they are taken, if it is another.
+    """
     state = process_state()
-    run = Run(Path(output), answer_name)
-    settings = {**settings, "generate_kwargs": generate_kwargs}
-    run.start(state, settings, {"versions": versions(), "batch_size": batch_size, "processes": state.num_processes})
+    run.start(state, settings, {"versions": versions(), **facts, "processes": state.num_processes})
     try:
-        answer_rest(load, requests, run, state, batch_size, workers, generate_kwargs)
+        write_rest(load, requests, run, state, rows_of, ordered or requests)
     except KeyboardInterrupt as stop:
         raise Interrupted(run.kept(requests)) from stop
     return run.output
 
 
-def answer_rest(
-    load: Callable[[], tuple],
-    requests: Sequence[Request],
-    run: Run,
-    state: "PartialState",
-    batch_size: int,
-    workers: int,
-    generate_kwargs: dict,
-):
-    """Answer the requests that have no row yet, and join all rows."""
+def write_rest(load, requests, run: Run, state: "PartialState", rows_of, ordered: Sequence[Request]):
     rows, ends = run.read()
-    pending = [index for index, request in enumerate(requests) if request.id not in rows]
-    # Prompts of like length need little padding; the longest come first, so that memory runs out early if at all.
-    pending.sort(key=lambda index: -len(requests[index].prompt))
+    pending = [request for request in ordered if request.id not in rows]
     share = pending[state.process_index :: state.num_processes]
     state.wait_for_everyone()  # all have read before anybody writes
     if share:
         path = run.part(state.process_index)
         with Part(path, ends.get(path, 0)) as part:
             model, processor = load()
-            asked = [requests[index] for index in share]
             with progress(len(requests), len(share), run.output, state) as bar:
-                for answered in answer_batches(model, processor, asked, batch_size, workers, generate_kwargs):
-                    part.append([row(request, run.answer_name, *result) for request, *result in answered])
+                for written in rows_of(model, processor, share):
+                    part.append(written)
                     if state.is_main_process:
                         run.record_again()
-                    bar.update(len(answered))
+                    bar.update(len(written))
             part.restore()
     state.wait_for_everyone()
     if state.is_main_process:

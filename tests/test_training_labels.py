@@ -4,18 +4,20 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pheye.answering.engine import write_rest
 from pheye.answering.rows import Part, Run
 from pheye.common.command import InputError, Interrupted
 from pheye.evaluation.metrics.matching import exact_match
 from pheye.evaluation.tasks import METRICS
 from pheye.training.collator import PheyeCollator
-from pheye.training.labels import RULE, Rule, label_rest, make_labels, summary
+from pheye.training.labels import RULE, Rule, labelled_rows, make_labels, summary
 from pheye.training.questions import read_questions
 from pheye.training.vision_budgets import label_by_loss, label_by_score
 
@@ -145,15 +147,16 @@ def test_processes_share_the_samples_and_one_may_go_on_alone(start, model, reque
     run = Run(tmp_path / "labels.jsonl", RULE)
     run.begin({}, {})
     load, states = lambda: (model, tiny_processor()), []
+    rows_of = partial(labelled_rows, rule=SCORE, batch_size=1, workers=0)
     for process in (0, 1):
         two = {"process_index": process, "num_processes": 2, "is_main_process": not process}
         states.append(SimpleNamespace(**two, wait_for_everyone=lambda: None))
-    label_rest(load, requests[:3], run, states[1], SCORE, 1, 0)
+    write_rest(load, requests[:3], run, states[1], rows_of, requests[:3])
     with pytest.raises(InputError, match="2 of 6 rows are missing"):
-        label_rest(load, requests, run, states[0], SCORE, 1, 0)
+        write_rest(load, requests, run, states[0], rows_of, requests)
     assert [len(read(part)) for part in run.parts()] == [3, 1]
     states[0].num_processes = 1
-    label_rest(load, requests, run, states[0], SCORE, 1, 0)
+    write_rest(load, requests, run, states[0], rows_of, requests)
     assert run.output.read_bytes() == expected and not run.parts()
 
 

@@ -553,6 +553,7 @@ def test_configurations_that_cannot_be(fields, words):
         (True, "vision_budget=True"),
         ("3", "vision_budget='3'"),
         (torch.tensor([1, 1, 1]), r"\(3,\) for 2 images"),
+        ([1, 1, 1], "3 entries for 2 images"),
         (torch.tensor([[1, 1]]), r"\(1, 2\) for 2 images"),
         (torch.tensor([0.0, 1.0]), r"vision_budget=0.0"),
         (torch.tensor([0, 9]), "vision_budget=9"),

@@ -5,24 +5,17 @@ line is whole, and the parts become the output at the end. So the same call afte
 with any number of processes.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from ..answering.engine import generate
-from ..answering.rows import Part, Request, Run, check_requests
-from ..common.command import InputError, Interrupted, process_state
-from ..common.machine import versions
+from ..answering.engine import generate, write_rows
+from ..answering.rows import Request, Run, check_requests
+from ..common.command import InputError
 from ..evaluation.tasks import Metric
 from .questions import answered, batches, digest_of, encoded, losses_of, right_answer, tokens_of
 from .vision_budgets import label_by_loss, label_by_score
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
 
 RULE = "rule"  # the field of a row that says how its label was made
 LOSS = "loss"
@@ -82,49 +75,9 @@ def make_labels(
     """
     check_budgets(budgets)
     check_requests(requests)
-    state, run = process_state(), Run(Path(output), RULE)
     settings = {**settings, **rule.settings, "budgets": list(budgets), "samples": digest_of(requests)}
-    run.start(state, settings, {"versions": versions(), "batch_size": batch_size, "processes": state.num_processes})
-    try:
-        label_rest(load, requests, run, state, rule, batch_size, workers)
-    except KeyboardInterrupt as stop:
-        raise Interrupted(run.kept(requests)) from stop
-    return run.output
-
-
-def label_rest(
-    load: Callable[[], tuple],
-    requests: Sequence[Request],
-    run: Run,
-    state: "PartialState",
-    rule: Rule,
-    batch_size: int,
-    workers: int,
-):
-    """Label the requests that have no row yet, and join all rows."""
-    rows, ends = run.read()
-    pending = [request for request in requests if request.id not in rows]
-    share = pending[state.process_index :: state.num_processes]
-    state.wait_for_everyone()  # all have read before anybody writes
-    if share:
-        path = run.part(state.process_index)
-        with Part(path, ends.get(path, 0)) as part:
-            model, processor = load()
-            with tqdm(total=len(share), desc=run.output.name, disable=not state.is_main_process) as bar:
-                for labelled in labelled_rows(model, processor, share, rule, batch_size, workers):
-                    part.append(labelled)
-                    if state.is_main_process:
-                        run.record_again()
-                    bar.update(len(labelled))
-            part.restore()
-    state.wait_for_everyone()
-    if state.is_main_process:
-        if pending or run.parts() or not run.is_clean:
-            run.record_again()
-            run.merge(requests, state.num_processes)
-        else:
-            print(run.finished(requests, rows), file=sys.stderr)
-    state.wait_for_everyone()
+    rows_of = partial(labelled_rows, rule=rule, batch_size=batch_size, workers=workers)
+    return write_rows(load, requests, Run(Path(output), RULE), rows_of, settings, {"batch_size": batch_size})
 
 
 def labelled_rows(
