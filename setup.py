@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent
 TRAIN = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "tensorboard>=2.14"]
 EVAL = ["accelerate>=1.1", "datasets>=3.0", "matplotlib>=3.8", "sacrebleu>=2.3", "tqdm>=4.66"]
 SERVE = ["starlette>=0.46", "uvicorn>=0.34"]
+RAY = ["ray[data]>=2.40"]
 TEST = [
+    *RAY,
     "accelerate>=1.1",
     'atheris>=3.0; sys_platform == "linux" and platform_machine == "x86_64"',
     "datasets>=3.0",
@@ -31,7 +33,6 @@ TEST = [
     "torchao>=0.16",
     "trl>=1.15",
 ]
-RAY = ["ray[data]>=2.40"]
 DEMO = ["scikit-image>=0.22"]
 # In an environment of its own until a Gradio takes pillow 13: docs/app.md.
 APP = [*DEMO, "gradio>=6.31"]

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ..image_processing_pheye import check_images, pad_rows
+from ..visor_pheye import read_budgets
 from .protocol import ChatRequest, RequestError
 
 CACHED_BYTES = 256 * 2**20  # of images that were encoded
@@ -62,6 +63,11 @@ class Job:
         self.request, self.ids, self.longest, self.send = request, ids, longest, send
         self.images, self.image_inputs, self.features = images, image_inputs, features
         self.is_abandoned = False  # set by whoever no longer wants the answer
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """What jobs of a batch have in common, because one call of `generate` has it for all rows or for none."""
+        return self.images is None, self.request.vision_budget is None
 
     def fail(self, error: Exception):
         self.send(End("error", error=error))
@@ -181,8 +187,10 @@ class Worker:
         """A job; its images are opened and cut here, unless they were encoded lately.
 
         Raises:
-            RequestError: if an image cannot be read, or the messages do not fit the model.
+            RequestError: if an image cannot be read, or the messages or the budget do not fit the model.
         """
+        if request.vision_budget is not None:
+            self.check_budget(request)
         try:
             with self.tokenizing:
                 text = str(self.processor.apply_chat_template(request.messages, add_generation_prompt=True))
@@ -205,6 +213,14 @@ class Worker:
         except (ValueError, TypeError, TemplateError) as error:
             raise RequestError(str(error), param="messages") from error
         return Job(request, ids, longest, images, image_inputs, features, send)
+
+    def check_budget(self, request: ChatRequest):
+        if not request.images:
+            raise RequestError("vision_budget is given without an image; leave it out.", param="vision_budget")
+        try:
+            read_budgets(request.vision_budget, [True], self.model.config.self_attention_budgets)
+        except ValueError as error:
+            raise RequestError(str(error), param="vision_budget") from error
 
     def put(self, job: Job):
         with self.changed:
@@ -246,9 +262,9 @@ class Worker:
             return []
 
     def fits(self, job: Job, batch: list[Job]) -> bool:
-        """Whether the job has images as the others have or has not, and none of them would be cut short: all prompts
-        of a batch are padded to the longest, and take its positions."""
-        if batch and (job.images is None) != (batch[0].images is None):
+        """Whether the job has images and a budget as the others have or has not, and none of them would be cut short:
+        all prompts of a batch are padded to the longest, and take its positions."""
+        if batch and job.kind != batch[0].kind:
             return False
         jobs = [*batch, job]
         longest = max(len(one.ids) for one in jobs) + max(one.longest for one in jobs)
@@ -287,15 +303,20 @@ class Worker:
         }
 
     def image_inputs(self, batch: list[Job]) -> dict[str, torch.Tensor]:
-        """`image_hidden_states` (R, N, D), or (1, N, D) where all rows are about one image; and `image_grids`, where
-        the model has them."""
+        """`image_hidden_states` (R, N, D), or (1, N, D) where all rows are about one image and read it as closely;
+        `image_grids`, where the model has them; and `vision_budget` (R,) or (1,), where the requests have one."""
         if batch[0].images is None:
             return {}
-        different = {job.images: job.features for job in batch}
+        different = {(job.images, job.request.vision_budget): job for job in batch}
+        has_budget = batch[0].request.vision_budget is not None
         # Rows about one image would get the largest budget that a router chooses for any of them.
-        is_shared = len(different) == 1 and self.model.model.router is None
-        rows = list(different.values()) if is_shared else [job.features for job in batch]
-        return pad_rows(rows)
+        is_shared = len(different) == 1 and (has_budget or self.model.model.router is None)
+        jobs = list(different.values()) if is_shared else batch
+        inputs = pad_rows([job.features for job in jobs])
+        if has_budget:
+            budgets = [job.request.vision_budget for job in jobs]
+            inputs["vision_budget"] = torch.tensor(budgets, device=self.model.device)
+        return inputs
 
     def encode(self, job: Job):
         """Give a job the features of its images, which are encoded once. One job goes after the other: the views of an

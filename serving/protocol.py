@@ -48,7 +48,7 @@ class ChatRequest:
     """A request that has been checked.
 
     messages: as the processor takes them, images being placeholders; images: their files' bytes, in order; seed: None
-    for another answer each time.
+    for another answer each time; vision_budget: an index into the model's budgets, None for its own choice.
     """
 
     messages: list[dict]
@@ -58,6 +58,7 @@ class ChatRequest:
     top_p: float = 1
     stop: list[str] = field(default_factory=list)
     seed: int | None = None
+    vision_budget: int | None = None
     is_streamed: bool = False
     includes_usage: bool = False
 
@@ -110,6 +111,7 @@ def read_request(body: bytes, model: str, allow_urls: bool) -> ChatRequest:
         top_p=top_p,
         stop=stop,
         seed=integer(given, "seed", -(2**63), 2**63 - 1, None),
+        vision_budget=integer(given, "vision_budget", 0, 2**31, None),
         is_streamed=given.get("stream") is True,
         includes_usage=options.get("include_usage") is True,
     )

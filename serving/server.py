@@ -43,6 +43,7 @@ class Server:
                 Route("/health", self.health),
                 Route("/v1/models", self.models),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/load_model", self.load_model, methods=["POST"]),
             ],
             exception_handlers={
                 RequestError: lambda request, error: JSONResponse(error.body(), error.status),
@@ -77,6 +78,10 @@ class Server:
         self.check_key(request)
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "pheye"}
         return JSONResponse({"object": "list", "data": [model]})
+
+    async def load_model(self, request: Request) -> Response:
+        """`transformers chat` asks its server for this before its first question."""
+        return Response(event({"status": "ready", "model": self.name, "cached": True}), media_type="text/event-stream")
 
     async def chat(self, request: Request) -> Response:
         self.check_key(request)

@@ -108,6 +108,41 @@ def test_models_with_canvases_or_several_images_too(make_worker, options):
     assert [text for text, _ in found] == [by_the_library(model, processor, request)[0] for request in requests]
 
 
+@pytest.mark.parametrize("router_size", [0, 8])
+def test_each_request_may_say_how_closely_to_read(make_worker, monkeypatch, router_size):
+    budgets = {"self_attention_layers": [3], "self_attention_budgets": [[], [3]], "router_size": router_size}
+    model = tiny_model(**budgets)
+    processor = tiny_processor(model.config)
+    asked = [(0, 0, 0), (0, 0, 1), (1, 0, 1), (1, 1, None), (1, 1, 0), (0, 0, None)]  # question, image, budget
+    requests = [ask(QUESTIONS[question], IMAGES[image], vision_budget=budget) for question, image, budget in asked]
+    calls, generate = [], model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **inputs: calls.append(len(inputs["input_ids"])) or generate(**inputs)
+    )
+    worker = make_worker(model, processor)
+    together = answers(worker, requests)
+    about_one = answers(worker, requests[:2])
+    alike = answers(worker, requests[1:3])
+    assert calls == [4, 2, 2, 2]  # requests that say so are answered apart from those that do not
+    expected = [
+        by_the_library(model, processor, request, vision_budget=budget)
+        for request, (_, _, budget) in zip(requests, asked, strict=True)
+    ]
+    assert [(text, end.tokens) for text, end in together] == expected
+    assert about_one == together[:2] and alike == together[1:3]
+    assert expected[0] != expected[1] and expected[2] != by_the_library(model, processor, requests[2], vision_budget=0)
+    with pytest.raises(RequestError, match="vision_budget=2 must be an integer from 0 to 1") as error:
+        worker.prepare(ask("What?", IMAGES[0], vision_budget=2), print)
+    assert error.value.param == "vision_budget"
+    with pytest.raises(RequestError, match="without an image"):
+        worker.prepare(ask("What?", vision_budget=1), print)
+
+
+def test_a_budget_of_a_model_without_any_is_refused(make_worker):
+    with pytest.raises(RequestError, match="has no self_attention_layers"):
+        make_worker().prepare(ask("What?", IMAGES[0], vision_budget=1), print)
+
+
 def test_draws_are_those_of_the_library_whatever_is_answered_beside(make_worker, calls, model, processor):
     settings = [
         {"temperature": 0.7, "top_p": 0.9},

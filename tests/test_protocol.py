@@ -35,8 +35,8 @@ def test_what_is_not_said_is_greedy_and_bounded():
 
 
 def test_settings_are_read():
-    given = read(max_tokens=5, temperature=0.5, top_p=0.25, stop="x", seed=-3, stream=True)
-    assert given == ChatRequest([TEXT], [], 5, 0.5, 0.25, ["x"], -3, is_streamed=True)
+    given = read(max_tokens=5, temperature=0.5, top_p=0.25, stop="x", seed=-3, vision_budget=1, stream=True)
+    assert given == ChatRequest([TEXT], [], 5, 0.5, 0.25, ["x"], -3, 1, is_streamed=True)
     assert read(max_completion_tokens=7, max_tokens=5).max_tokens == 7
     assert read(stream_options={"include_usage": True}).includes_usage
 
@@ -62,6 +62,7 @@ def test_images_leave_placeholders():
         ({"max_tokens": 0}, "max_tokens", "max_tokens=0 must be an integer from 1"),
         ({"max_completion_tokens": 1.5}, "max_completion_tokens", "1.5"),
         ({"seed": 2**63}, "seed", "seed="),
+        ({"vision_budget": -1}, "vision_budget", "vision_budget=-1 must be an integer from 0"),
         ({"stop": ["a"] * (MOST_STOPS + 1)}, "stop", "up to 4 texts"),
         ({"stop": ""}, "stop", "1 to 200 characters"),
         ({"stop": "x" * 1000}, "stop", "1 to 200 characters"),

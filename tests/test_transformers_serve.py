@@ -1,4 +1,5 @@
-"""`transformers serve`, unmodified, with a Pheye: the clients that people use get its answers."""
+"""`transformers serve`, unmodified, with a Pheye: the clients that people use get its answers. And `transformers chat`
+with both servers."""
 
 import os
 import subprocess
@@ -32,10 +33,22 @@ def test_clients_get_answers_about_an_image(way, tmp_path):
             second = clients.map(lambda _: streamed(api, messages=messages, **asked), range(4))
             assert [answer.strip() for answer in second] == ["green"] * 4
         if way == "trust":
-            generation = ("max_new_tokens=5", "do_sample=False")
-            chat = [sys.executable, "-c", TRANSFORMERS, "chat", str(NANO), f"{address}/v1", *generation]
-            paths = os.pathsep.join(filter(None, sys.path))
-            environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "200", "HF_HUB_OFFLINE": "0"}
-            typed = "What is this?\nn\n!exit\n"
-            done = subprocess.run(chat, input=typed, env=environment, capture_output=True, text=True, timeout=120)
-            assert done.returncode == 0 and "yellow triangle" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+            assert "yellow triangle" in chat(address)
+
+
+@pytest.mark.once
+def test_chat_of_transformers_talks_to_pheye_serve(tmp_path):
+    with running(["-m", "pheye", "serve", "--model", str(NANO), "--device", "cpu"], tmp_path / "log") as (address, _):
+        assert "yellow triangle" in chat(address)
+
+
+def chat(address: str) -> str:
+    """What `transformers chat` prints of a question without an image and of its answer."""
+    options = ("max_new_tokens=5", "do_sample=False")
+    command = [sys.executable, "-c", TRANSFORMERS, "chat", str(NANO), f"{address}/v1", *options]
+    paths = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "200", "HF_HUB_OFFLINE": "0"}
+    typed = "What is this?\nn\n!exit\n"
+    done = subprocess.run(command, input=typed, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
