@@ -17,6 +17,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from ..common.files import write_atomically
 from ..image_processing_pheye import cut_crops, cut_views
 from ..layers_pheye import CALL, ViewCall
 from . import pictures
-from .checkpoints import claim, log
+from .checkpoints import autocast, claim, log
 from .configs import TILES, VIEW, nano_config
 from .labels import CLASSES, IGNORED, MOST_SHAPES
 from .muon import optimizers_for, set_learning_rates
@@ -85,8 +86,11 @@ class Eyes(nn.Module):
     def forward(self, views: torch.Tensor | None, tiles: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, V, 3, H, W) and (B, k * k, 3, T, T) to logits of the branch (B * V, N, labels), and with `views` of the
         states, likewise, and of counts (B * V, kinds, counts)."""
-        maps = self.pheye.encode_high_res(tiles)
-        branch = self.branch_heads(maps[-1])
+        # On a processor the gradients of convolutions take longer in bfloat16 than in single precision.
+        precision = torch.autocast("cpu", enabled=False) if tiles.device.type == "cpu" else nullcontext()
+        with precision:
+            maps = self.pheye.encode_high_res(tiles)
+            branch = self.branch_heads(maps[-1])
         if views is None:
             return (branch,)
         tower = self.pheye.vision_tower
@@ -182,11 +186,6 @@ def towers_pixels(views: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tenso
 # --- Training ---
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 but on a processor, where the convolutions' gradients take longer in it than in single precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu")
-
-
 def weighted(logits: torch.Tensor, target: torch.Tensor, nothing: float) -> torch.Tensor:
     """Mean cross-entropy of logits (..., classes), where class 0 counts `nothing` and IGNORED does not count."""
     target = target.flatten().long()
@@ -250,7 +249,7 @@ def accuracies(eyes: Eyes, seed: int) -> dict[str, float]:
     device = next(eyes.parameters()).device
     right: dict[str, list[np.ndarray]] = {}
     for pixels, labels, crosses, height in test_pictures(seed):
-        with autocast(device):
+        with autocast(device.type):
             branch, states, _ = eyes(*towers_pixels(*(array.to(device) for array in pixels)))
         which = labels.which[1:].reshape(-1)  # of crops
         is_letter = which >= 0
@@ -348,7 +347,7 @@ def begin_with(eyes: Eyes, start: Path) -> bool:
 
 def learn(eyes: Eyes, optimizers: tuple, inputs: tuple, labels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """A step; its losses."""
-    with autocast(inputs[1].device):
+    with autocast(inputs[1].device.type):
         outputs = eyes(*inputs)
     losses = losses_of(outputs, *labels)
     sum(losses.values()).backward()

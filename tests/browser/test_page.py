@@ -317,6 +317,22 @@ def test_a_photograph_is_taken(served, visit):
     assert said(page)
 
 
+COPY = """async (bytes) => {
+    const image = new Blob([new Uint8Array(bytes)], {type: "image/png"});
+    await navigator.clipboard.write([new ClipboardItem({"image/png": image})]);
+}"""
+
+
+def test_a_picture_is_pasted(served, visit, pictures):
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_label("Remove Image").click()
+    page.evaluate(COPY, list((pictures / "turned.png").read_bytes()))
+    page.get_by_label("Paste from clipboard").click()
+    page.wait_for_selector("#picture img")
+    ask(page)
+    assert said(page) == served.answer(Image.open(pictures / "turned.png"))
+
+
 def test_a_table_fills_and_can_be_downloaded(served, visit, pictures):
     page = visit()
     page.get_by_role("tab", name="Several pictures").click()
