@@ -69,7 +69,11 @@ def keys_per_image(model: nn.Module) -> int:
 
 
 class Prefix(nn.Module):
-    """The image's tokens, brought to the width of the text, stand before the text. There are no blocks."""
+    """The image's tokens, brought to the width of the text, stand before the text. There are no blocks.
+
+    They take positions like text. So all tokens of one crop and the global view, 514, use up more positions than the
+    512 that Pheye-nano's language model has learnt; its rotary positions go on behind them.
+    """
 
     def __init__(self, model: PheyeForConditionalGeneration, connector: nn.Module):
         super().__init__()
@@ -210,7 +214,7 @@ class CasaBlock(PheyeCrossAttentionBlock):
     the image up to itself: here all of the text, for the image stands before it.
 
     Text gets keys and values by linears of its own, as it may have another width than the image, and no positions, as
-    nothing in Pheye's blocks has (our choice). The MLP is Pheye's; CASA has none.
+    nothing in Pheye's blocks has; the MLP stays (our choice).
     """
 
     def __init__(self, config: PheyeConfig):

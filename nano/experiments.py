@@ -268,7 +268,8 @@ def plot(results: list[dict], path: Path):
     for axes, (x, y, factor) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for result in results:
             xs, ys = ([point[name] for point in result["curve"]] for name in (x, y))
-            style = {"color": f"C{names.index(result['way'])}", "marker": ".", "linewidth": 1}
+            number = names.index(result["way"])
+            style = {"color": f"C{number}", "linestyle": "-" if number < 10 else "--", "marker": ".", "linewidth": 1}
             label = WAYS[result["way"]].title if result["seed"] == 0 else None
             axes.plot(xs, [factor * value for value in ys], label=label, **style)
         axes.set(xlabel=labels[x], ylabel=labels[y])

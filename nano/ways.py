@@ -80,6 +80,7 @@ def build(
         model = PheyeForConditionalGeneration.from_pretrained_parts(
             vision,
             language,
+            dtype=torch.float32,
             tiles_per_side=tiles_per_side,
             cross_attention_interval=way.interval,
             **({} if lora_sets else NO_LORA),

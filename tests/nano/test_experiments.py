@@ -1,14 +1,16 @@
 """All ways of training Pheye-nano are trained and asked, on tiny parts."""
 
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from pheye.nano import draw_data
-from pheye.nano.experiments import main, rate_share
+from pheye.nano import draw_data, experiments
+from pheye.nano.experiments import main, parse, rate_share
 from pheye.nano.held_out import SIGN
 from pheye.nano.ways import WAYS
 
@@ -21,12 +23,14 @@ def command_for(parts, data, output) -> list[str]:
     return [str(word) for word in command]
 
 
-def test_all_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
+def test_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
     data = draw_data.write_data(tmp_path / "data", "tasks", 6, workers=1, tiles_per_side=1)
     command = [*command_for(parts, data, tmp_path / "out"), "--tiles_per_side", "1", "--score_every", "2"]
-    command += ["--steps", "3"]
+    assert parse(command)["ways"] == list(WAYS)
+    names = ("full", "fromage", "small_cap", "monkey")  # all are asked in test_connectors.py
+    command += ["--ways", *names, "--steps", "3"]
     assert main(command) == 0
-    results = {name: tmp_path / "out" / f"{name}-0" / "result.json" for name in WAYS}
+    results = {name: tmp_path / "out" / f"{name}-0" / "result.json" for name in names}
     written = {}
     for name, path in results.items():
         result = json.loads(path.read_text())
@@ -38,9 +42,7 @@ def test_all_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
         assert math.isclose(last["loss"], result["loss"])  # a tenth of three steps is the last
         written[name] = path.stat().st_mtime_ns
     report = (tmp_path / "out" / "experiments.md").read_text()
-    lines = {
-        name: next(line for line in report.splitlines() if f"| {way.title} |" in line) for name, way in WAYS.items()
-    }
+    lines = {name: next(line for line in report.splitlines() if f"| {WAYS[name].title} |" in line) for name in names}
     assert (tmp_path / "out" / "experiments.png").stat().st_size > 1000
     full = json.loads(results["full"].read_text())
     cells = lines["full"].split(" | ")
@@ -56,15 +58,19 @@ def test_all_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
     assert "has 6 samples; 4 steps take 8" in capsys.readouterr().err
 
 
-def test_minutes_in_place_of_steps_go_round_the_samples(parts, tmp_path):
+def test_minutes_in_place_of_steps_go_round_the_samples(parts, tmp_path, monkeypatch):
+    clock = SimpleNamespace(perf_counter=itertools.count(step=0.25).__next__, time=lambda: 0)
+    monkeypatch.setattr(experiments, "time", clock)
     data = draw_data.write_data(tmp_path / "data", "tasks", 2, workers=1, tiles_per_side=2)
     command = [*command_for(parts, data, tmp_path / "out"), "--tiles_per_side", "2", "--lora_sets", "0"]
     assert main([*command, "--ways", "full", "fromage", "--minutes", "0.01"]) == 0
     for name, keys in (("full", 5 * 17), ("fromage", 5)):
         result = json.loads((tmp_path / "out" / f"{name}-0" / "result.json").read_text())
         [end] = result["curve"]
-        assert result["keys"] == keys and result["steps"] == end["step"] > 1  # of one batch
-        assert 0.6 <= end["seconds"] < 0.6 + 10 * result["seconds_per_step"]
+        assert result["keys"] == keys and result["seconds_per_step"] == 0.25
+        assert (
+            result["steps"] == end["step"] == 3 and end["seconds"] == 0.8
+        )  # more than 0.01 minutes, and of one batch
     assert "steps for 0.01 minutes of 2 samples" in (tmp_path / "out" / "experiments.md").read_text()
 
 
