@@ -52,6 +52,7 @@ class Connected(nn.Module):
 
 
 def connected(model: PheyeForConditionalGeneration, connector: nn.Module) -> PheyeForConditionalGeneration:
+    """`model` with this connector behind its view encoding."""
     model.pheye.view_encoding = Connected(model.pheye.view_encoding, connector)
     return model
 
@@ -162,7 +163,7 @@ def tanh_gate(model: PheyeForConditionalGeneration) -> PheyeForConditionalGenera
 # --- Inside layers ---
 
 
-class LayerWith(GradientCheckpointingLayer):
+class SeeingLayer(GradientCheckpointingLayer):
     """A Phi layer and, as `see`, what the text sees of the image there."""
 
     def __init__(self, layer: nn.Module, see: Callable):
@@ -181,7 +182,7 @@ class CrossAttentionAlone(PheyeCrossAttentionBlock):
         return self.to_out(attended)
 
 
-class SmallCapLayer(LayerWith):
+class SmallCapLayer(SeeingLayer):
     """A Phi layer with cross-attention between its self-attention and its MLP.
 
     SmallCap's layers run one after the other: h = x + A(LN x), h' = h + C(h), y = h' + M(LN h'). Phi runs A and M side
@@ -255,7 +256,7 @@ class CasaBlock(PheyeCrossAttentionBlock):
         return self.add_to(hidden_states, self.attend(normed, key, value, False, mask)[0])
 
 
-class CasaLayer(LayerWith):
+class CasaLayer(SeeingLayer):
     """A layer and the CASA block before it."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
