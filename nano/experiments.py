@@ -3,31 +3,34 @@
     python -m pheye.nano.experiments --start nano-runs/stage2 --ways full k1 one_lora no_lora \
         --data nano-runs/tasks/data.jsonl --output nano-runs/views [--steps 500] [--seeds 2] [--count 500]
     python -m pheye.nano.experiments --vision nano-runs/vision/vision --language nano-runs/language/language \
-        --tiles_per_side 1 --ways no_lora every4th prefix --data nano-runs/one/data.jsonl --output nano-runs/blocks
+        --tiles_per_side 1 --lora_sets 0 --ways full fromage prefix --data nano-runs/one/data.jsonl \
+        --output nano-runs/connectors [--minutes 30]
 
 Ways that differ in what the views go through begin with the blocks of `--start`, without its LoRA, and are the last
-stage; ways that differ in the blocks begin with new ones, here on pictures for one crop (`draw_data --stage tasks
---tiles_per_side 1`). All take as many steps, with a seed on the same samples, and answer the same held-out
-questions. The output folder gets a result per run and, from all of them, experiments.md. A run that has a result is
-not done again.
+stage; ways that differ in the blocks, or have none, begin with new parts, on pictures for as many crops (`draw_data
+--stage tasks --tiles_per_side 1`). All take as many steps, or with `--minutes` steps for as long, with a seed on the
+same samples, and answer the same held-out questions. The output folder gets a result per run and, from all of them,
+experiments.md and its curves, experiments.png. A run that has a result is not done again.
 """
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from .. import PheyeProcessor
-from ..answering.engine import answer
+from ..answering.engine import answer, answer_batches
+from ..answering.rows import row
 from ..common.command import InputError, Parser, at_least, default_device, exit_status
 from ..common.files import read_record, write_atomically, write_record
 from ..common.json_lines import read_rows
@@ -35,11 +38,14 @@ from ..common.machine import machine
 from ..training.collator import PheyeCollator
 from ..training.formats import Source
 from ..training.mixture import Mixture
+from .connectors import keys_per_image
 from .held_out import SHAPES, SIGN, HeldOutPicture, held_out_pictures, percent, requests_of, scores
 from .ways import WAYS, build
 
-WARMUP = 0.1  # share of the steps
+WARMUP = 0.1  # share of the steps or minutes
 TOKENS = 16  # of an answer
+ANSWERING = {"batch_size": 8, "generate_kwargs": {"max_new_tokens": TOKENS, "do_sample": False}}
+CURVE_PICTURES = 50  # the first of the held-out ones, for the curves
 COSTS = "seconds_per_step", "seconds_per_question"
 
 
@@ -47,50 +53,100 @@ def train(
     model: nn.Module,
     processor: PheyeProcessor,
     seed: int,
+    pictures: list[HeldOutPicture],
     *,
     data: Path,
-    steps: int,
+    steps: int | None,
+    minutes: float | None,
     batch_size: int,
     rate: float,
+    score_every: int,
     workers: int,
     device: str,
-) -> tuple[float, float]:
-    """Train for `steps` steps on what requires gradients; the median seconds of a step, and the mean loss of the last
-    tenth of them.
+) -> dict:
+    """Train what requires gradients for `steps` steps, or until the steps have taken so many `minutes`.
+
+    Returns: the number of steps, the mean loss of the last tenth, the median seconds of a step, and the curve: every
+        `score_every` steps and at the end what the steps have taken, their loss, and scores on `pictures`.
 
     Raises:
         InputError: if the data are too few.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98))
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
-    model.train()
     names = ("input_ids", "attention_mask", "labels", *processor.image_processor.model_input_names)
-    batches, seconds, losses = iter(loader(processor, seed, data, steps, batch_size, workers)), [], []
-    for _ in tqdm(range(steps), unit=" steps"):
-        batch = next(batches)
+    seconds, losses, curve = [], [], []
+    model.train()
+    bar = tqdm(total=steps, unit=" steps")
+    for batch in batches(processor, seed, data, steps, batch_size, workers):
+        passed = len(losses) / steps if minutes is None else sum(seconds) / (60 * minutes)
+        if passed >= 1:
+            break
         batch = {name: batch[name].to(device) for name in names}
         begin = time.perf_counter()
+        optimizer.param_groups[0]["lr"] = rate * rate_share(passed)
         with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
             loss = model(**batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())  # waits for the device
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds), statistics.mean(losses[-math.ceil(steps / 10) :])
+        bar.update()
+        if len(losses) % score_every == 0:
+            curve.append(curve_point(model, processor, pictures, seconds, losses[-score_every:]))
+    if left := len(losses) % score_every:
+        curve.append(curve_point(model, processor, pictures, seconds, losses[-left:]))
+    return {
+        "steps": len(losses),
+        "loss": round(statistics.mean(losses[-math.ceil(len(losses) / 10) :]), 4),
+        "seconds_per_step": round(statistics.median(seconds), 3),
+        "curve": curve,
+    }
 
 
-def loader(processor: PheyeProcessor, seed: int, data: Path, steps: int, batch_size: int, workers: int) -> DataLoader:
-    """Batches for `steps` steps, of the same samples for the same seed."""
+def rate_share(passed: float) -> float:
+    """Of the learning rate, when this share of the steps or minutes is over: a straight rise, then a cosine to 0."""
+    if passed < WARMUP:
+        return passed / WARMUP
+    return 0.5 * (1 + math.cos(math.pi * (passed - WARMUP) / (1 - WARMUP)))
+
+
+def batches(
+    processor: PheyeProcessor, seed: int, data: Path, steps: int | None, batch_size: int, workers: int
+) -> Iterator[dict]:
+    """Batches without end, of the same samples for the same seed, none twice within `steps`."""
     mixture = Mixture([Source(str(data), turns=None)], seed)
-    if len(mixture) < batch_size * steps:
-        raise InputError(f"{data} has {len(mixture)} samples; {steps} steps take {batch_size * steps}.")
-    order = torch.randperm(len(mixture), generator=torch.Generator().manual_seed(seed)).tolist()
-    collator = PheyeCollator(processor)
-    return DataLoader(mixture, batch_size, sampler=order, collate_fn=collator, num_workers=workers)
+    if len(mixture) < batch_size * (steps or 1):
+        raise InputError(f"{data} has {len(mixture)} samples; {steps or 1} steps take {batch_size * (steps or 1)}.")
+    generator, collator = torch.Generator().manual_seed(seed), PheyeCollator(processor)
+    for _ in itertools.count():
+        order = torch.randperm(len(mixture), generator=generator).tolist()
+        options = {"sampler": order, "collate_fn": collator, "num_workers": workers, "drop_last": True}
+        yield from DataLoader(mixture, batch_size, **options)
+
+
+def curve_point(
+    model: nn.Module,
+    processor: PheyeProcessor,
+    pictures: list[HeldOutPicture],
+    seconds: list[float],
+    losses: list[float],
+) -> dict:
+    """Where the training is: steps and seconds so far, the mean of `losses`, and scores on `pictures`."""
+    model.eval()
+    answered = answer_batches(model, processor, requests_of(pictures, None), workers=0, **ANSWERING)
+    found = scores([row(request, "answer", *result) for batch in answered for request, *result in batch])
+    model.train()
+    return {
+        "step": len(seconds),
+        "seconds": round(sum(seconds), 1),
+        "loss": round(statistics.mean(losses), 4),
+        "exact": found[SIGN]["exact"],
+        "character_error": found[SIGN]["character_error"],
+        "shapes": found[SHAPES]["exact"],
+    }
 
 
 def run(
@@ -115,16 +171,19 @@ def run(
         return result
     model, processor = build(WAYS[name], seed, **parts)
     model.to(device)
-    seconds, loss = train(model, processor, seed, **training, workers=workers, device=device)
+    costs = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "keys": keys_per_image(model),
+    }
+    trained = train(model, processor, seed, pictures[:CURVE_PICTURES], **training, workers=workers, device=device)
     model.eval()
     begin = time.perf_counter()
     rows = answer(
         lambda: (model, processor),
         requests_of(pictures, None),
         folder / "answers.jsonl",
-        batch_size=8,
-        generate_kwargs={"max_new_tokens": TOKENS, "do_sample": False},
-        settings={"way": name, "seed": seed, "steps": training["steps"], "time": time.time()},
+        **ANSWERING,
+        settings={"way": name, "seed": seed, "time": time.time()},
     )
     found = scores(read_rows(rows))
     write_record(
@@ -132,8 +191,8 @@ def run(
         settings,
         way=name,
         seed=seed,
-        loss=round(loss, 4),
-        seconds_per_step=round(seconds, 3),
+        **costs,
+        **trained,
         seconds_per_question=round((time.perf_counter() - begin) / (2 * len(pictures)), 3),
         scores=found,
     )
@@ -142,14 +201,17 @@ def run(
 
 REPORT = """# Pheye-nano in several ways
 
-`python -m pheye.nano.experiments`, {steps} steps of {batch} samples of {data} at a learning rate of {rate},
-from {start}; {seeds} seeds (mean, and each), {count} held-out pictures with two questions each, k = {tiles};
-{machine}. Signs are read if no character is wrong: all, and by tertile of letter height. The loss is the mean of the
-last tenth of the steps.
+`python -m pheye.nano.experiments`, {budget} of {batch} samples of {data} at a learning rate of {rate}, from {start};
+{lora} LoRA sets where the way says nothing else; {seeds} seeds (mean, and each), {count} held-out pictures with two
+questions each, k = {tiles}; {machine}. Signs are read if no character is wrong: all, and by tertile of letter height.
+The loss is the mean of the last tenth of the steps. Keys are the tokens of an image that the text reads.
 
-| way | signs read, % | small, medium, large | characters wrong, % | shapes, % | loss | s per step | s per question |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| way | parameters trained | keys per image | signs read, % | small, medium, large | characters wrong, % | \
+shapes, % | loss | steps | s per step | s per question |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
+
+![Loss and characters wrong by step, and characters wrong by time](experiments.png)
 """
 
 
@@ -167,6 +229,7 @@ def report(results: list[dict], device: str) -> str:
             by_tertile = [one["scores"]["by_tertile"] for one in runs]
             cells = [
                 way.title,
+                *(f"{runs[0][count]:,}" for count in ("parameters", "keys")),
                 cell([one["exact"] for one in signs]),
                 ", ".join(
                     percent(statistics.mean(one[size]["exact"] for one in by_tertile)) for size in by_tertile[0]
@@ -174,23 +237,44 @@ def report(results: list[dict], device: str) -> str:
                 cell([one["character_error"] for one in signs]),
                 cell([one["scores"][SHAPES]["exact"] for one in runs]),
                 cell([one["loss"] for one in runs], "{:.2f}".format),
+                f"{statistics.mean(one['steps'] for one in runs):.0f}",
                 *(f"{statistics.mean(one[cost] for one in runs):.2f}" for cost in COSTS),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     settings = results[0]["settings"]
     data = Path(settings["data"])
+    steps, minutes = settings["steps"], settings["minutes"]
     return REPORT.format(
-        steps=settings["steps"],
+        budget=f"{steps} steps" if minutes is None else f"steps for {minutes:g} minutes",
         batch=settings["batch_size"],
         data=f"{data.parent.name}/{data.name}",
         rate=settings["rate"],
-        start=f"the blocks of {Path(settings['start']).name}" if settings["start"] else "new blocks",
+        start=f"the blocks of {Path(settings['start']).name}" if settings["start"] else "new parts",
+        lora=settings["lora_sets"],
         tiles=settings["tiles_per_side"],
         seeds=len({result["seed"] for result in results}),
         count=settings["count"],
         machine=machine(device),
         rows="\n".join(lines),
     )
+
+
+def plot(results: list[dict], path: Path):
+    """The curves of all runs, a colour for each way."""
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    panels = [("step", "loss", 1), ("step", "character_error", 100), ("seconds", "character_error", 100)]
+    labels = {"step": "steps", "seconds": "seconds of steps", "loss": "loss", "character_error": "characters wrong, %"}
+    names = list(dict.fromkeys(result["way"] for result in results))
+    for axes, (x, y, factor) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for result in results:
+            xs, ys = ([point[name] for point in result["curve"]] for name in (x, y))
+            number = names.index(result["way"])
+            style = {"color": f"C{number}", "linestyle": "-" if number < 10 else "--", "marker": ".", "linewidth": 1}
+            label = WAYS[result["way"]].title if result["seed"] == 0 else None
+            axes.plot(xs, [factor * value for value in ys], label=label, **style)
+        axes.set(xlabel=labels[x], ylabel=labels[y])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def experiments(
@@ -200,24 +284,30 @@ def experiments(
     vision: Path | None,
     language: Path | None,
     tiles_per_side: int,
+    lora_sets: int,
     data: Path,
     ways: list[str],
-    steps: int,
+    steps: int | None,
+    minutes: float | None,
     batch_size: int,
     rate: float,
+    score_every: int,
     seeds: int,
     count: int,
     workers: int,
     device: str,
 ):
-    """Run what has no result yet and write the table of all; the arguments are the command's options."""
+    """Run what has no result yet and write table and curves of all; the arguments are the command's options."""
     parts = {"start": start, "vision": vision, "language": language, "tiles_per_side": tiles_per_side}
-    training = {"data": data, "steps": steps, "batch_size": batch_size, "rate": rate}
-    pictures = held_out_pictures(count, zoom=3 // tiles_per_side)
+    parts["lora_sets"] = lora_sets
+    training = {"data": data, "steps": steps, "minutes": minutes, "batch_size": batch_size, "rate": rate}
+    training["score_every"] = score_every
+    pictures = held_out_pictures(count, zoom=3 / tiles_per_side)
     options = {"parts": parts, "training": training, "workers": workers, "device": device}
     results = [
         run(name, seed, output / f"{name}-{seed}", pictures, **options) for seed in range(seeds) for name in ways
     ]
+    plot(results, output / "experiments.png")
     write_atomically(output / "experiments.md", [report(results, device).encode()])
 
 
@@ -231,13 +321,19 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--start", type=Path, metavar="FOLDER", help="a Pheye; its LoRA is left out")
     parser.add_argument("--vision", type=Path, metavar="FOLDER", help="in place of --start, for new blocks")
     parser.add_argument("--language", type=Path, metavar="FOLDER", help="the same")
-    parser.add_argument("--tiles_per_side", type=int, choices=[1, 3], default=3, help="of the way that is full")
+    parser.add_argument(
+        "--tiles_per_side", type=int, choices=[1, 2, 3], default=3, help="of ways that say nothing else"
+    )
+    parser.add_argument("--lora_sets", type=int, choices=[0, 1, 2], default=2, help="the same (default: %(default)s)")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="by default all that can be")
-    parser.add_argument("--steps", type=at_least(1), default=500, help="(default: %(default)s)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=at_least(1), default=500, help="(default: %(default)s)")
+    budget.add_argument("--minutes", type=float, help="in place of --steps: of steps, without loading and scoring")
     parser.add_argument("--batch_size", type=at_least(1), default=32, help="(default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (default: %(default)s)")
+    parser.add_argument("--score_every", type=at_least(1), default=250, help="steps (default: %(default)s)")
     parser.add_argument("--seeds", type=at_least(1), default=2, help="(default: %(default)s)")
     parser.add_argument("--count", type=at_least(3), default=500, help="held-out pictures (default: %(default)s)")
     parser.add_argument("--workers", type=at_least(0), default=2, help="processes that open pictures")
@@ -246,6 +342,10 @@ def parse(argv: list[str] | None) -> dict:
     start, needed = options["start"], (options["vision"], options["language"])
     if (start is None) == (None in needed):
         parser.error("give either --start, or both --vision and --language")
+    if options["minutes"] is not None:
+        options["steps"] = None
+        if not options["minutes"] > 0:
+            parser.error(f"--minutes {options['minutes']} must be more than 0")
     possible = [name for name, way in WAYS.items() if not (start and way.needs_new_blocks)]
     options["ways"] = options["ways"] or possible
     if not set(options["ways"]) <= set(possible):

@@ -30,7 +30,7 @@ class HeldOutPicture:
     word: str
     cap_height: float
     shape_question: tuple[str, str]
-    zoom: int = 1
+    zoom: float = 1
 
     def image(self, reduced: int | None = None) -> Image.Image:
         """The picture; with `reduced`, stretched to a square of so many pixels a side, as the views are."""
@@ -39,18 +39,18 @@ class HeldOutPicture:
 
 
 @functools.lru_cache(maxsize=1)  # several questions in a row are about one picture
-def draw(index: int, zoom: int = 1) -> Picture:
+def draw(index: int, zoom: float = 1) -> Picture:
     """Held-out picture number `index`: a sign with one word, real or made-up, and up to five shapes.
 
     With `zoom` it has so many times fewer pixels a side, and so many times higher letters, as in one of the crops.
     """
     rng = random.Random(f"held out {SEED} {index}")
     text = words.word(rng, True, *LETTERS)
-    sizes, cap_heights = tuple(side // zoom for side in SIZES), tuple(zoom * share for share in CAP_HEIGHTS)
+    sizes, cap_heights = tuple(int(side / zoom) for side in SIZES), tuple(zoom * share for share in CAP_HEIGHTS)
     return scene(rng, True, sizes=sizes, cap_heights=cap_heights, text=text)
 
 
-def held_out_pictures(count: int, zoom: int = 1) -> list[HeldOutPicture]:
+def held_out_pictures(count: int, zoom: float = 1) -> list[HeldOutPicture]:
     """The first `count` held-out pictures."""
     pictures = []
     for index in range(count):

@@ -1,16 +1,17 @@
-"""Ways to join the two frozen parts that are compared: blocks of several kinds, and a LLaVA-style prefix."""
+"""Ways to join the two frozen parts that are compared: what views go through, blocks of several kinds, and what stands
+in the place of blocks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, PreTrainedModel
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers import AutoTokenizer
 
 from .. import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
-from ..training.collator import IGNORED
 from ..training.trained import choose_trained
+from . import connectors
 from .crops import with_crops
 
 NO_LORA = {"global_lora_rank": 0, "local_lora_rank": 0}
@@ -22,58 +23,34 @@ class Way:
 
     title: str
     tiles_per_side: int | None = None  # by default those of the command
+    lora_sets: int | None = None  # by default those of the command
     interval: int = 2
-    lora_sets: int = 2
-    is_prefix: bool = False
+    join: Callable[[PheyeForConditionalGeneration], nn.Module] | None = None  # of `connectors`
+    trains_language_model: bool = False
 
     @property
     def needs_new_blocks(self) -> bool:
-        return self.is_prefix or self.interval != 2
+        return self.join is not None or self.interval != 2
 
 
 WAYS = {
-    "full": Way("Pheye-nano: blocks before every 2nd layer, two LoRA sets"),
+    "full": Way("Pheye-nano: blocks before every 2nd layer"),
     "k1": Way("k = 1", tiles_per_side=1),
     "one_lora": Way("one LoRA set for all views", lora_sets=1),
     "no_lora": Way("no LoRA", lora_sets=0),
-    "every4th": Way("no LoRA, blocks before every 4th layer", interval=4, lora_sets=0),
-    "prefix": Way("LLaVA-style prefix, no LoRA; its language model trains, too", lora_sets=0, is_prefix=True),
+    "every4th": Way("blocks before every 4th layer", interval=4),
+    "fromage": Way("FROMAGe-style: class tokens before the text", join=connectors.fromage),
+    "prefix": Way(
+        "LLaVA-style prefix; its language model trains, too", join=connectors.llava, trains_language_model=True
+    ),
+    "frozen_prefix": Way("LLaVA-style prefix; its language model is frozen", join=connectors.llava),
+    "small_cap": Way("SmallCap-style: cross-attention inside every layer", interval=1, join=connectors.small_cap),
+    "usual_start": Way("blocks without the near-zero start", join=connectors.usual_start),
+    "tanh_gate": Way("blocks with Flamingo's tanh gates", join=connectors.tanh_gate),
+    "casa": Way("blocks whose text attends to text, too (CASA)", join=connectors.casa),
+    "perceiver": Way("Perceiver resampler, 6 layers, before the blocks", join=connectors.perceiver),
+    "monkey": Way("Monkey resampler, before the blocks", join=connectors.monkey),
 }
-
-
-class Prefix(nn.Module):
-    """A LLaVA-style model: all tokens of all views stand before the text, brought to its width by two linears.
-
-    As in LLaVA's recipe the language model trains with them, and the vision tower is frozen.
-    """
-
-    def __init__(self, vision_tower: CLIPVisionModel, language_model: PreTrainedModel):
-        super().__init__()
-        self.vision_tower, self.language_model = vision_tower.requires_grad_(False), language_model
-        width, text_width = vision_tower.config.hidden_size, language_model.config.hidden_size
-        self.projector = nn.Sequential(nn.Linear(width, text_width), nn.GELU(), nn.Linear(text_width, text_width))
-
-    @property
-    def device(self) -> torch.device:
-        return self.language_model.device
-
-    def joined(self, input_ids, attention_mask, pixel_values) -> dict[str, torch.Tensor]:
-        """Embeddings (B, V * N + T, D) and their mask."""
-        states = self.vision_tower(pixel_values.flatten(0, 1)).last_hidden_state  # (B * V, N, D)
-        prefix = self.projector(states.unflatten(0, (len(input_ids), -1)).flatten(1, 2))
-        embeddings = torch.cat([prefix, self.language_model.get_input_embeddings()(input_ids)], 1)
-        mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], 1)
-        return {"inputs_embeds": embeddings, "attention_mask": mask}
-
-    def forward(self, input_ids, attention_mask, pixel_values, labels):
-        inputs = self.joined(input_ids, attention_mask, pixel_values)
-        ignored = labels.new_full((len(labels), inputs["inputs_embeds"].shape[1] - labels.shape[1]), IGNORED)
-        return self.language_model(**inputs, labels=torch.cat([ignored, labels], 1))
-
-    def generate(self, input_ids, attention_mask, pixel_values, **kwargs) -> GenerateDecoderOnlyOutput:
-        inputs = self.joined(input_ids, attention_mask, pixel_values)
-        ids = self.language_model.generate(**inputs, **{**kwargs, "return_dict_in_generate": False})
-        return GenerateDecoderOnlyOutput(sequences=torch.cat([input_ids, ids], 1))
 
 
 def build(
@@ -81,6 +58,7 @@ def build(
     seed: int,
     *,
     tiles_per_side: int,
+    lora_sets: int,
     start: Path | None = None,
     vision: Path | None = None,
     language: Path | None = None,
@@ -88,27 +66,28 @@ def build(
     """A model with its trained parts chosen, and its processor.
 
     With `start`, a Pheye, it begins with the blocks of that one; otherwise with new ones between the parts `vision`
-    and `language`.
+    and `language`. `tiles_per_side` and `lora_sets` (0 to 2) are for ways that say nothing else.
     """
     torch.manual_seed(seed)
     tiles_per_side = way.tiles_per_side or tiles_per_side
+    lora_sets = lora_sets if way.lora_sets is None else way.lora_sets
     tokenizer = PheyeProcessor.from_pretrained(start).tokenizer if start else AutoTokenizer.from_pretrained(language)
     processor = PheyeProcessor(PheyeImageProcessor(tiles_per_side=tiles_per_side), tokenizer)
     if start:
         learnt = PheyeForConditionalGeneration.from_pretrained(start, dtype=torch.float32, **NO_LORA)
-        model = with_crops(learnt, tiles_per_side, with_lora=way.lora_sets > 0)
-    elif way.is_prefix:
-        vision_tower = CLIPVisionModel.from_pretrained(vision)
-        return Prefix(vision_tower, AutoModelForCausalLM.from_pretrained(language)), processor
+        model = with_crops(learnt, tiles_per_side, with_lora=lora_sets > 0)
     else:
         model = PheyeForConditionalGeneration.from_pretrained_parts(
             vision,
             language,
+            dtype=torch.float32,
             tiles_per_side=tiles_per_side,
             cross_attention_interval=way.interval,
-            **({} if way.lora_sets else NO_LORA),
+            **({} if lora_sets else NO_LORA),
         )
-    if way.lora_sets == 1:
+    if lora_sets == 1:
         model.pheye.global_lora = model.pheye.local_lora
-    choose_trained(model)
+    if way.join is not None:
+        model = way.join(model)
+    choose_trained(model, train=["language_model"] if way.trains_language_model else None)
     return model, processor

@@ -1,45 +1,96 @@
 """All ways of training Pheye-nano are trained and asked, on tiny parts."""
 
+import itertools
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup
 
-from pheye.nano import draw_data
-from pheye.nano.experiments import main
+from pheye.nano import draw_data, experiments
+from pheye.nano.experiments import main, parse, rate_share
 from pheye.nano.held_out import SIGN
 from pheye.nano.ways import WAYS
 
 pytestmark = pytest.mark.once
 
 
-def test_all_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
-    data = draw_data.write_data(tmp_path / "data", "tasks", 2, workers=1)
-    command = ["--vision", parts["vision"], "--language", parts["language"], "--data", data, "--workers", "0"]
-    command = [str(word) for word in (*command, "--output", tmp_path / "out")]
-    command += ["--batch_size", "2", "--steps", "1", "--seeds", "1", "--count", "3"]
+def command_for(parts, data, output) -> list[str]:
+    command = ["--vision", parts["vision"], "--language", parts["language"], "--data", data, "--output", output]
+    command += ["--workers", 0, "--batch_size", 2, "--seeds", 1, "--count", 3]
+    return [str(word) for word in command]
+
+
+def test_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
+    data = draw_data.write_data(tmp_path / "data", "tasks", 6, workers=1, tiles_per_side=1)
+    command = [*command_for(parts, data, tmp_path / "out"), "--tiles_per_side", "1", "--score_every", "2"]
+    assert parse(command)["ways"] == list(WAYS)
+    names = ("full", "fromage", "small_cap", "monkey")  # all are asked in test_connectors.py
+    command += ["--ways", *names, "--steps", "3"]
     assert main(command) == 0
-    results = {name: tmp_path / "out" / f"{name}-0" / "result.json" for name in WAYS}
+    results = {name: tmp_path / "out" / f"{name}-0" / "result.json" for name in names}
     written = {}
     for name, path in results.items():
         result = json.loads(path.read_text())
-        assert result["scores"][SIGN]["questions"] == 3 and result["seconds_per_step"] > 0
+        assert result["scores"][SIGN]["questions"] == 3 and result["seconds_per_step"] > 0 and result["steps"] == 3
+        first, last = result["curve"]
+        assert (first["step"], last["step"]) == (2, 3) and 0 < first["seconds"] <= last["seconds"]
+        assert last["exact"] == result["scores"][SIGN]["exact"]  # the same pictures, after the same steps
+        assert last["character_error"] == result["scores"][SIGN]["character_error"]
+        assert math.isclose(last["loss"], result["loss"])  # a tenth of three steps is the last
         written[name] = path.stat().st_mtime_ns
     report = (tmp_path / "out" / "experiments.md").read_text()
-    assert all(way.title in report for way in WAYS.values())
-    tertiles = json.loads(results["full"].read_text())["scores"]["by_tertile"].values()
-    expected = ", ".join(f"{100 * one['exact']:.1f}" for one in tertiles)
-    assert next(line for line in report.splitlines() if WAYS["full"].title in line).split(" | ")[2] == expected
+    lines = {name: next(line for line in report.splitlines() if f"| {WAYS[name].title} |" in line) for name in names}
+    assert (tmp_path / "out" / "experiments.png").stat().st_size > 1000
+    full = json.loads(results["full"].read_text())
+    cells = lines["full"].split(" | ")
+    assert cells[1:3] == [f"{full['parameters']:,}", "34"] and cells[8] == "3"
+    assert cells[4] == ", ".join(f"{100 * one['exact']:.1f}" for one in full["scores"]["by_tertile"].values())
+    assert lines["fromage"].split(" | ")[2] == "2" and lines["monkey"].split(" | ")[2] == "257"
     assert main(command) == 0
     assert {name: path.stat().st_mtime_ns for name, path in results.items()} == written
-    command[command.index("--steps") + 1] = "2"
+    command[-1] = "4"
     assert main(command) == 1
-    assert "was begun with other settings: steps was 1 and is now 2" in capsys.readouterr().err
+    assert "was begun with other settings: steps was 3 and is now 4" in capsys.readouterr().err
     assert main([*command, "--ways", "full", "--output", str(tmp_path / "more")]) == 1
-    assert "has 2 samples; 2 steps take 4" in capsys.readouterr().err
+    assert "has 6 samples; 4 steps take 8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("way", ["every4th", "prefix"])
+def test_minutes_in_place_of_steps_go_round_the_samples(parts, tmp_path, monkeypatch):
+    clock = SimpleNamespace(perf_counter=itertools.count(step=0.25).__next__, time=lambda: 0)
+    monkeypatch.setattr(experiments, "time", clock)
+    data = draw_data.write_data(tmp_path / "data", "tasks", 2, workers=1, tiles_per_side=2)
+    command = [*command_for(parts, data, tmp_path / "out"), "--tiles_per_side", "2", "--lora_sets", "0"]
+    assert main([*command, "--ways", "full", "fromage", "--minutes", "0.01"]) == 0
+    for name, keys in (("full", 5 * 17), ("fromage", 5)):
+        result = json.loads((tmp_path / "out" / f"{name}-0" / "result.json").read_text())
+        [end] = result["curve"]
+        assert result["keys"] == keys and result["seconds_per_step"] == 0.25
+        assert (
+            result["steps"] == end["step"] == 3 and end["seconds"] == 0.8
+        )  # more than 0.01 minutes, and of one batch
+    assert "steps for 0.01 minutes of 2 samples" in (tmp_path / "out" / "experiments.md").read_text()
+
+
+def test_the_learning_rate_is_that_of_the_librarys_schedule():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 20, 200)
+    for step in range(200):
+        assert math.isclose(rate_share(step / 200), schedule.get_last_lr()[0], abs_tol=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("way", ["every4th", "prefix", "monkey"])
 def test_ways_with_other_blocks_are_refused_for_a_model_that_has_blocks(way, capsys):
     with pytest.raises(SystemExit):
         main(["--start", "x", "--data", "x", "--output", "y", "--ways", way])
     assert "with --start only full, k1, one_lora, no_lora;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--minutes", "0"], ["--minutes", "1", "--steps", "5"]])
+def test_minutes_are_some_and_stand_alone(options):
+    with pytest.raises(SystemExit):
+        main(["--start", "x", "--data", "x", "--output", "y", *options])

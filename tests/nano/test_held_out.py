@@ -27,6 +27,16 @@ def test_held_out_pictures_show_one_word_that_training_never_sees():
         assert question.endswith("?") and answer in (*questions.NUMBERS, "yes", "no", *pictures.COLOURS)
 
 
+def test_zoomed_pictures_have_fewer_pixels_and_higher_letters():
+    whole, *zoomed = (held_out.held_out_pictures(1, zoom)[0] for zoom in (1, 1.5, 3))
+    for picture in zoomed:
+        drawn = held_out.draw(0, picture.zoom)
+        assert drawn.signs == [whole.word] == [picture.word]
+        assert picture.cap_height == pytest.approx(picture.zoom * whole.cap_height, rel=0.2)
+        sides = zip(drawn.image.size, held_out.draw(0).image.size, strict=True)
+        assert all(side == pytest.approx(larger / picture.zoom, abs=2) for side, larger in sides)
+
+
 def test_tertiles_have_equal_sizes_and_go_by_letter_height():
     drawn = [
         held_out.HeldOutPicture(index, "WORD", height, ("", ""))

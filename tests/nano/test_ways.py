@@ -12,13 +12,14 @@ pytestmark = pytest.mark.once
 
 
 def test_each_way_differs_as_it_says(parts):
-    models = {name: build(way, seed=0, tiles_per_side=3, **parts)[0] for name, way in WAYS.items()}
+    names = ("full", "k1", "one_lora", "no_lora", "every4th", "prefix", "frozen_prefix")
+    models = {name: build(WAYS[name], seed=0, tiles_per_side=3, lora_sets=2, **parts)[0] for name in names}
     assert models["full"].config.cross_attention_layers == (1, 3) and models["full"].config.views_per_image == 10
     assert models["k1"].config.views_per_image == 2 and models["every4th"].config.cross_attention_layers == (3,)
     assert models["one_lora"].pheye.global_lora is models["one_lora"].pheye.local_lora
     assert models["full"].pheye.global_lora is not models["full"].pheye.local_lora
-    for name in ("no_lora", "every4th", "prefix"):
-        assert not any("lora" in key for key, _ in models[name].named_parameters())
+    for name, model in models.items():
+        assert any("lora" in key for key, _ in model.named_parameters()) == (name != "no_lora")
     for name, model in models.items():
         trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
         assert trained and not any("vision_tower" in key for key in trained)
@@ -28,7 +29,7 @@ def test_each_way_differs_as_it_says(parts):
 @torch.no_grad()
 def test_one_lora_set_sees_every_view_alike(parts):
     for name in ("full", "one_lora"):
-        model, _ = build(WAYS[name], seed=0, tiles_per_side=3, **parts)
+        model, _ = build(WAYS[name], seed=0, tiles_per_side=3, lora_sets=2, **parts)
         for key, parameter in model.named_parameters():
             if "_lora." in key:
                 nn.init.normal_(parameter)
@@ -39,9 +40,19 @@ def test_one_lora_set_sees_every_view_alike(parts):
 
 
 def test_the_same_seed_gives_the_same_start(parts):
-    first, again, other = (build(WAYS["full"], seed, tiles_per_side=3, **parts)[0].state_dict() for seed in (0, 0, 1))
+    first, again, other = (
+        build(WAYS["full"], seed, tiles_per_side=3, lora_sets=2, **parts)[0].state_dict() for seed in (0, 0, 1)
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_command_says_how_many_lora_sets_and_crops_unless_the_way_does(parts):
+    asked = {"seed": 0, "tiles_per_side": 2, "lora_sets": 0}
+    for name, views, has_lora in (("full", 5, False), ("one_lora", 5, True), ("k1", 2, False)):
+        model, processor = build(WAYS[name], **asked, **parts)
+        assert model.config.views_per_image == processor.image_processor.tiles_per_side**2 + 1 == views
+        assert any("_lora." in key for key, _ in model.named_parameters()) == has_lora
 
 
 @pytest.mark.parametrize("tiles_per_side", [1, 3])
@@ -54,7 +65,7 @@ def test_ways_of_looking_begin_with_blocks_that_learnt(tiles_per_side, tmp_path)
     start.save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
     for name, views, lora in (("full", 10, True), ("k1", 2, True), ("one_lora", 10, True), ("no_lora", 10, False)):
-        model, processor = build(WAYS[name], seed=0, tiles_per_side=3, start=tmp_path)
+        model, processor = build(WAYS[name], seed=0, tiles_per_side=3, lora_sets=2, start=tmp_path)
         assert model.config.views_per_image == processor.image_processor.tiles_per_side**2 + 1 == views
         second = [parameter for key, parameter in model.named_parameters() if "_lora." in key and key.endswith(".B")]
         assert bool(second) == lora and not any(parameter.any() for parameter in second)  # LoRA begins as nothing
@@ -65,7 +76,7 @@ def test_ways_of_looking_begin_with_blocks_that_learnt(tiles_per_side, tmp_path)
 
 
 def test_the_prefix_model_says_what_its_forward_pass_predicts(parts):
-    model, processor = build(WAYS["prefix"], seed=0, tiles_per_side=3, **parts)
+    model, processor = build(WAYS["prefix"], seed=0, tiles_per_side=3, lora_sets=2, **parts)
     model.eval()
     inputs = processor(images=torch.rand(3, 60, 50), text="What?", return_tensors="pt")
     with torch.no_grad():
