@@ -41,14 +41,13 @@ from ..image_processing_pheye import cut_crops, cut_views
 from ..layers_pheye import CALL, ViewCall
 from . import pictures
 from .checkpoints import autocast, claim, log
-from .configs import TILES, VIEW, nano_config
+from .configs import EYES, TILES, VIEW, nano_config
 from .labels import CLASSES, IGNORED, MOST_SHAPES
 from .muon import optimizers_for, set_learning_rates
 from .picture_labels import HEADS, OF_LETTERS, POINTS, crossing, heights, picture_labels
 from .recolouring import recoloured
 
-EYES = "eyes.safetensors"
-PARTS = "vision_tower", "high_res_tower", "fusion_blocks"
+WEIGHTS = "eyes.safetensors"
 TILE = 512  # pixels of the high-resolution picture along each side of a crop
 PAGES = 0.6  # share of pictures that are full of letters; the others are scenes
 SIGNS = 3, 10  # of a scene, or as many as find room
@@ -101,7 +100,7 @@ class Eyes(nn.Module):
     def parts(self) -> dict[str, torch.Tensor]:
         """Weights of the eyes by their names in a Pheye."""
         found = {f"pheye.{name}": weight for name, weight in self.pheye.state_dict().items()}
-        return {name: weight for name, weight in found.items() if name.split(".")[1] in PARTS}
+        return {name: weight for name, weight in found.items() if name.split(".")[1] in EYES}
 
 
 # --- Data ---
@@ -308,8 +307,8 @@ def save(output: Path, eyes: Eyes, optimizers: tuple, draws: int):
         if not path.name.startswith(f"checkpoint-{draws:08d}-"):
             path.unlink()
     weights = {name: weight.detach().bfloat16().cpu().contiguous() for name, weight in eyes.parts().items()}
-    save_file(weights, output / f"{EYES}.new", {"format": "pt"})
-    os.replace(output / f"{EYES}.new", output / EYES)
+    save_file(weights, output / f"{WEIGHTS}.new", {"format": "pt"})
+    os.replace(output / f"{WEIGHTS}.new", output / WEIGHTS)
 
 
 def load(output: Path, eyes: Eyes, optimizers: tuple) -> int:
@@ -336,7 +335,7 @@ def begin_with(eyes: Eyes, start: Path) -> bool:
     names, weights = eyes.parts(), load_file(start)
     weights = {name: weights[name].float() for name in names if name in weights}
     lacking = sorted({name.split(".")[1] for name in names if name not in weights})
-    if lacking not in ([], sorted(PARTS[1:])):
+    if lacking not in ([], sorted(EYES[1:])):
         raise InputError(f"{start} lacks weights of {', '.join(lacking)}; give those of a Pheye-nano.")
     mismatched = [name for name, weight in weights.items() if weight.shape != names[name].shape]
     if mismatched:

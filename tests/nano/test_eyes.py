@@ -97,7 +97,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(toy, draws, tmp_path,
     assert json.loads((tmp_path / "stopped" / "log.jsonl").read_text())["step"] == 1
     draws(2)
     eyes.train(tmp_path / "stopped", 1e9, echoes=1)
-    whole, stopped = (load_file(tmp_path / run / eyes.EYES) for run in ("whole", "stopped"))
+    whole, stopped = (load_file(tmp_path / run / eyes.WEIGHTS) for run in ("whole", "stopped"))
     assert whole.keys() == stopped.keys()
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     with pytest.raises(InputError, match="other settings: echoes was 1 and is now 3"):
@@ -136,13 +136,13 @@ def test_a_pheye_with_these_weights_has_the_states_that_were_trained(toy, tmp_pa
     model = eyes.Eyes(eyes.nano_config()).eval()
     torch.nn.init.normal_(model.pheye.fusion_blocks[0].mlp_out.weight, std=0.1)
     eyes.save(tmp_path, model, (), 1)
-    weights = load_file(tmp_path / eyes.EYES)
+    weights = load_file(tmp_path / eyes.WEIGHTS)
     assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
     whole = PheyeForConditionalGeneration(eyes.nano_config()).eval()
     lacking = whole.load_state_dict(weights, strict=False)
     assert not lacking.unexpected_keys
     assert not {name.split(".")[1] for name in lacking.missing_keys} & set(eyes.PARTS)
-    assert eyes.begin_with(model, tmp_path / eyes.EYES)
+    assert eyes.begin_with(model, tmp_path / eyes.WEIGHTS)
     views, tiles = eyes.towers_pixels(*batch()[:2])
     with torch.no_grad():
         expected = model.heads(whole.pheye.encode_views(views, tiles).last_hidden_state[:, 1:])
