@@ -141,7 +141,7 @@ def test_a_pheye_with_these_weights_has_the_states_that_were_trained(toy, tmp_pa
     whole = PheyeForConditionalGeneration(eyes.nano_config()).eval()
     lacking = whole.load_state_dict(weights, strict=False)
     assert not lacking.unexpected_keys
-    assert not {name.split(".")[1] for name in lacking.missing_keys} & set(eyes.PARTS)
+    assert not {name.split(".")[1] for name in lacking.missing_keys} & set(eyes.EYES)
     assert eyes.begin_with(model, tmp_path / eyes.WEIGHTS)
     views, tiles = eyes.towers_pixels(*batch()[:2])
     with torch.no_grad():
