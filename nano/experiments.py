@@ -9,7 +9,8 @@
 Ways that differ in what the views go through begin with the blocks of `--start`, without its LoRA, and are the last
 stage; ways that differ in the blocks, or have none, begin with new parts, on pictures for as many crops (`draw_data
 --stage tasks --tiles_per_side 1`). All take as many steps, or with `--minutes` steps for as long, with a seed on the
-same samples, and answer the same held-out questions. The output folder gets a result per run and, from all of them,
+same samples, and answer the same held-out questions. `--keep_features` encodes each picture once for all runs, where
+no LoRA trains, and uses it up to four times in a run. The output folder gets a result per run and, from all of them,
 experiments.md and its curves, experiments.png. A run that has a result is not done again.
 """
 
@@ -20,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -38,7 +40,9 @@ from ..common.machine import machine
 from ..training.collator import PheyeCollator
 from ..training.formats import Source
 from ..training.mixture import Mixture
+from .checkpoints import autocast, claim
 from .connectors import keys_per_image
+from .features import FeatureStore, features_as_pixels
 from .held_out import SHAPES, SIGN, HeldOutPicture, held_out_pictures, percent, requests_of, scores
 from .ways import WAYS, build
 
@@ -46,6 +50,7 @@ WARMUP = 0.1  # share of the steps or minutes
 TOKENS = 16  # of an answer
 ANSWERING = {"batch_size": 8, "generate_kwargs": {"max_new_tokens": TOKENS, "do_sample": False}}
 CURVE_PICTURES = 50  # the first of the held-out ones, for the curves
+TOGETHER, USES = 8, 4  # pictures whose features are kept in one file, and how often a run may use one
 COSTS = "seconds_per_step", "seconds_per_question"
 
 
@@ -63,8 +68,10 @@ def train(
     score_every: int,
     workers: int,
     device: str,
+    features: Path | None,
 ) -> dict:
-    """Train what requires gradients for `steps` steps, or until the steps have taken so many `minutes`.
+    """Train what requires gradients for `steps` steps, or until the steps have taken so many `minutes`. With a folder
+    for `features`, those of pictures are kept there.
 
     Returns: the number of steps, the mean loss of the last tenth, the median seconds of a step, and the curve: every
         `score_every` steps and at the end what the steps have taken, their loss, and scores on `pictures`.
@@ -78,14 +85,18 @@ def train(
     seconds, losses, curve = [], [], []
     model.train()
     bar = tqdm(total=steps, unit=" steps")
-    for batch in batches(processor, seed, data, steps, batch_size, workers):
+    if features is None:
+        source = batches(processor, seed, data, steps, batch_size, workers)
+    else:
+        source = kept_batches(model, processor, seed, data, features, steps, batch_size)
+    for batch in source:
         passed = len(losses) / steps if minutes is None else sum(seconds) / (60 * minutes)
         if passed >= 1:
             break
         batch = {name: batch[name].to(device) for name in names}
         begin = time.perf_counter()
         optimizer.param_groups[0]["lr"] = rate * rate_share(passed)
-        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+        with autocast(device), nullcontext() if features is None else features_as_pixels(model.pheye):
             loss = model(**batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -127,6 +138,35 @@ def batches(
         yield from DataLoader(mixture, batch_size, **options)
 
 
+def kept_batches(
+    model: nn.Module,
+    processor: PheyeProcessor,
+    seed: int,
+    data: Path,
+    features: Path,
+    steps: int | None,
+    batch_size: int,
+) -> Iterator[dict]:
+    """The same with the features of pictures in place of pixels; none more than USES times within `steps`."""
+    mixture = Mixture([Source(str(data), turns=None)], 0)
+    count = len(mixture) - len(mixture) % TOGETHER
+    if not count or USES * (count - count % batch_size) < batch_size * (steps or 1):
+        raise InputError(
+            f"{data} has {len(mixture)} samples; {steps or 1} steps take {batch_size * (steps or 1)}, each up to "
+            f"{USES} times. Draw more."
+        )
+    store = FeatureStore(features, mixture, processor, TOGETHER, seed=0)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in itertools.count():
+        order = torch.randperm(count, generator=generator).tolist()
+        for first in range(0, count - batch_size + 1, batch_size):
+            indices = order[first : first + batch_size]
+            for number in {index // TOGETHER for index in indices}:
+                store.encode(number, model)
+            batch = store.batch(indices)
+            yield {**batch, "pixel_values": batch.pop("features").unflatten(0, (batch_size, -1))}
+
+
 def curve_point(
     model: nn.Module,
     processor: PheyeProcessor,
@@ -157,6 +197,7 @@ def run(
     *,
     parts: dict,
     training: dict,
+    keep_features: bool,
     workers: int,
     device: str,
 ) -> dict:
@@ -167,15 +208,28 @@ def run(
         InputError: if that file has the result of other settings, or the data are too few.
     """
     path, settings = folder / "result.json", {**parts, **training, "count": len(pictures)}
+    settings["keep_features"] = keep_features
     if (result := read_record(path, settings, folder)) is not None:
         return result
     model, processor = build(WAYS[name], seed, **parts)
     model.to(device)
+    features = folder.parent / f"features-{processor.image_processor.tiles_per_side}" if keep_features else None
+    if features is not None:
+        claim(features, data=training["data"], vision=parts["vision"], start=parts["start"])
     costs = {
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "keys": keys_per_image(model),
     }
-    trained = train(model, processor, seed, pictures[:CURVE_PICTURES], **training, workers=workers, device=device)
+    trained = train(
+        model,
+        processor,
+        seed,
+        pictures[:CURVE_PICTURES],
+        **training,
+        workers=workers,
+        device=device,
+        features=features,
+    )
     model.eval()
     begin = time.perf_counter()
     rows = answer(
@@ -204,7 +258,7 @@ REPORT = """# Pheye-nano in several ways
 `python -m pheye.nano.experiments`, {budget} of {batch} samples of {data} at a learning rate of {rate}, from {start};
 {lora} LoRA sets where the way says nothing else; {seeds} seeds (mean, and each), {count} held-out pictures with two
 questions each, k = {tiles}; {machine}. Signs are read if no character is wrong: all, and by tertile of letter height.
-The loss is the mean of the last tenth of the steps. Keys are the tokens of an image that the text reads.
+The loss is the mean of the last tenth of the steps. Keys are the tokens of an image that the text reads.{kept}
 
 | way | parameters trained | keys per image | signs read, % | small, medium, large | characters wrong, % | \
 shapes, % | loss | steps | s per step | s per question |
@@ -213,6 +267,11 @@ shapes, % | loss | steps | s per step | s per question |
 
 ![Loss and characters wrong by step, and characters wrong by time](experiments.png)
 """
+
+
+KEPT = f"""
+Features of pictures were kept, and used up to {USES} times. So the seconds of a step are those without the vision
+tower."""
 
 
 def cell(values: list[float], shown: Callable[[float], str] = percent) -> str:
@@ -251,6 +310,7 @@ def report(results: list[dict], device: str) -> str:
         rate=settings["rate"],
         start=f"the blocks of {Path(settings['start']).name}" if settings["start"] else "new parts",
         lora=settings["lora_sets"],
+        kept=KEPT if settings["keep_features"] else "",
         tiles=settings["tiles_per_side"],
         seeds=len({result["seed"] for result in results}),
         count=settings["count"],
@@ -294,6 +354,7 @@ def experiments(
     score_every: int,
     seeds: int,
     count: int,
+    keep_features: bool,
     workers: int,
     device: str,
 ):
@@ -303,7 +364,8 @@ def experiments(
     training = {"data": data, "steps": steps, "minutes": minutes, "batch_size": batch_size, "rate": rate}
     training["score_every"] = score_every
     pictures = held_out_pictures(count, zoom=3 / tiles_per_side)
-    options = {"parts": parts, "training": training, "workers": workers, "device": device}
+    options = {"parts": parts, "training": training, "keep_features": keep_features}
+    options |= {"workers": workers, "device": device}
     results = [
         run(name, seed, output / f"{name}-{seed}", pictures, **options) for seed in range(seeds) for name in ways
     ]
@@ -336,12 +398,17 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--score_every", type=at_least(1), default=250, help="steps (default: %(default)s)")
     parser.add_argument("--seeds", type=at_least(1), default=2, help="(default: %(default)s)")
     parser.add_argument("--count", type=at_least(3), default=500, help="held-out pictures (default: %(default)s)")
+    parser.add_argument("--keep_features", action="store_true", help="in OUTPUT; for ways without LoRA")
     parser.add_argument("--workers", type=at_least(0), default=2, help="processes that open pictures")
     parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
     options = vars(parser.parse_args(argv))
     start, needed = options["start"], (options["vision"], options["language"])
     if (start is None) == (None in needed):
         parser.error("give either --start, or both --vision and --language")
+    if options["keep_features"] and (options["lora_sets"] or "one_lora" in (options["ways"] or WAYS)):
+        parser.error(
+            "--keep_features needs --lora_sets 0, and --ways without one_lora: features change while LoRA learns"
+        )
     if options["minutes"] is not None:
         options["steps"] = None
         if not options["minutes"] > 0:

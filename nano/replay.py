@@ -13,7 +13,6 @@ checkpoint; the features of a finished run may be deleted.
 
 import argparse
 import math
-import os
 import random
 import sys
 import time
@@ -21,15 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
-from ..common.command import InputError, Parser, at_least, exit_status
-from ..training.collator import IGNORED, PheyeCollator
+from ..common.command import Parser, at_least, exit_status
 from ..training.mixture import Mixture, read_mixture
 from ..training.trained import choose_trained
 from .checkpoints import claim, load_checkpoint, log, save_checkpoint
+from .features import FeatureStore
 
 BATCH = 8
 STEPS = 4  # of a round
@@ -37,59 +34,6 @@ ALONE = 40  # rounds before pictures are used again, of one step each
 USES = 4  # of a picture, at most
 WARMUP = 20  # steps
 SAVE_EVERY, LOG_EVERY = 150, 30  # steps
-
-
-class FeatureStore:
-    """The samples of a mixture in random order, again from the start where it ends, and their features on the disk."""
-
-    def __init__(self, folder: Path, mixture: Mixture, processor: PheyeProcessor, seed: int):
-        self.folder, self.mixture, self.collator = folder, mixture, PheyeCollator(processor)
-        self.order = random.Random(f"order {seed}").sample(range(len(mixture)), len(mixture))
-        folder.mkdir(exist_ok=True)
-
-    def sample(self, index: int) -> dict:
-        return self.mixture[self.order[index % len(self.order)]]
-
-    def file(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.safetensors"
-
-    @torch.no_grad()
-    def encode(self, number: int, model: PheyeForConditionalGeneration):
-        """Store what the vision tower gives to the view encoding for the pictures of round `number`.
-
-        Raises:
-            InputError: if a picture cannot be read.
-        """
-        if self.file(number).exists():
-            return
-        samples = [self.sample(number * BATCH + row) for row in range(BATCH)]
-        image_inputs, errors = self.collator.open_images([sample["images"] for sample in samples])
-        for sample, error in zip(samples, errors, strict=True):
-            if error is not None:
-                raise InputError(f"{sample['id']}: {error} Draw the data anew.")
-        seen = model.pheye.encode_views(**image_inputs).last_hidden_state
-        features = seen.unflatten(0, (BATCH, -1)).bfloat16()  # (B, V, N, D)
-        temporary = self.file(number).with_suffix(".new")
-        save_file({"features": features.contiguous()}, temporary)
-        os.replace(temporary, self.file(number))
-
-    def features(self, index: int) -> torch.Tensor:
-        """(V, N, D)"""
-        number, row = divmod(index, BATCH)
-        with safe_open(self.file(number), "pt") as file:
-            return file.get_slice("features")[row]
-
-    def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """Text, padded on the right, and features (B * V, N, D) of the samples of these numbers."""
-        rows = [self.collator.encode_sample(self.sample(index)) for index in indices]
-        inputs = self.collator.processor.tokenizer.pad(
-            {"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt"
-        )
-        labels = torch.full_like(inputs["input_ids"], IGNORED)
-        for row, (_, learnt) in enumerate(rows):
-            labels[row, : len(learnt)] = torch.tensor(learnt)
-        features = torch.stack([self.features(index) for index in indices])
-        return {**inputs, "labels": labels, "features": features.float().flatten(0, 1)}
 
 
 def schedule(rounds: int, seed: int) -> Iterator[tuple[int, bool, list[int]]]:
@@ -115,7 +59,7 @@ def train(model: Path, data: list[str], output: Path, rounds: int, learning_rate
     choose_trained(trained, freeze=["lora"] if has_lora else None)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    store = FeatureStore(output / "features", Mixture(read_mixture(data, turns=None), seed), processor, seed)
+    store = FeatureStore(output / "features", Mixture(read_mixture(data, turns=None), seed), processor, BATCH, seed)
     steps = list(schedule(rounds, seed))
     done, began = load_checkpoint(output, trained, [optimizer]), time.time()
     losses: dict[bool, list[float]] = {True: [], False: []}

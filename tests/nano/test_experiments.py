@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +73,39 @@ def test_minutes_in_place_of_steps_go_round_the_samples(parts, tmp_path, monkeyp
             result["steps"] == end["step"] == 3 and end["seconds"] == 0.8
         )  # more than 0.01 minutes, and of one batch
     assert "steps for 0.01 minutes of 2 samples" in (tmp_path / "out" / "experiments.md").read_text()
+
+
+def test_kept_features_train_as_pictures_do(parts, tmp_path, capsys):
+    data = draw_data.write_data(tmp_path / "data", "tasks", 9, workers=1, tiles_per_side=1)
+    options = ["--tiles_per_side", "1", "--lora_sets", "0", "--batch_size", "8", "--steps"]
+    losses = {}
+    for name in ("kept", "new"):
+        command = [*command_for(parts, data, tmp_path / name), *options, "1", "--ways", "full", "prefix", "perceiver"]
+        assert main(command + ["--keep_features"] * (name == "kept")) == 0
+        for way in ("full", "prefix", "perceiver"):
+            losses[name, way] = json.loads((tmp_path / name / f"{way}-0" / "result.json").read_text())["loss"]
+    for way in ("full", "prefix", "perceiver"):  # of eight of the nine pictures
+        assert losses["kept", way] == pytest.approx(losses["new", way], rel=0.02), way
+    assert len({round(loss, 2) for loss in losses.values()}) > 1
+    assert len(list((tmp_path / "kept" / "features-1").glob("*.safetensors"))) == 1
+    assert "Features of pictures were kept" in (tmp_path / "kept" / "experiments.md").read_text()
+    assert "Features of pictures were kept" not in (tmp_path / "new" / "experiments.md").read_text()
+
+
+def test_kept_features_are_of_one_tower_and_used_four_times(parts, tmp_path, capsys):
+    data = draw_data.write_data(tmp_path / "data", "tasks", 8, workers=1, tiles_per_side=1)
+    options = ["--tiles_per_side", "1", "--lora_sets", "0", "--keep_features", "--ways"]
+    command = [*command_for(parts, data, tmp_path / "out"), *options]
+    assert main([*command, "every4th", "--steps", "17"]) == 1
+    assert "has 8 samples; 17 steps take 34, each up to 4 times" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    assert main([*command, "every4th", "--steps", "16"]) == 0
+    other = draw_data.write_data(tmp_path / "other", "tasks", 8, workers=1, tiles_per_side=1)
+    assert main([*command_for(parts, other, tmp_path / "out"), *options, "full", "--steps", "16"]) == 1
+    assert "was begun with other settings: data" in capsys.readouterr().err
+    for wrong in ([*command, "one_lora"], [*command, "full", "--lora_sets", "2"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
 
 
 def test_the_learning_rate_is_that_of_the_librarys_schedule():

@@ -8,6 +8,7 @@ import torch
 
 from pheye import PheyeForConditionalGeneration
 from pheye.nano import replay
+from pheye.nano.features import FeatureStore
 from pheye.training.collator import PheyeCollator
 from pheye.training.mixture import Mixture, read_mixture
 
@@ -44,7 +45,7 @@ def train(folder, name, rounds):
 def test_features_stand_for_their_pictures(folder):
     model, processor = tiny_model(), tiny_processor()
     mixture = Mixture(read_mixture([str(folder / "data.json")], turns=None), 0)
-    store = replay.FeatureStore(folder / "features", mixture, processor, 0)
+    store = FeatureStore(folder / "features", mixture, processor, together=2, seed=0)
     for number in range(3):  # the sixth picture is the first again
         store.encode(number, model)
     indices = [4, 1, 5]

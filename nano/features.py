@@ -1,0 +1,91 @@
+"""Features of pictures, kept on the disk: what the vision tower gives while neither it nor its LoRA trains."""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .. import PheyeForConditionalGeneration, PheyeProcessor
+from ..common.command import InputError
+from ..modeling_pheye import PheyeModel
+from ..training.collator import IGNORED, PheyeCollator
+from ..training.mixture import Mixture
+
+
+class FeatureStore:
+    """The samples of a mixture in random order, again from the start where it ends, and their features on the disk.
+
+    Args:
+        together: pictures that are encoded by one call, and whose features are in one file.
+        seed: of the order.
+    """
+
+    def __init__(self, folder: Path, mixture: Mixture, processor: PheyeProcessor, together: int, seed: int):
+        self.folder, self.mixture, self.collator = folder, mixture, PheyeCollator(processor)
+        self.together = together
+        self.order = random.Random(f"order {seed}").sample(range(len(mixture)), len(mixture))
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def sample(self, index: int) -> dict:
+        return self.mixture[self.order[index % len(self.order)]]
+
+    def file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"
+
+    @torch.no_grad()
+    def encode(self, number: int, model: PheyeForConditionalGeneration):
+        """Store what the vision tower gives to the view encoding for the pictures of file `number`.
+
+        Raises:
+            InputError: if a picture cannot be read.
+        """
+        if self.file(number).exists():
+            return
+        samples = [self.sample(number * self.together + row) for row in range(self.together)]
+        image_inputs, errors = self.collator.open_images([sample["images"] for sample in samples])
+        for sample, error in zip(samples, errors, strict=True):
+            if error is not None:
+                raise InputError(f"{sample['id']}: {error} Draw the data anew.")
+        seen = model.pheye.encode_views(**image_inputs).last_hidden_state  # (B * V, N, D)
+        features = seen.unflatten(0, (self.together, -1)).bfloat16()  # (B, V, N, D)
+        temporary = self.file(number).with_suffix(".new")
+        save_file({"features": features.contiguous()}, temporary)
+        os.replace(temporary, self.file(number))
+
+    def features(self, index: int) -> torch.Tensor:
+        """(V, N, D)"""
+        number, row = divmod(index, self.together)
+        with safe_open(self.file(number), "pt") as file:
+            return file.get_slice("features")[row]
+
+    def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """Text, padded on the right, and features (B * V, N, D) of the samples of these numbers."""
+        rows = [self.collator.encode_sample(self.sample(index)) for index in indices]
+        inputs = self.collator.processor.tokenizer.pad(
+            {"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt"
+        )
+        labels = torch.full_like(inputs["input_ids"], IGNORED)
+        for row, (_, learnt) in enumerate(rows):
+            labels[row, : len(learnt)] = torch.tensor(learnt)
+        features = torch.stack([self.features(index) for index in indices])
+        return {**inputs, "labels": labels, "features": features.float().flatten(0, 1)}
+
+
+@contextmanager
+def features_as_pixels(pheye: PheyeModel) -> Iterator[None]:
+    """Within, `pheye` takes features (B, V, N, D) that were kept in place of pixels (B, V, 3, height, width)."""
+
+    def get_image_features(pixel_values: torch.Tensor, *args, **kwargs) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=pheye.view_encoding(pixel_values.flatten(0, 1)))
+
+    pheye.get_image_features = get_image_features
+    try:
+        yield
+    finally:
+        del pheye.get_image_features
