@@ -7,7 +7,13 @@ from .. import PheyeConfig
 VIEW = 224  # pixels along each side
 TILES = 3  # crops along each side of a picture
 VOCABULARY = 633  # tokens that the texts give
-EYES = "vision_tower", "high_res_tower", "fusion_blocks"  # parts of a Pheye that `nano.eyes` trains
+EYES = (
+    "vision_tower",
+    "global_lora",
+    "local_lora",
+    "high_res_tower",
+    "fusion_blocks",
+)  # parts of a Pheye that `nano.eyes` trains
 
 
 def vision_config() -> CLIPVisionConfig:

@@ -1,4 +1,5 @@
-"""Stage 0 with the branch: train vision tower, high-resolution branch and fusion blocks together on whole pictures.
+"""Stage 0 with the branch: train vision tower, LoRA, high-resolution branch and fusion blocks together on whole
+pictures.
 
     python -m pheye.nano.eyes --output FOLDER --minutes 13 [--start FILE]
 
@@ -58,7 +59,7 @@ EASY, HARD = 300, 1500  # pictures up to which pages are easy, and from which on
 ECHOES = 2  # times that a picture is used, its colours changed
 NOTHING_WEIGHT, NO_SHAPE_WEIGHT = 0.15, 0.01  # of columns without a letter and patches without a shape, most of all
 RATES = 3e-3, 1.5e-3  # of matrices by Muon, and of everything else by AdamW
-READING = 0.1  # of these rates, for a tower that reads already: at all of them it would forget how to
+READING = 0.1  # of these rates, for a tower that reads already and LoRA: at all of them it would forget how to
 WARMUP = 100  # steps
 ALONE = 600  # pictures at first from which only the branch learns, in less than half of the time
 FALL = 0.3  # share of the minutes over which the learning rate falls to 0
@@ -69,12 +70,12 @@ PART_BYTES = 15_000_000
 
 
 class Eyes(nn.Module):
-    """A Pheye's vision tower, branch and fusion blocks, and linear layers that read the labels off: one off the states
-    that Pheye uses, one off the branch's last map, which has a cell for each patch."""
+    """A Pheye's vision tower, LoRA, branch and fusion blocks, and linear layers that read the labels off: one off the
+    states that Pheye uses, one off the branch's last map, which has a cell for each patch."""
 
     def __init__(self, config: PheyeConfig):
         super().__init__()
-        config.global_lora_rank = config.local_lora_rank = 0  # begins as nothing, and trains later
+        config.lora_dropout = 0.0
         self.pheye = PheyeForConditionalGeneration(config).pheye
         self.pheye.language_model = self.pheye.cross_attention_blocks = self.pheye.view_encoding = None  # for later
         width, labels = config.vision_config.hidden_size, POINTS * CLASSES + sum(HEADS.values())
@@ -271,13 +272,14 @@ def accuracies(eyes: Eyes, seed: int) -> dict[str, float]:
 
 
 def optimizers_of(eyes: Eyes, tower_share: float) -> tuple[Optimizer, ...]:
-    """`tower_share`: of the rates, for the vision tower."""
+    """`tower_share`: of the rates, for the vision tower and its LoRA."""
     pheye = eyes.pheye
+    tower = nn.ModuleList([pheye.vision_tower, pheye.global_lora, pheye.local_lora])
     branch = nn.ModuleList([pheye.high_res_tower, pheye.fusion_blocks])
     others = nn.ModuleList([branch, eyes.heads, eyes.count_heads, eyes.branch_heads])
     tower_rates = (tower_share * rate for rate in RATES)
     return (
-        *optimizers_for(pheye.vision_tower, pheye.vision_layers(), *tower_rates),
+        *optimizers_for(tower, pheye.vision_layers(), *tower_rates),
         *optimizers_for(others, branch, *RATES),
     )
 
@@ -330,18 +332,18 @@ def begin_with(eyes: Eyes, start: Path) -> bool:
     """Take weights from a Pheye's, or from those that another run wrote; whether it has a branch.
 
     Raises:
-        InputError: if it holds other parts, or parts of other sizes.
+        InputError: if it holds no vision tower, a part that is not whole, or parts of other sizes.
     """
     names, weights = eyes.parts(), load_file(start)
     weights = {name: weights[name].float() for name in names if name in weights}
-    lacking = sorted({name.split(".")[1] for name in names if name not in weights})
-    if lacking not in ([], sorted(EYES[1:])):
-        raise InputError(f"{start} lacks weights of {', '.join(lacking)}; give those of a Pheye-nano.")
+    lacking = {name.split(".")[1] for name in names if name not in weights}
+    if lacking & {"vision_tower", *(name.split(".")[1] for name in weights)}:
+        raise InputError(f"{start} lacks weights of {', '.join(sorted(lacking))}; give those of a Pheye-nano.")
     mismatched = [name for name, weight in weights.items() if weight.shape != names[name].shape]
     if mismatched:
         raise InputError(f"{start} is of other sizes: {mismatched[0]} is {tuple(weights[mismatched[0]].shape)}.")
     eyes.load_state_dict({**eyes.state_dict(), **weights})
-    return not lacking
+    return "high_res_tower" not in lacking
 
 
 def learn(eyes: Eyes, optimizers: tuple, inputs: tuple, labels: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,8 +3,8 @@
     python -m pheye.nano.join --model checkpoints/pheye-nano --eyes nano-runs/eyes/eyes.safetensors \
         --output nano-runs/base
 
-The language model, its blocks, LoRA and the encoding of the views are those of `--model`. Layers that had no block get
-one that adds nearly nothing at first, as all blocks of a new Pheye do.
+The language model, its blocks and the encoding of the views are those of `--model`. Layers that had no block get one
+that adds nearly nothing at first, as all blocks of a new Pheye do.
 """
 
 import argparse

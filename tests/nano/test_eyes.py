@@ -135,6 +135,10 @@ def test_a_pheye_with_these_weights_has_the_states_that_were_trained(toy, tmp_pa
     torch.manual_seed(0)
     model = eyes.Eyes(eyes.nano_config()).eval()
     torch.nn.init.normal_(model.pheye.fusion_blocks[0].mlp_out.weight, std=0.1)
+    without_lora = model(*eyes.towers_pixels(*batch()[:2]))[1]
+    for name, parameter in model.named_parameters():
+        if "_lora." in name and name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.1)
     eyes.save(tmp_path, model, (), 1)
     weights = load_file(tmp_path / eyes.WEIGHTS)
     assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
@@ -147,6 +151,7 @@ def test_a_pheye_with_these_weights_has_the_states_that_were_trained(toy, tmp_pa
     with torch.no_grad():
         expected = model.heads(whole.pheye.encode_views(views, tiles).last_hidden_state[:, 1:])
         assert torch.equal(model(views, tiles)[1], expected)
+        assert not torch.allclose(expected, without_lora, atol=0.1)
 
 
 def test_a_start_may_lack_the_branch_but_not_the_tower(toy, tmp_path):
@@ -157,9 +162,18 @@ def test_a_start_may_lack_the_branch_but_not_the_tower(toy, tmp_path):
     assert not eyes.begin_with(model, tmp_path / "tower.safetensors")
     assert all(torch.equal(model.parts()[name], tower.get(name, weight)) for name, weight in parts.items())
     eyes.save_file({"pheye.other": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match="lacks weights of fusion_blocks, high_res_tower, vision_tower"):
+    with pytest.raises(
+        InputError, match="lacks weights of fusion_blocks, global_lora, high_res_tower, local_lora, vision_tower"
+    ):
         eyes.begin_with(model, tmp_path / "other.safetensors")
     name = next(iter(tower))
+    eyes.save_file({key: weight for key, weight in tower.items() if key != name}, tmp_path / "part.safetensors")
+    with pytest.raises(InputError, match="vision_tower"):
+        eyes.begin_with(model, tmp_path / "part.safetensors")
+    lora = {key: 1 + weight for key, weight in parts.items() if "_lora." in key}
+    eyes.save_file({**tower, **lora}, tmp_path / "lora.safetensors")
+    assert not eyes.begin_with(model, tmp_path / "lora.safetensors")
+    assert all(torch.equal(model.parts()[key], weight) for key, weight in lora.items())
     eyes.save_file({**tower, name: torch.ones(7)}, tmp_path / "larger.safetensors")
     with pytest.raises(InputError, match=rf"{name} is \(7,\)"):
         eyes.begin_with(model, tmp_path / "larger.safetensors")
@@ -175,8 +189,8 @@ def test_a_tower_that_reads_learns_at_a_tenth_of_the_rates(toy):
     }
     assert rates.keys() == {id(parameter) for parameter in model.parameters()}
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2 and ("layers" in name or "high_res" in name or "fusion" in name)
-        share = 0.1 if "vision_tower" in name else 1
+        is_matrix = parameter.ndim == 2 and (".layers." in name or "high_res" in name or "fusion" in name)
+        share = 0.1 if "vision_tower" in name or "_lora." in name else 1
         assert rates[id(parameter)] == pytest.approx(share * eyes.RATES[0 if is_matrix else 1]), name
 
 

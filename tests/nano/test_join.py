@@ -49,7 +49,7 @@ def test_new_blocks_and_an_idle_branch_change_next_to_nothing(tmp_path, monkeypa
 def test_what_does_not_fit_is_refused(new_config, capsys):
     eyes = eyes_of(PheyeForConditionalGeneration(new_config))
     with pytest.raises(ValueError, match="has no place in the new model"):
-        join.joined(tiny_model(local_lora_rank=5), eyes, new_config)
+        join.joined(tiny_model(cross_attention_reduction=2), eyes, new_config)
     eyes.popitem()
     with pytest.raises(ValueError, match="The eyes lack"):
         join.joined(tiny_model(), eyes, new_config)
