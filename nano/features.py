@@ -16,6 +16,7 @@ from ..common.command import InputError
 from ..modeling_pheye import PheyeModel
 from ..training.collator import IGNORED, PheyeCollator
 from ..training.mixture import Mixture
+from .checkpoints import autocast
 
 
 class FeatureStore:
@@ -52,7 +53,9 @@ class FeatureStore:
         for sample, error in zip(samples, errors, strict=True):
             if error is not None:
                 raise InputError(f"{sample['id']}: {error} Draw the data anew.")
-        seen = model.pheye.encode_views(**image_inputs).last_hidden_state  # (B * V, N, D)
+        image_inputs = {name: values.to(model.device) for name, values in image_inputs.items()}
+        with autocast(model.device.type):
+            seen = model.pheye.encode_views(**image_inputs).last_hidden_state  # (B * V, N, D)
         features = seen.unflatten(0, (self.together, -1)).bfloat16()  # (B, V, N, D)
         temporary = self.file(number).with_suffix(".new")
         save_file({"features": features.contiguous()}, temporary)

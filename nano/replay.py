@@ -25,7 +25,7 @@ from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..common.command import Parser, at_least, exit_status
 from ..training.mixture import Mixture, read_mixture
 from ..training.trained import choose_trained
-from .checkpoints import claim, load_checkpoint, log, save_checkpoint
+from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
 from .features import FeatureStore
 
 BATCH = 8
@@ -69,8 +69,9 @@ def train(model: Path, data: list[str], output: Path, rounds: int, learning_rate
         share = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * step / len(steps))))
         optimizer.param_groups[0]["lr"] = learning_rate * share
         batch = store.batch(indices)
-        seen = trained.pheye.view_encoding(batch.pop("features"))
-        loss = trained(image_hidden_states=seen, **batch).loss
+        with autocast(trained.device.type):
+            seen = trained.pheye.view_encoding(batch.pop("features"))
+            loss = trained(image_hidden_states=seen, **batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
