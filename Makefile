@@ -31,11 +31,11 @@ test: $(PINNED)/.installed
 slow: $(PINNED)/.installed
 	$(PINNED)/bin/$(PYTEST) -m slow
 
-# Inputs searched for that do harm, ten minutes for each test; `make slow` searches a minute.
+# Inputs searched for that do harm, ten minutes for each test; `make slow` searches half a minute.
 fuzz: $(PINNED)/.installed
 	FUZZ=600 $(PINNED)/bin/$(PYTEST) tests/fuzz
 
-# Runs that are killed at twenty random moments each; `make slow` tries three.
+# Runs that are killed at twenty random moments each; `make slow` tries two.
 kills: $(PINNED)/.installed
 	KILLS=20 $(PINNED)/bin/$(PYTEST) tests/kills
 

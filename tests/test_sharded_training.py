@@ -158,8 +158,6 @@ def run_sharded(folder: Path, shard, bf16: bool, kind: str = "plain") -> dict:
 
 WAYS = [
     *itertools.product([shard_by_torch, shard_by_accelerate, replicate], ["plain", "hybrid canvases"]),
-    (shard_by_torch, "hybrid"),
-    (shard_by_torch, "canvases"),
     (shard_by_accelerate, "budgets"),
     (shard_by_torch, "joint budgets"),
 ]

@@ -13,7 +13,7 @@ SECONDS = int(os.environ.get("FUZZ", 0))
 def search(check, *strategies, rounds: int):
     """Call `check` with what the strategies draw, 20 times a round; what fails is shown at its smallest.
 
-    `rounds` are as many as take a minute. A change is judged by draws that do not change from run to run.
+    `rounds` are as many as take half a minute. A change is judged by draws that do not change from run to run.
     """
     end = time.monotonic() + SECONDS
     quiet = settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -77,7 +77,7 @@ def check_config(changes):
 
 
 def test_a_configuration_that_is_accepted_computes():
-    search(check_config, CHANGES, rounds=60)
+    search(check_config, CHANGES, rounds=30)
 
 
 IMAGE_PROCESSOR = tiny_processor().image_processor
@@ -116,4 +116,4 @@ def test_a_processors_file_that_is_accepted_gives_pixels(tmp_path):
     changes = st.dictionaries(NAMES, NUMBERS | OTHERS | LISTS | DICTS, min_size=1, max_size=3)
     # A list for a size is read by transformers, before anything of Pheye.
     changes = changes.filter(lambda drawn: not isinstance(drawn.get("size"), list))
-    search(check_processor(tmp_path), changes, rounds=800)
+    search(check_processor(tmp_path), changes, rounds=400)

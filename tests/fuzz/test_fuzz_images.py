@@ -1,4 +1,4 @@
-"""Bytes give the image processor pixels or one sentence, whatever they are: searched a minute; ten by `make fuzz`."""
+"""Bytes give the image processor pixels or one sentence, whatever they are: searched half a minute; ten by `make fuzz`."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SECONDS = int(os.environ.get("FUZZ", 60))
+SECONDS = int(os.environ.get("FUZZ", 30))
 pytestmark = [pytest.mark.slow, pytest.mark.once, pytest.mark.timeout(SECONDS + 300)]
 
 

@@ -99,4 +99,4 @@ def check(conversation):
 
 
 def test_no_image_and_no_word_is_lost_and_no_other_error_is_raised():
-    search(check, CONVERSATIONS, rounds=1000)
+    search(check, CONVERSATIONS, rounds=500)

@@ -97,4 +97,4 @@ def test_no_word_is_lost_no_name_leads_out_and_no_other_error_is_raised(tmp_path
         said = [without_blanks(words_of(message[key])) for message in drawn_row[kind]]
         assert said in [[without_blanks(m["content"]) for m in sample["messages"]] for sample in samples]
 
-    search(check, ROWS, rounds=40)
+    search(check, ROWS, rounds=20)

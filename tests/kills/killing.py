@@ -1,4 +1,4 @@
-"""kill -9 at random moments: three for each test of `make slow`, twenty by `make kills`."""
+"""kill -9 at random moments: two for each test of `make slow`, twenty by `make kills`."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-ROUNDS = int(os.environ.get("KILLS", 3))
+ROUNDS = int(os.environ.get("KILLS", 2))
 DRAW = random.Random(5)
 
 
