@@ -1,4 +1,4 @@
-"""Bytes give the image processor pixels or one sentence, whatever they are: searched half a minute; ten by `make fuzz`."""
+"""Bytes give the image processor pixels or one sentence, whatever they are: half a minute; ten by `make fuzz`."""
 
 import os
 import subprocess
