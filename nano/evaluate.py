@@ -39,10 +39,12 @@ from .held_out import (
     border_scores,
     held_out_pictures,
     kept,
+    of_height,
     percent,
     requests_of,
     scores,
     tertiles_of,
+    with_interval,
 )
 
 LOOKED_AT = 300  # pictures whose attention is measured
@@ -105,17 +107,6 @@ def border_table(by_set: dict[str, dict]) -> list[str]:
             cells += [""] * 5
         lines.append(f"| {of_height(name)} | {' | '.join(cells)} |")
     return lines
-
-
-def with_interval(share: float, interval: Sequence[float]) -> str:
-    low, high = map(percent, interval)
-    return f"{percent(share)} ({low} to {high})"
-
-
-def of_height(letters: str) -> str:
-    """The letters of a set, in words."""
-    low, high = map(percent, CAP_HEIGHTS[letters])
-    return f"{low} to {high} %"
 
 
 def attention_table(attention: dict) -> list[str]:

@@ -203,3 +203,14 @@ def border_scores(rows: Sequence[dict]) -> dict:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
+
+
+def with_interval(share: float, interval: Sequence[float]) -> str:
+    low, high = map(percent, interval)
+    return f"{percent(share)} ({low} to {high})"
+
+
+def of_height(letters: str) -> str:
+    """The letters of a set, in words."""
+    low, high = map(percent, CAP_HEIGHTS[letters])
+    return f"{low} to {high} %"
