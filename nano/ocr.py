@@ -7,7 +7,7 @@ fails, seconds and megabytes. `--nano` is a folder that pheye.nano.evaluate wrot
 that are not installed are left out. The same command goes on after a kill; with a larger --count it does the rest.
 
 A reader is not asked for the sign: it gives all the text that it finds. So a word counts as read if it is one of the
-words that were found, one line, or all of them together, without spaces, signs and the difference of capitals.
+words that were found, one line, or all of them together, without spaces, punctuation and the difference of capitals.
 """
 
 import argparse
@@ -401,10 +401,10 @@ REPORT = """# Pheye-nano and other readers of signs
 The pictures are the held-out ones of [nano.md](nano.md). Each has one sign with one word. Tesseract and RapidOCR are
 not asked for the sign. They give all the text that they find, with their own settings. So this rule is in their
 favour: a word is read if it is one of the words that a reader found, or one of the lines without its spaces, or all of
-the text without its spaces. Signs and the difference of capitals do not count. "And nothing else" is the share of
-pictures where the reader found the word alone. Characters wrong are the fewest edits from one of these texts, or from
-none, to the word. Pheye-nano is asked "{question}", and scored by the same rule. Shares are in %. Intervals are over
-the pictures (bootstrap). Tertiles are by the height of the letters.
+the text without its spaces. Punctuation and the difference of capitals do not count. `and nothing else` is the share
+of pictures where the reader found the word alone. Characters wrong are the fewest edits from one of these texts, or
+from none, to the word. Pheye-nano is asked "{question}", and scored by the same rule. Shares are in %. Intervals are
+over the pictures (bootstrap). Tertiles are by the height of the letters.
 {sets}{costs}"""
 
 SET = """

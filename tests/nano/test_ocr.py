@@ -30,7 +30,7 @@ def row(answer: str, reference: str = "HOTEL", **others) -> dict:
         ("Hotel!", True, True, 0),
         ("H O T E L\n", True, True, 0),
         ("HO\nTEL", True, True, 0),  # a sign taken for two lines
-        ("~ .\n\nHOTEL\n\n|", True, True, 0),  # signs are no text
+        ("~ .\n\nHOTEL\n\n|", True, True, 0),  # punctuation is no text
         ("ee HOTEL x\nlii", True, False, 0),
         ("ab\nHO TEL\ncd", True, False, 0),
         ("HOTELS", False, False, 1),
