@@ -138,7 +138,7 @@ def plot(result: dict, path: Path):
 
 REPORT = """# Pheye-nano on held-out pictures
 
-`python -m pheye.nano.evaluate --model {model} --output FOLDER --count {count}`; {machine}.
+`python -m pheye.nano.evaluate --model {model} --output FOLDER --count {count} --fine {fine_count}`; {machine}.
 
 Signs with one word, real or made-up, of {letters[0]} to {letters[1]} letters; capitals of {lowest} to {highest} % of
 the picture's height. Words, fonts and photographs that training never showed. Intervals are over the pictures
@@ -169,8 +169,8 @@ Mean share, in %, per block while the answer is written; the first {looked_at} p
 FINE_LETTERS = """
 ## Fine letters
 
-{count} other pictures, with capitals of {lowest} to {highest} % of the picture's height. Each side has {pixels} pixels
-or more, so that a capital has 8 or more. Only the sign is asked for. Else as above, in tertiles of their own.
+{count} other pictures, with capitals of {lowest} to {highest} % of the picture's height. Each side has {pixels} pixels or
+more, so that a capital has 8 or more. Only the sign is asked for. Else as above, in tertiles of their own.
 
 {resolution}
 """
@@ -195,6 +195,7 @@ def report(result: dict) -> str:
         highest=percent(CAP_HEIGHTS[MAIN][1]),
         scores="\n".join(scores_table(result["inputs"]["full"])),
         resolution="\n".join(resolution_table(result["inputs"])),
+        fine_count=result["fine"]["pictures"] if result["fine"] else 0,
         fine=fine_letters(result["fine"]) if result["fine"] else "",
         borders=borders_of(result["borders"]) if result["borders"] else NO_BORDERS,
         looked_at=min(LOOKED_AT, result["pictures"]),
