@@ -169,8 +169,8 @@ Mean share, in %, per block while the answer is written; the first {looked_at} p
 FINE_LETTERS = """
 ## Fine letters
 
-{count} other pictures, with capitals of {lowest} to {highest} % of the picture's height. Each side has {pixels} pixels or
-more, so that a capital has 8 or more. Only the sign is asked for. Else as above, in tertiles of their own.
+{count} other pictures, with capitals of {lowest} to {highest} % of the picture's height. Each side has {pixels}
+pixels or more, so that a capital has 8 or more. Only the sign is asked for. Else as above, in tertiles of their own.
 
 {resolution}
 """

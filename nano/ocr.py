@@ -412,7 +412,7 @@ SET = """
 
 {scores}
 
-Words read in %, by what the pictures are like:
+Words read in %, by what the pictures are like. A reader that was asked about fewer of them has its share of those.
 
 {groups}
 """
