@@ -169,7 +169,8 @@ def readings(names: Sequence[str], letters: str, count: int, output: Path) -> li
         settings,
         {"readers": reader_versions(names)},
     )
-    return read_rows(path)
+    asked = {request.id for request in requests}
+    return [row for row in read_rows(path) if row["id"] in asked]  # an earlier run may have had more
 
 
 def nano_rows(folder: Path, letters: str, rows: Sequence[dict]) -> list[dict]:

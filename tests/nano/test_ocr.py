@@ -197,6 +197,8 @@ def test_the_command_writes_tables_and_goes_on_where_it_stopped(readers, tmp_pat
     assert "| RapidOCR | 4 | 100.0" in (tmp_path / "nano-ocr.md").read_text()
     assert "| 4 |  |" in (tmp_path / "nano-ocr.md").read_text()  # megabytes
     assert ocr.main(more) == 0 and len(readers) == 16 + 2 * len(ocr.THREADS) * (1 + 2 * ocr.REPEATS)
+    assert ocr.main(command) == 0
+    assert "| RapidOCR | 3 | 100.0" in (tmp_path / "nano-ocr.md").read_text()
 
 
 def test_what_is_missing_is_told(tmp_path, monkeypatch, capsys, readers):
