@@ -2,14 +2,12 @@
 
 import json
 import math
-import shutil
 
-import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from pheye.common.command import InputError
-from pheye.nano import fonts, held_out, ocr
+from pheye.nano import held_out, ocr, readers
 from pheye.nano.pictures import Letter, Picture
 
 pytestmark = pytest.mark.once
@@ -54,7 +52,7 @@ def test_scores_are_shares_of_pictures_and_of_letters():
     found = ocr.score(rows)
     assert found["read"] == 0.6667 and found["nothing_else"] == 0.3333 and found["character_error"] == 0.2
     assert found["by_tertile"] == {"small": 1, "medium": 1, "large": 0}
-    table = "\n".join(ocr.score_table({ocr.RAPIDOCR: found}))
+    table = "\n".join(ocr.score_table({readers.RAPIDOCR: found}))
     assert "| RapidOCR | 3 | 66.7 (0.0 to 100.0) | 33.3 | 20.0 | 100.0 | 100.0 | 0.0 |" in table
 
 
@@ -77,7 +75,7 @@ def test_every_group_of_pictures_is_scored_alone():
     assert found["background: plain"] == {"pictures": 2, "read": 0.5} and "background: gradient" not in found
     assert found["letters of the word: 3 or 4"] == {"pictures": 2, "read": 0.5}
     assert found["letters of the word: 5"]["pictures"] == found["letters of the word: 6 or 7"]["pictures"] == 1
-    assert "| tilt: 1 to 3 degrees | 2 | 50.0 |" in ocr.group_table({ocr.RAPIDOCR: found})
+    assert "| tilt: 1 to 3 degrees | 2 | 50.0 |" in ocr.group_table({readers.RAPIDOCR: found})
 
 
 def test_facts_of_a_picture_are_those_of_its_sign():
@@ -122,54 +120,25 @@ def test_answers_of_nano_are_those_about_the_same_pictures(tmp_path):
         ocr.nano_rows(tmp_path, held_out.MAIN, [row("", "DOG", index=1)])
 
 
-# --- Costs ---
-
-
-def test_the_size_of_a_package_is_that_of_all_it_needs_without_extras(tmp_path, monkeypatch):
-    def package(name, size, *needs):
-        folder = tmp_path / f"{name}-1.0.dist-info"
-        folder.mkdir()
-        (tmp_path / f"{name}.py").write_bytes(b"#" * size)
-        required = "".join(f"Requires-Dist: {need}\n" for need in needs)
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{required}")
-        (folder / "RECORD").write_text(f"{name}.py,,\n")
-
-    package("sized_one", 1_000_000, "sized-two>=1", 'sized_three; extra == "more"', 'sized_three; os_name == "none"')
-    package("sized_two", 500_000, "sized_one", "sized-missing")  # in a circle
-    package("sized_three", 250_000)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert ocr.packages_size("sized-one") == pytest.approx(1.5)
-    assert ocr.packages_size("sized-missing") is None
-
-
-def test_the_least_of_several_readings_counts(monkeypatch):
-    clock, cpu = iter([0, 5, 10, 12, 20, 23]), iter([0, 1, 2, 6, 6, 9])
-    monkeypatch.setattr(ocr.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(ocr, "cpu_seconds", lambda: next(cpu))
-    assert ocr.timed(lambda image: "", None) == (2, 1)
-
-
 # --- The command ---
 
 
 @pytest.fixture
-def readers(monkeypatch) -> list:
-    """Two readers, of which one knows every word and the other none; the places of what was read, in order."""
-    seen = []
+def seen(monkeypatch) -> list:
+    """Two readers, of which one knows every word and the other none; their names, in the order of reading."""
+    seen, shown = [], []
+
+    def draw(index, letters=held_out.MAIN):
+        shown[:] = [held_out.draw(index, letters=letters)]
+        return shown[0]
 
     def open_reader(name, threads):
         def read(image):
             seen.append(name)
-            [word] = held_out.draw.cached.signs
-            return f"noise\n{word.lower()}\n" if name == "rapidocr" else ""
+            return f"noise\n{shown[0].signs[0].lower()}\n" if name == "rapidocr" else ""
 
         return read
 
-    def draw(index, zoom=1, letters=held_out.MAIN, original=held_out.draw):
-        held_out.draw.cached = original(index, zoom, letters)
-        return held_out.draw.cached
-
-    monkeypatch.setattr(held_out, "draw", draw)
     monkeypatch.setattr(ocr, "draw", draw)
     monkeypatch.setattr(ocr, "installed", lambda: ["tesseract-11", "rapidocr"])
     monkeypatch.setattr(ocr, "reader_versions", lambda names: {"Reader": "1.0"})
@@ -178,10 +147,10 @@ def readers(monkeypatch) -> list:
     return seen
 
 
-def test_the_command_writes_tables_and_goes_on_where_it_stopped(readers, tmp_path):
+def test_the_command_writes_tables_and_goes_on_where_it_stopped(seen, tmp_path):
     command = ["--output", str(tmp_path), "--count", "3", "--fine", "4", "--timed", "0"]
     assert ocr.main(command) == 0
-    assert readers == ["tesseract-11", "rapidocr"] * 7
+    assert seen == ["tesseract-11", "rapidocr"] * 7
     result = json.loads((tmp_path / "ocr.json").read_text())
     scores = {name: {one: found[one]["scores"] for one in found} for name, found in result["sets"].items()}
     assert scores["main"]["rapidocr"]["read"] == 1 and scores["main"]["rapidocr"]["nothing_else"] == 0
@@ -189,33 +158,21 @@ def test_the_command_writes_tables_and_goes_on_where_it_stopped(readers, tmp_pat
     text = (tmp_path / "nano-ocr.md").read_text()
     assert "| RapidOCR | 3 | 100.0 (100.0 to 100.0) | 0.0 | 0.0 |" in text and "## Costs" not in text
     assert "Letters of 1.3 to 2.5 % of the height" in text
-    assert ocr.main(command) == 0 and len(readers) == 14
+    assert ocr.main(command) == 0 and len(seen) == 14
     more = ["--output", str(tmp_path), "--count", "4", "--fine", "4", "--timed", "2"]
     assert ocr.main(more) == 0
-    assert readers[14:16] == ["tesseract-11", "rapidocr"]  # the fourth picture; the rest is for the seconds
-    assert len(readers) == 16 + 2 * len(ocr.THREADS) * (1 + 2 * ocr.REPEATS)
+    assert seen[14:16] == ["tesseract-11", "rapidocr"]  # the fourth picture; the rest is for the seconds
+    assert len(seen) == 16 + 2 * len(readers.THREADS) * (1 + 2 * readers.REPEATS)
     assert "| RapidOCR | 4 | 100.0" in (tmp_path / "nano-ocr.md").read_text()
     assert "| 4 |  |" in (tmp_path / "nano-ocr.md").read_text()  # megabytes
-    assert ocr.main(more) == 0 and len(readers) == 16 + 2 * len(ocr.THREADS) * (1 + 2 * ocr.REPEATS)
+    assert ocr.main(more) == 0 and len(seen) == 16 + 2 * len(readers.THREADS) * (1 + 2 * readers.REPEATS)
     assert ocr.main(command) == 0
     assert "| RapidOCR | 3 | 100.0" in (tmp_path / "nano-ocr.md").read_text()
 
 
-def test_what_is_missing_is_told(tmp_path, monkeypatch, capsys, readers):
+def test_what_is_missing_is_told(tmp_path, monkeypatch, capsys, seen):
     assert ocr.main(["--output", str(tmp_path / "out"), "--nano", str(tmp_path)]) == 1
     assert "nano.json" in capsys.readouterr().err
     monkeypatch.setattr(ocr, "installed", lambda: [])
     assert ocr.main(["--output", str(tmp_path / "out")]) == 1
     assert "apt-get install tesseract-ocr" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(shutil.which("tesseract") is None, reason="Tesseract is not installed")
-@pytest.mark.parametrize("mode", ocr.PAGE_MODES)
-def test_tesseract_reads_large_black_letters(mode):
-    image = Image.new("RGB", (500, 160), "white")
-    font = fonts.open_font(next(iter(fonts.families(True).values()))[0], 60)
-    ImageDraw.Draw(image).text((60, 40), "HOTEL", "black", font)
-    found = row(ocr.open_reader(mode, 1)(image))
-    assert ocr.is_read(found) and ocr.is_all(found)
-    assert np.prod(ocr.megabytes(mode)) > 1
-    assert ocr.reader_versions([mode])["Tesseract"][0].isdigit()
