@@ -242,8 +242,8 @@ not asked for the sign. They give all the text that they find, with their own se
 favour: a word is read if it is one of the words that a reader found, or one of the lines without its spaces, or all of
 the text without its spaces. Punctuation and the difference of capitals do not count. `and nothing else` is the share
 of pictures where the reader found the word alone. Characters wrong are the fewest edits from one of these texts, or
-from none, to the word. Pheye-nano is asked "{question}", and scored by the same rule. Shares are in %. Intervals are
-over the pictures (bootstrap). Tertiles are by the height of the letters.
+from none, to the word. Pheye-nano is asked "{question}", and scored by the same rule. Shares
+are in %. Intervals are over the pictures (bootstrap). Tertiles are by the height of the letters.
 {sets}{costs}"""
 
 SET = """
@@ -259,9 +259,9 @@ Words read in %, by what the pictures are like. A reader that was asked about fe
 COSTS = """
 ## Costs
 
-Seconds are the median of {timed} pictures, each the least of {repeats} readings. Those of Tesseract have the start of
-the program, and those of the others do not. Installed are the Debian packages {packages}, and the Python packages with
-all that they need.
+Seconds are the median of {timed} pictures of the first set, each the least of {repeats} readings. Those of Tesseract
+have the start of the program, and those of the others do not. Installed are the Python packages with all that they
+need, and of Debian {packages}.
 
 {table}
 """
