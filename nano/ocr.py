@@ -235,7 +235,7 @@ def cost_table(costs: dict[str, dict]) -> list[str]:
 
 REPORT = """# Pheye-nano and other readers of signs
 
-`python -m pheye.nano.ocr --output FOLDER --count {count} --fine {fine}`; {machine}; {versions}.
+`python -m pheye.nano.ocr --output FOLDER{nano} --count {count} --fine {fine}`; {machine}; {versions}.
 
 The pictures are the held-out ones of [nano.md](nano.md). Each has one sign with one word. Tesseract and RapidOCR are
 not asked for the sign. They give all the text that they find, with their own settings. So this rule is in their
@@ -283,6 +283,7 @@ def report(result: dict) -> str:
         table="\n".join(cost_table(result["costs"])),
     )
     return REPORT.format(
+        nano=" --nano FOLDER" if any(PHEYE in found for found in result["sets"].values()) else "",
         count=result["count"],
         fine=result["fine"],
         machine=result["machine"],
