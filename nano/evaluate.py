@@ -1,11 +1,12 @@
 """How well Pheye-nano reads and counts, on drawn pictures with words, fonts and photographs that it never saw.
 
-    python -m pheye.nano.evaluate --model FOLDER_OR_ID --output FOLDER [--count 1000] [--reduced 448 224]
+    python -m pheye.nano.evaluate --model FOLDER_OR_ID --output FOLDER [--count 1000] [--fine 1000] [--reduced 448 224]
 
 writes into FOLDER the answers, nano.json, the tables nano.md and their plot nano.png: exact reading of the sign, share
 of wrong characters, questions about shapes; the same by tertile of letter height, with the picture first reduced to
-fewer pixels (the paper's Tables 1 and 2), and the attention on the global view by tertile (its Figure 4). The same
-command goes on after a kill. Any Pheye trained on these pictures can be measured.
+fewer pixels (the paper's Tables 1 and 2), and the attention on the global view by tertile (its Figure 4). Signs are
+read in a second set of pictures too, whose letters are finer. Words that a crop's border crosses are compared with
+like words inside a crop. The same command goes on after a kill. Any Pheye trained on these pictures can be measured.
 """
 
 import argparse
@@ -26,16 +27,24 @@ from ..evaluation.word_attention import global_shares
 from . import questions
 from .held_out import (
     CAP_HEIGHTS,
+    FINE,
     LETTERS,
+    LIKE,
+    MAIN,
     SEED,
     SHAPES,
     SIGN,
+    SIZES,
     HeldOutPicture,
+    border_scores,
     held_out_pictures,
+    kept,
+    of_height,
     percent,
     requests_of,
     scores,
     tertiles_of,
+    with_interval,
 )
 
 LOOKED_AT = 300  # pictures whose attention is measured
@@ -62,11 +71,41 @@ def scores_table(found: dict) -> list[str]:
 
 
 def resolution_table(by_input: dict[str, dict]) -> list[str]:
-    """Markdown: exact reading by tertile of letter height, a row for each input."""
-    lines = ["| input | all | small letters | medium | large |", "| --- | --- | --- | --- | --- |"]
+    """Markdown: reading by tertile of letter height, a row for each input."""
+    lines = [
+        "| input | all (95 % interval) | small letters | medium | large | characters wrong | kept (95 % interval) |",
+        "| --- " * 7 + "|",
+    ]
     for name, found in by_input.items():
-        cells = [percent(found[SIGN]["exact"]), *(percent(found["by_tertile"][group]["exact"]) for group in TERTILES)]
+        one, share = found[SIGN], found.get("kept")
+        cells = [
+            with_interval(one["exact"], one["interval"]),
+            *(percent(found["by_tertile"][group]["exact"]) for group in TERTILES),
+            percent(one["character_error"]),
+            with_interval(share["share"], share["interval"]) if share else "",
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def border_table(by_set: dict[str, dict]) -> list[str]:
+    """Markdown: reading of words across a crop's border and of words inside a crop, a row for each set of pictures."""
+    lines = [
+        "| letters | across, all | inside, all | pairs | across | inside | difference (95 % interval) "
+        "| mean height across | inside |",
+        "| --- " * 9 + "|",
+    ]
+    for name, found in by_set.items():
+        sides = found["across"], found["inside"]
+        cells = [f"{percent(side['exact'])} of {side['words']}" if side["words"] else "" for side in sides]
+        cells.append(str(found["pairs"]))
+        if found["pairs"]:
+            cells += [percent(side["paired"]) for side in sides]
+            cells.append(with_interval(found["difference"]["share"], found["difference"]["interval"]))
+            cells += [f"{100 * side['paired_height']:.2f}" for side in sides]
+        else:
+            cells += [""] * 5
+        lines.append(f"| {of_height(name)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -99,7 +138,7 @@ def plot(result: dict, path: Path):
 
 REPORT = """# Pheye-nano on held-out pictures
 
-`python -m pheye.nano.evaluate --model {model} --output FOLDER --count {count}`; {machine}.
+`python -m pheye.nano.evaluate --model {model} --output FOLDER --count {count} --fine {fine_count}`; {machine}.
 
 Signs with one word, real or made-up, of {letters[0]} to {letters[1]} letters; capitals of {lowest} to {highest} % of
 the picture's height. Words, fonts and photographs that training never showed. Intervals are over the pictures
@@ -109,9 +148,14 @@ the picture's height. Words, fonts and photographs that training never showed. I
 
 ## Resolution
 
-Words read exactly, in %, by tertile of letter height: the picture in full, or first reduced to fewer pixels.
+Words read exactly, in %, by tertile of letter height: the picture in full, or first reduced to fewer pixels. `kept`
+is the share of the words read in full pictures that remains.
 
 {resolution}
+{fine}
+## Words across a crop's border
+
+{borders}
 
 ## Attention on the global view
 
@@ -122,6 +166,24 @@ Mean share, in %, per block while the answer is written; the first {looked_at} p
 ![Reading by resolution, and attention](nano.png)
 """
 
+FINE_LETTERS = """
+## Fine letters
+
+{count} other pictures, with capitals of {lowest} to {highest} % of the picture's height. Each side has {pixels}
+pixels or more, so that a capital has 8 or more. Only the sign is asked for. Else as above, in tertiles of their own.
+
+{resolution}
+"""
+
+BORDERS = """Words read exactly, in %. A word is across where an upright border of the {tiles} x {tiles} crops leaves
+at least half a letter of it on either side, or a level one at least a quarter of its height. Each such word makes a
+pair with a word inside a crop. Both have as many letters, and letter heights that differ by {unlike} % at most. Each
+word is in one pair at most. There are as many pairs as can be. Heights are in % of the picture's. Intervals are over
+the pairs (bootstrap).
+
+{table}"""
+NO_BORDERS = "Not measured: the crops of this model have no borders that all pictures share."
+
 
 def report(result: dict) -> str:
     return REPORT.format(
@@ -129,12 +191,31 @@ def report(result: dict) -> str:
         count=result["pictures"],
         machine=result["machine"],
         letters=LETTERS,
-        lowest=percent(CAP_HEIGHTS[0]),
-        highest=percent(CAP_HEIGHTS[1]),
+        lowest=percent(CAP_HEIGHTS[MAIN][0]),
+        highest=percent(CAP_HEIGHTS[MAIN][1]),
         scores="\n".join(scores_table(result["inputs"]["full"])),
         resolution="\n".join(resolution_table(result["inputs"])),
+        fine_count=result["fine"]["pictures"] if result["fine"] else 0,
+        fine=fine_letters(result["fine"]) if result["fine"] else "",
+        borders=borders_of(result["borders"]) if result["borders"] else NO_BORDERS,
         looked_at=min(LOOKED_AT, result["pictures"]),
         attention="\n".join(attention_table(result["attention"])),
+    )
+
+
+def fine_letters(fine: dict) -> str:
+    return FINE_LETTERS.format(
+        count=fine["pictures"],
+        lowest=percent(CAP_HEIGHTS[FINE][0]),
+        highest=percent(CAP_HEIGHTS[FINE][1]),
+        pixels=SIZES[FINE][0],
+        resolution="\n".join(resolution_table(fine["inputs"])),
+    )
+
+
+def borders_of(borders: dict) -> str:
+    return BORDERS.format(
+        tiles=borders["tiles_per_side"], unlike=round(100 * (LIKE - 1)), table="\n".join(border_table(borders["sets"]))
     )
 
 
@@ -147,11 +228,38 @@ def looked_at(pictures: Sequence[HeldOutPicture]) -> Iterator[dict]:
         yield {"_line": picture.index, "image": picture.image(), "prompt": questions.SIGN, "tertile": group}
 
 
+def answers(
+    loaded: tuple,
+    pictures: Sequence[HeldOutPicture],
+    sides: Sequence[int | None],
+    output: Path,
+    *,
+    batch_size: int,
+    workers: int,
+    settings: dict,
+) -> dict[str, list[dict]]:
+    """Rows about the pictures of a set by input: in full (a side of None), and reduced to so many pixels a side."""
+    letters, rows = pictures[0].letters, {}
+    for side in sides:
+        path = answer(
+            lambda: loaded,
+            requests_of(pictures, side),
+            output / f"answers-{'' if letters == MAIN else f'{letters}-'}{side or 'full'}.jsonl",
+            batch_size=batch_size,
+            generate_kwargs={"max_new_tokens": TOKENS, "do_sample": False},
+            settings={**settings, "letters": letters, "count": len(pictures), "reduced": side},
+            workers=workers,
+        )
+        rows[f"reduced to {side}" if side else "full"] = read_rows(path)
+    return rows
+
+
 def evaluate(
     model: str,
     output: Path,
     *,
     count: int,
+    fine: int,
     reduced: list[int],
     batch_size: int,
     workers: int,
@@ -161,36 +269,41 @@ def evaluate(
 ):
     """Write answers, scores, tables and plot; the arguments are the command's options."""
     device = device or default_device()
-    pictures = held_out_pictures(count)
     identity, load = open_model(model, revision, dtype, device)
-    settings = {"model": model, "files of the model": identity, "dtype": dtype, "seed": SEED, "count": count}
-    inputs = {}
-    for side in (None, *reduced):
-        rows = answer(
-            load,
-            requests_of(pictures, side),
-            output / f"answers-{side or 'full'}.jsonl",
-            batch_size=batch_size,
-            generate_kwargs={"max_new_tokens": TOKENS, "do_sample": False},
-            settings={**settings, "reduced": side},
-            workers=workers,
-        )
-        name = f"reduced to {side}" if side else "full"
-        inputs[name] = scores(read_rows(rows))
-    attention = global_shares(*load(), looked_at(pictures[:LOOKED_AT]), TOKENS)
+    loaded = load()
+    tiles = tiles_with_borders(loaded[0].config)
+    settings = {"model": model, "files of the model": identity, "dtype": dtype, "seed": SEED, "tiles": tiles}
+    drawn, by_set, borders = {}, {}, {}
+    for letters, number in ((MAIN, count), (FINE, fine)):
+        if number:
+            drawn[letters] = held_out_pictures(number, letters=letters, tiles_per_side=tiles)
+            options = {"batch_size": batch_size, "workers": workers, "settings": settings}
+            rows = answers(loaded, drawn[letters], (None, *reduced), output, **options)
+            by_set[letters] = {name: scores(found) for name, found in rows.items()}
+            for name in list(rows)[1:]:
+                by_set[letters][name]["kept"] = kept(rows["full"], rows[name])
+            borders[letters] = border_scores(rows["full"]) if tiles else None
     result = {
         "model": model,
         "revision": identity,
         "pictures": count,
         "machine": machine(device),
         "versions": versions(),
-        "inputs": inputs,
-        "attention": attention,
+        "inputs": by_set[MAIN],
+        "fine": {"pictures": fine, "inputs": by_set[FINE]} if fine else None,
+        "borders": {"tiles_per_side": tiles, "sets": borders} if tiles else None,
+        "attention": global_shares(*loaded, looked_at(drawn[MAIN][:LOOKED_AT]), TOKENS),
     }
     plot(result, output / "nano.png")
     write_atomically(output / "nano.json", [json.dumps(result, indent=1).encode() + b"\n"])
     write_atomically(output / "nano.md", [report(result).encode()])
-    print("\n".join(scores_table(inputs["full"])))
+    print("\n".join(scores_table(by_set[MAIN]["full"])))
+
+
+def tiles_with_borders(config) -> int | None:
+    """Crops along each side of every picture; None where there is one, or where canvases differ from picture to
+    picture."""
+    return config.tiles_per_side if config.tiles_per_side > 1 and not config.canvases else None
 
 
 def parse(argv: list[str] | None) -> dict:
@@ -201,6 +314,9 @@ def parse(argv: list[str] | None) -> dict:
     add_model_options(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--count", type=at_least(3), default=1000, help="pictures (default: %(default)s)")
+    parser.add_argument(
+        "--fine", type=at_least(0), default=1000, help="more, with fine letters (default: %(default)s)"
+    )
     parser.add_argument(
         "--reduced", type=at_least(1), nargs="*", default=[448, 224], help="sides, in pixels (default: 448 224)"
     )

@@ -1,11 +1,14 @@
 """Pictures that training never shows, what is asked about them, and how answers are scored."""
 
 import functools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 
 from ..answering.rows import Request
 from ..evaluation.metrics.anls import edit_distance
@@ -13,64 +16,81 @@ from ..evaluation.metrics.bootstrap import confidence_interval
 from ..evaluation.tertiles import TERTILES, tertiles
 from ..image_processing_pheye import resize
 from . import questions, words
+from .picture_labels import crossing
 from .pictures import Picture, scene
 
 SEED = 2501
 LETTERS = 3, 7  # of the word on the sign, fewest and most
-SIZES = 300, 2000  # of its picture in pixels, shortest and longest side
-CAP_HEIGHTS = 0.025, 0.06  # of its capitals over the picture's height
+MAIN, FINE = "main", "fine"  # sets of pictures, by the letters of their signs
+# Of a picture in pixels, shortest and longest side. Fine capitals have 8 pixels at least; with fewer nobody reads them
+SIZES = {MAIN: (300, 2000), FINE: (600, 2000)}
+CAP_HEIGHTS = {MAIN: (0.025, 0.06), FINE: (0.013, 0.025)}  # of a sign's capitals over the picture's height
+LIKE = 1.1  # most by which letter heights of like words differ, as a factor
+REPEATS = 1000  # of the bootstrap
 SIGN, SHAPES = "sign", "shapes"  # kinds of question
 
 
 @dataclass
 class HeldOutPicture:
-    """A picture drawn anew whenever it is needed, with its two questions and answers."""
+    """A picture drawn anew whenever it is needed, with its two questions and answers.
+
+    `letters`: which set it is of; `crosses`: whether a crop's border passes through its word, if that was asked for.
+    """
 
     index: int
     word: str
     cap_height: float
     shape_question: tuple[str, str]
     zoom: float = 1
+    letters: str = MAIN
+    crosses: bool | None = None
 
     def image(self, reduced: int | None = None) -> Image.Image:
         """The picture; with `reduced`, stretched to a square of so many pixels a side, as the views are."""
-        image = draw(self.index, self.zoom).image
+        image = draw(self.index, self.zoom, self.letters).image
         return resize(image, (reduced, reduced), Image.Resampling.BICUBIC) if reduced else image
 
 
 @functools.lru_cache(maxsize=1)  # several questions in a row are about one picture
-def draw(index: int, zoom: float = 1) -> Picture:
-    """Held-out picture number `index`: a sign with one word, real or made-up, and up to five shapes.
+def draw(index: int, zoom: float = 1, letters: str = MAIN) -> Picture:
+    """Held-out picture number `index` of a set: a sign with one word, real or made-up, and up to five shapes.
 
     With `zoom` it has so many times fewer pixels a side, and so many times higher letters, as in one of the crops.
     """
-    rng = random.Random(f"held out {SEED} {index}")
+    rng = random.Random(f"held out {SEED} {index}" if letters == MAIN else f"held out {letters} {SEED} {index}")
     text = words.word(rng, True, *LETTERS)
-    sizes, cap_heights = tuple(int(side / zoom) for side in SIZES), tuple(zoom * share for share in CAP_HEIGHTS)
+    sizes = tuple(int(side / zoom) for side in SIZES[letters])
+    cap_heights = tuple(zoom * share for share in CAP_HEIGHTS[letters])
     return scene(rng, True, sizes=sizes, cap_heights=cap_heights, text=text)
 
 
-def held_out_pictures(count: int, zoom: float = 1) -> list[HeldOutPicture]:
-    """The first `count` held-out pictures."""
+def held_out_pictures(
+    count: int, zoom: float = 1, letters: str = MAIN, tiles_per_side: int | None = None
+) -> list[HeldOutPicture]:
+    """The first `count` held-out pictures of a set; with `tiles_per_side` it is known whose words cross a border of
+    so many crops a side."""
     pictures = []
     for index in range(count):
-        drawn = draw(index, zoom)
+        drawn = draw(index, zoom, letters)
         [question] = questions.shape_questions(random.Random(f"shapes {SEED} {index}"), drawn, 1)
-        pictures.append(HeldOutPicture(index, drawn.signs[0], drawn.cap_height, question, zoom))
+        crosses = None if tiles_per_side is None else bool(crossing(drawn, tiles_per_side).any())
+        pictures.append(HeldOutPicture(index, drawn.signs[0], drawn.cap_height, question, zoom, letters, crosses))
     return pictures
 
 
 def requests_of(pictures: Sequence[HeldOutPicture], reduced: int | None) -> list[Request]:
-    """Both questions about each picture; about a reduced one only that for the sign."""
+    """Both questions about each picture; about a reduced one, or one with fine letters, only that for the sign."""
     requests = []
     for picture, group in zip(pictures, tertiles_of(pictures), strict=True):
         image = functools.partial(picture.image, reduced)
         asked = [(SIGN, questions.SIGN, picture.word)]
-        if not reduced:
+        if not reduced and picture.letters == MAIN:
             asked.append((SHAPES, *picture.shape_question))
         for kind, question, reference in asked:
             fields = {"kind": kind, "question": question, "reference": reference, "tertile": group}
             fields["cap_height"] = round(picture.cap_height, 5)
+            if picture.crosses is not None:
+                fields["crosses"] = picture.crosses
             requests.append(Request(f"{picture.index}-{kind}", image, question, fields))
     return requests
 
@@ -122,5 +142,73 @@ def scores(rows: Sequence[dict]) -> dict:
     return found
 
 
+# --- Comparisons ---
+
+
+def interval(samples: np.ndarray, statistic=np.mean) -> list[float]:
+    """95 % interval of a statistic of samples (their number, ...), by bootstrap over them."""
+    rng = np.random.default_rng(0)
+    found = [statistic(samples[rng.integers(len(samples), size=len(samples))]) for _ in range(REPEATS)]
+    return [round(float(edge), 4) for edge in np.nanquantile(found, (0.025, 0.975))]
+
+
+def kept(full: Sequence[dict], reduced: Sequence[dict]) -> dict | None:
+    """Words read in the reduced pictures over those read in the same pictures in full; None if none was."""
+
+    def ratio(exact: np.ndarray) -> float:
+        of_full, of_reduced = exact.sum(0)
+        return of_reduced / of_full if of_full else np.nan
+
+    by_id = {row["id"]: is_exact(row) for row in reduced}
+    exact = np.array([(is_exact(row), by_id[row["id"]]) for row in full if row["kind"] == SIGN], float)
+    return {"share": round(ratio(exact), 4), "interval": interval(exact, ratio)} if exact[:, 0].any() else None
+
+
+def pairs_across_and_inside(rows: Sequence[dict]) -> list[tuple[dict, dict]]:
+    """Words that a crop's border crosses, each with a like word inside a crop: of as many letters, of the same height
+    but for a factor of LIKE. Each word occurs once at most, and there are as many pairs as can be."""
+    pairs = []
+    for length in sorted({len(row["reference"]) for row in rows}):
+        like = [row for row in rows if len(row["reference"]) == length]
+        across, inside = ([row for row in like if row["crosses"] == crosses] for crosses in (True, False))
+        heights = ([row["cap_height"] for row in side] for side in (across, inside))
+        distances = np.abs(np.subtract.outer(*(np.log(side) for side in heights)))
+        is_like = distances <= math.log(LIKE)
+        chosen = linear_sum_assignment(np.where(is_like, distances**2, len(like)))  # one unlike exceeds all like
+        pairs += [(across[one], inside[other]) for one, other in zip(*chosen, strict=True) if is_like[one, other]]
+    return pairs
+
+
+def border_scores(rows: Sequence[dict]) -> dict:
+    """Reading of words across a crop's border and inside: of all, and of pairs of like words with their difference."""
+    signs = [row for row in rows if row["kind"] == SIGN]
+    pairs = pairs_across_and_inside(signs)
+    exact = np.array([[is_exact(row) for row in pair] for pair in pairs], float).reshape(-1, 2)
+    heights = np.array([[row["cap_height"] for row in pair] for pair in pairs]).reshape(-1, 2)
+    found = {}
+    for place, (name, crosses) in enumerate((("across", True), ("inside", False))):
+        chosen = [is_exact(row) for row in signs if row["crosses"] == crosses]
+        found[name] = {"words": len(chosen), "exact": round(float(np.mean(chosen)), 4) if chosen else None}
+        if pairs:
+            found[name]["paired"] = round(exact[:, place].mean(), 4)
+            found[name]["paired_height"] = round(heights[:, place].mean(), 5)
+    found["pairs"] = len(pairs)
+    if pairs:
+        difference = exact[:, 0] - exact[:, 1]
+        found["difference"] = {"share": round(difference.mean(), 4), "interval": interval(difference)}
+    return found
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
+
+
+def with_interval(share: float, interval: Sequence[float]) -> str:
+    low, high = map(percent, interval)
+    return f"{percent(share)} ({low} to {high})"
+
+
+def of_height(letters: str) -> str:
+    """The letters of a set, in words."""
+    low, high = map(percent, CAP_HEIGHTS[letters])
+    return f"{low} to {high} %"

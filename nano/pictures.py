@@ -63,13 +63,18 @@ class Shape:
 
 @dataclass
 class Picture:
-    """A drawn picture (RGB) and what is in it; `cap_height` is that of the first sign, over the picture's height."""
+    """A drawn picture (RGB) and what is in it; `cap_height` is that of the first sign, over the picture's height.
+
+    `background` names its maker, `boards` says which signs have a board.
+    """
 
     image: Image.Image
     shapes: list[Shape] = field(default_factory=list)
     signs: list[str] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
     cap_height: float = 0.0
+    background: str = ""
+    boards: list[bool] = field(default_factory=list)
 
 
 # --- Backgrounds ---
@@ -101,10 +106,10 @@ def luminance(colour) -> float:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def background(rng: random.Random, width: int, height: int, held_out: bool) -> Image.Image:
+def empty_picture(rng: random.Random, width: int, height: int, held_out: bool) -> Picture:
     """A plain colour, a gradient, noise, a texture or part of a photograph."""
     maker = rng.choice((plain, gradient, noise, texture, from_photograph, from_photograph))
-    return maker(rng, width, height, held_out)
+    return Picture(maker(rng, width, height, held_out), background=maker.__name__.removeprefix("from_"))
 
 
 def plain(rng, width, height, held_out) -> Image.Image:
@@ -321,7 +326,8 @@ def add_sign(
     warp = {"size": (width_there, height_there), "method": Image.Transform.PERSPECTIVE}
     warp["data"] = tuple((inverse / inverse[2, 2]).flatten()[:8])
     behind = paper or mean_colour(image, place)
-    if paper is None and rng.random() < 0.7:  # on a board
+    has_board = paper is None and rng.random() < 0.7
+    if has_board:
         board = random_colour(rng)
         plate = Image.new("L", mask.size, 255)
         image.paste(board, (x, y), plate.transform(resample=Image.Resampling.BILINEAR, **warp))
@@ -339,6 +345,7 @@ def add_sign(
     if not picture.signs:
         picture.cap_height = height / image.height
     picture.signs.append(text)
+    picture.boards.append(has_board)
     return True
 
 
@@ -381,7 +388,7 @@ def scene(
     is drawn anew with another text and height.
     """
     width, height = random_size(rng, *sizes)
-    picture, taken = Picture(background(rng, width, height, held_out)), []
+    picture, taken = empty_picture(rng, width, height, held_out), []
     while len(picture.signs) < signs:
         share = math.exp(rng.uniform(*map(math.log, cap_heights)))
         if not add_sign(rng, picture, text or words.sign_text(rng, held_out), share * height, held_out, taken):
@@ -404,7 +411,7 @@ def page(
 
     `cap_heights`: least and most of the capitals' height, in pixels of a view; `is_plain`: dark on one bright colour.
     """
-    picture, taken = Picture(background(rng, width, height, held_out)), []
+    picture, taken = empty_picture(rng, width, height, held_out), []
     paper = bright_colour(rng) if is_plain else None
     if is_plain:
         picture.image.paste(paper, (0, 0, width, height))

@@ -69,3 +69,25 @@ def test_shapes_have_their_colour_where_they_are_said_to_be():
         for shape in picture.shapes:
             pixel = picture.image.getpixel(tuple(round(place) for place in shape.centre))
             assert max(abs(a - b) for a, b in zip(pixel, pictures.COLOURS[shape.colour], strict=True)) <= 12
+
+
+def test_the_background_is_named():
+    names = set()
+    for seed in range(20):
+        picture = pictures.empty_picture(random.Random(seed), 60, 40, False)
+        names.add(picture.background)
+        assert (len(picture.image.getcolors(60 * 40)) == 1) == (picture.background == "plain")
+    assert names == {"plain", "gradient", "noise", "texture", "photograph"}
+
+
+def test_it_is_known_which_signs_have_a_board():
+    rng, grey, boards = random.Random(3), (120, 120, 120), []
+    for _ in range(12):
+        picture = pictures.Picture(Image.new("RGB", (600, 300), grey))
+        taken = []
+        assert pictures.add_sign(rng, picture, "HOUND", 40, True, taken)
+        left, top, _, bottom = taken[0]
+        is_grey = picture.image.getpixel((left + 9, (top + bottom) // 2)) == grey
+        assert is_grey == (not picture.boards[0])
+        boards += picture.boards
+    assert set(boards) == {True, False}
