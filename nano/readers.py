@@ -95,7 +95,7 @@ def reader_versions(names: Sequence[str]) -> dict[str, str]:
     found = {}
     if set(names) & set(PAGE_MODES):
         text = subprocess.run(["tesseract", "--version"], capture_output=True, text=True).stdout
-        found["Tesseract"] = text.splitlines()[0].removeprefix("tesseract ")
+        found["Tesseract"] = text.partition("\n")[0].removeprefix("tesseract ")
     if RAPIDOCR in names:
         found |= {name: metadata.version(name) for name in ("rapidocr-onnxruntime", "onnxruntime")}
     return found
