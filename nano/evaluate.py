@@ -46,6 +46,7 @@ from .held_out import (
     tertiles_of,
     with_interval,
 )
+from .tables import table
 
 LOOKED_AT = 300  # pictures whose attention is measured
 TOKENS = 16  # of an answer, at most
@@ -56,45 +57,38 @@ TOKENS = 16  # of an answer, at most
 
 def scores_table(found: dict) -> list[str]:
     """Markdown: what is asked, how often the answer is right, characters wrong."""
-    lines = ["| question | asked | exactly right (95 % interval) | characters wrong |", "| --- | --- | --- | --- |"]
-    titles = {SIGN: "what is written on the sign", SHAPES: "shapes, all questions"}
+    titles, rows = {SIGN: "what is written on the sign", SHAPES: "shapes, all questions"}, []
     for name in (SIGN, SHAPES, "how many", "is there", "what colour"):
         if name in found:
             one = found[name]
             low, high = map(percent, one["interval"])
+            right = f"{percent(one['exact'])} % ({low} to {high})"
             wrong = f"{percent(one['character_error'])} %" if name == SIGN else ""
-            lines.append(
-                f"| {titles.get(name, name)} | {one['questions']} | {percent(one['exact'])} % ({low} to {high}) "
-                f"| {wrong} |"
-            )
-    return lines
+            rows.append([titles.get(name, name), str(one["questions"]), right, wrong])
+    return table(["question", "asked", "exactly right (95 % interval)", "characters wrong"], rows)
 
 
 def resolution_table(by_input: dict[str, dict]) -> list[str]:
     """Markdown: reading by tertile of letter height, a row for each input."""
-    lines = [
-        "| input | all (95 % interval) | small letters | medium | large | characters wrong | kept (95 % interval) |",
-        "| --- " * 7 + "|",
-    ]
+    rows = []
     for name, found in by_input.items():
         one, share = found[SIGN], found.get("kept")
-        cells = [
-            with_interval(one["exact"], one["interval"]),
-            *(percent(found["by_tertile"][group]["exact"]) for group in TERTILES),
-            percent(one["character_error"]),
-            with_interval(share["share"], share["interval"]) if share else "",
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+        rows.append(
+            [
+                name,
+                with_interval(one["exact"], one["interval"]),
+                *(percent(found["by_tertile"][group]["exact"]) for group in TERTILES),
+                percent(one["character_error"]),
+                with_interval(share["share"], share["interval"]) if share else "",
+            ]
+        )
+    names = ["input", "all (95 % interval)", "small letters", "medium", "large", "characters wrong"]
+    return table([*names, "kept (95 % interval)"], rows)
 
 
 def border_table(by_set: dict[str, dict]) -> list[str]:
     """Markdown: reading of words across a crop's border and of words inside a crop, a row for each set of pictures."""
-    lines = [
-        "| letters | across, all | inside, all | pairs | across | inside | difference (95 % interval) "
-        "| mean height across | inside |",
-        "| --- " * 9 + "|",
-    ]
+    rows = []
     for name, found in by_set.items():
         sides = found["across"], found["inside"]
         cells = [f"{percent(side['exact'])} of {side['words']}" if side["words"] else "" for side in sides]
@@ -105,17 +99,15 @@ def border_table(by_set: dict[str, dict]) -> list[str]:
             cells += [f"{100 * side['paired_height']:.2f}" for side in sides]
         else:
             cells += [""] * 5
-        lines.append(f"| {of_height(name)} | {' | '.join(cells)} |")
-    return lines
+        rows.append([of_height(name), *cells])
+    names = ["letters", "across, all", "inside, all", "pairs", "across", "inside", "difference (95 % interval)"]
+    return table([*names, "mean height across", "inside"], rows)
 
 
 def attention_table(attention: dict) -> list[str]:
     """Markdown: mean share of attention on the global view, a column for each block."""
-    layers = attention["layers"]
-    lines = [f"| letters | {' | '.join(f'layer {layer}' for layer in layers)} |", "| --- " * (len(layers) + 1) + "|"]
-    for group in attention["tertiles"]:
-        lines.append(f"| {group['tertile']} | {' | '.join(percent(share) for share in group['global_share'])} |")
-    return lines
+    rows = [[group["tertile"], *map(percent, group["global_share"])] for group in attention["tertiles"]]
+    return table(["letters", *(f"layer {layer}" for layer in attention["layers"])], rows)
 
 
 def plot(result: dict, path: Path):

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from .checkpoints import autocast, claim
 from .connectors import keys_per_image
 from .features import FeatureStore, features_as_pixels
 from .held_out import SHAPES, SIGN, HeldOutPicture, held_out_pictures, percent, requests_of, scores
+from .tables import table
 from .ways import WAYS, build
 
 WARMUP = 0.1  # share of the steps or minutes
@@ -81,14 +83,15 @@ def train(
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98))
+    source = batches(processor, seed, data, steps, batch_size, workers)
+    reading = nullcontext
+    if features is not None:
+        source = kept_batches(model, processor, seed, data, features, steps, batch_size)
+        reading = partial(features_as_pixels, model.pheye)
     names = ("input_ids", "attention_mask", "labels", *processor.image_processor.model_input_names)
     seconds, losses, curve = [], [], []
     model.train()
     bar = tqdm(total=steps, unit=" steps")
-    if features is None:
-        source = batches(processor, seed, data, steps, batch_size, workers)
-    else:
-        source = kept_batches(model, processor, seed, data, features, steps, batch_size)
     for batch in source:
         passed = len(losses) / steps if minutes is None else sum(seconds) / (60 * minutes)
         if passed >= 1:
@@ -96,13 +99,8 @@ def train(
         batch = {name: batch[name].to(device) for name in names}
         begin = time.perf_counter()
         optimizer.param_groups[0]["lr"] = rate * rate_share(passed)
-        with autocast(device), nullcontext() if features is None else features_as_pixels(model.pheye):
-            loss = model(**batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())  # waits for the device
+        with reading():
+            losses.append(learn(model, batch, optimizer))
         seconds.append(time.perf_counter() - begin)
         bar.update()
         if len(losses) % score_every == 0:
@@ -115,6 +113,17 @@ def train(
         "seconds_per_step": round(statistics.median(seconds), 3),
         "curve": curve,
     }
+
+
+def learn(model: nn.Module, batch: dict, optimizer: torch.optim.Optimizer) -> float:
+    """A step; its loss."""
+    with autocast(batch["labels"].device.type):
+        loss = model(**batch).loss
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()  # waits for the device
 
 
 def rate_share(passed: float) -> float:
@@ -213,44 +222,36 @@ def run(
         return result
     model, processor = build(WAYS[name], seed, **parts)
     model.to(device)
-    features = folder.parent / f"features-{processor.image_processor.tiles_per_side}" if keep_features else None
-    if features is not None:
+    features = None
+    if keep_features:
+        features = folder.parent / f"features-{processor.image_processor.tiles_per_side}"
         claim(features, data=training["data"], vision=parts["vision"], start=parts["start"])
     costs = {
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "keys": keys_per_image(model),
     }
-    trained = train(
-        model,
-        processor,
-        seed,
-        pictures[:CURVE_PICTURES],
-        **training,
-        workers=workers,
-        device=device,
-        features=features,
-    )
+    options = {**training, "workers": workers, "device": device, "features": features}
+    trained = train(model, processor, seed, pictures[:CURVE_PICTURES], **options)
+    write_record(path, settings, way=name, seed=seed, **costs, **trained, **asked(model, processor, pictures, folder))
+    return read_record(path, settings, folder)
+
+
+def asked(model: nn.Module, processor: PheyeProcessor, pictures: list[HeldOutPicture], folder: Path) -> dict:
+    """Scores of the answers about all pictures, and the seconds of one."""
     model.eval()
+    for path in folder.glob("answers.jsonl*"):  # of a run before, which was killed and had another model
+        path.unlink()
     begin = time.perf_counter()
     rows = answer(
         lambda: (model, processor),
         requests_of(pictures, None),
         folder / "answers.jsonl",
         **ANSWERING,
-        settings={"way": name, "seed": seed, "time": time.time()},
+        settings={},
     )
     found = scores(read_rows(rows))
-    write_record(
-        path,
-        settings,
-        way=name,
-        seed=seed,
-        **costs,
-        **trained,
-        seconds_per_question=round((time.perf_counter() - begin) / (2 * len(pictures)), 3),
-        scores=found,
-    )
-    return read_record(path, settings, folder)
+    seconds = (time.perf_counter() - begin) / (2 * len(pictures))
+    return {"seconds_per_question": round(seconds, 3), "scores": found}
 
 
 REPORT = """# Pheye-nano in several ways
@@ -260,10 +261,7 @@ REPORT = """# Pheye-nano in several ways
 questions each, k = {tiles}; {machine}. Signs are read if no character is wrong: all, and by tertile of letter height.
 The loss is the mean of the last tenth of the steps. Keys are the tokens of an image that the text reads.{kept}
 
-| way | parameters trained | keys per image | signs read, % | small, medium, large | characters wrong, % | \
-shapes, % | loss | steps | s per step | s per question |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-{rows}
+{table}
 
 ![Loss and characters wrong by step, and characters wrong by time](experiments.png)
 """
@@ -279,8 +277,23 @@ def cell(values: list[float], shown: Callable[[float], str] = percent) -> str:
     return f"{shown(statistics.mean(values))} ({', '.join(map(shown, values))})"
 
 
+COLUMNS = [
+    "way",
+    "parameters trained",
+    "keys per image",
+    "signs read, %",
+    "small, medium, large",
+    "characters wrong, %",
+    "shapes, %",
+    "loss",
+    "steps",
+    "s per step",
+    "s per question",
+]
+
+
 def report(results: list[dict], device: str) -> str:
-    lines = []
+    rows = []
     for name, way in WAYS.items():
         runs = [result for result in results if result["way"] == name]
         if runs:
@@ -299,7 +312,7 @@ def report(results: list[dict], device: str) -> str:
                 f"{statistics.mean(one['steps'] for one in runs):.0f}",
                 *(f"{statistics.mean(one[cost] for one in runs):.2f}" for cost in COSTS),
             ]
-            lines.append(f"| {' | '.join(cells)} |")
+            rows.append(cells)
     settings = results[0]["settings"]
     data = Path(settings["data"])
     steps, minutes = settings["steps"], settings["minutes"]
@@ -315,7 +328,7 @@ def report(results: list[dict], device: str) -> str:
         seeds=len({result["seed"] for result in results}),
         count=settings["count"],
         machine=machine(device),
-        rows="\n".join(lines),
+        table="\n".join(table(COLUMNS, rows)),
     )
 
 

@@ -26,7 +26,6 @@ MAIN, FINE = "main", "fine"  # sets of pictures, by the letters of their signs
 SIZES = {MAIN: (300, 2000), FINE: (600, 2000)}
 CAP_HEIGHTS = {MAIN: (0.025, 0.06), FINE: (0.013, 0.025)}  # of a sign's capitals over the picture's height
 LIKE = 1.1  # most by which letter heights of like words differ, as a factor
-REPEATS = 1000  # of the bootstrap
 SIGN, SHAPES = "sign", "shapes"  # kinds of question
 
 
@@ -114,14 +113,18 @@ def character_error(rows: Sequence[dict]) -> float:
     return edits / sum(len(row["reference"]) for row in rows)
 
 
+def interval(samples: Sequence, statistic=None) -> list[float]:
+    """`confidence_interval` in four digits."""
+    return [round(edge, 4) for edge in confidence_interval(samples, statistic=statistic)]
+
+
 def summary(rows: Sequence[dict]) -> dict:
     """Share of exact answers with its 95 % interval, and the share of wrong characters."""
     exact = [float(is_exact(row)) for row in rows]
-    low, high = confidence_interval(exact)
     return {
         "questions": len(rows),
         "exact": round(sum(exact) / len(exact), 4),
-        "interval": [round(low, 4), round(high, 4)],
+        "interval": interval(exact),
         "character_error": round(character_error(rows), 4),
     }
 
@@ -143,13 +146,6 @@ def scores(rows: Sequence[dict]) -> dict:
 
 
 # --- Comparisons ---
-
-
-def interval(samples: np.ndarray, statistic=np.mean) -> list[float]:
-    """95 % interval of a statistic of samples (their number, ...), by bootstrap over them."""
-    rng = np.random.default_rng(0)
-    found = [statistic(samples[rng.integers(len(samples), size=len(samples))]) for _ in range(REPEATS)]
-    return [round(float(edge), 4) for edge in np.nanquantile(found, (0.025, 0.975))]
 
 
 def kept(full: Sequence[dict], reduced: Sequence[dict]) -> dict | None:

@@ -44,6 +44,7 @@ from .readers import (
     reader_versions,
     seconds,
 )
+from .tables import table
 
 # --- Answers ---
 
@@ -196,41 +197,31 @@ def score_groups(rows: Sequence[dict]) -> dict[str, dict]:
 
 
 def score_table(by_reader: dict[str, dict]) -> list[str]:
-    lines = [
-        "| reader | pictures | word read (95 % interval) | and nothing else | characters wrong "
-        "| small letters | medium | large |",
-        "| --- " * 8 + "|",
-    ]
+    rows = []
     for name, one in by_reader.items():
         cells = [TITLES[name], str(one["pictures"]), with_interval(one["read"], one["interval"])]
         cells += [percent(one[key]) for key in ("nothing_else", "character_error")]
-        cells += [percent(one["by_tertile"][group]) for group in TERTILES]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells + [percent(one["by_tertile"][group]) for group in TERTILES])
+    names = ["reader", "pictures", "word read (95 % interval)", "and nothing else", "characters wrong"]
+    return table([*names, "small letters", "medium", "large"], rows)
 
 
 def group_table(by_reader: dict[str, dict]) -> list[str]:
-    names = list(by_reader)
-    lines = [f"| pictures by | number | {' | '.join(TITLES[name] for name in names)} |"]
-    lines.append("| --- " * (2 + len(names)) + "|")
-    first = by_reader[names[0]]
-    for group in first:
-        cells = [percent(by_reader[name][group]["read"]) if group in by_reader[name] else "" for name in names]
-        lines.append(f"| {group} | {first[group]['pictures']} | {' | '.join(cells)} |")
-    return lines
+    rows = []
+    for group, one in next(iter(by_reader.values())).items():
+        shares = [percent(found[group]["read"]) if group in found else "" for found in by_reader.values()]
+        rows.append([group, str(one["pictures"]), *shares])
+    return table(["pictures by", "number", *(TITLES[name] for name in by_reader)], rows)
 
 
 def cost_table(costs: dict[str, dict]) -> list[str]:
-    lines = [
-        "| reader | s, one thread | s of the CPU, one thread | s, two threads | MB of weights | MB as installed |",
-        "| --- " * 6 + "|",
-    ]
+    rows = []
     for name, one in costs.items():
         taken = one["seconds"]
         cells = [f"{taken['1'][kind]:.2f}" for kind in ("wall", "cpu")] + [f"{taken['2']['wall']:.2f}"]
-        cells += ["" if size is None else f"{size:.0f}" for size in one["megabytes"]]
-        lines.append(f"| {TITLES[name]} | {' | '.join(cells)} |")
-    return lines
+        rows.append([TITLES[name], *cells, *("" if size is None else f"{size:.0f}" for size in one["megabytes"])])
+    names = ["reader", "s, one thread", "s of the CPU, one thread", "s, two threads", "MB of weights"]
+    return table([*names, "MB as installed"], rows)
 
 
 REPORT = """# Pheye-nano and other readers of signs

@@ -81,6 +81,7 @@ class Server:
 
     async def load_model(self, request: Request) -> Response:
         """`transformers chat` asks its server for this before its first question."""
+        self.check_key(request)
         return Response(event({"status": "ready", "model": self.name, "cached": True}), media_type="text/event-stream")
 
     async def chat(self, request: Request) -> Response:

@@ -132,6 +132,9 @@ def test_who_does_not_know_the_key_gets_nothing(running, key):
     with pytest.raises(urllib.error.HTTPError, match="401") as error:
         urllib.request.urlopen(request)
     assert json.load(error.value)["error"]["code"] == "invalid_api_key"
+    request = urllib.request.Request(f"{running.address}/load_model", b"{}", headers=dict(request.headers))
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(request)
     with pytest.raises(openai.AuthenticationError):
         client(running.address, "wrong").chat.completions.create(messages=[question("What?")], **ASKED)
 

@@ -60,7 +60,7 @@ def test_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
 
 
 def test_minutes_in_place_of_steps_go_round_the_samples(parts, tmp_path, monkeypatch):
-    clock = SimpleNamespace(perf_counter=itertools.count(step=0.25).__next__, time=lambda: 0)
+    clock = SimpleNamespace(perf_counter=itertools.count(step=0.25).__next__)
     monkeypatch.setattr(experiments, "time", clock)
     data = draw_data.write_data(tmp_path / "data", "tasks", 2, workers=1, tiles_per_side=2)
     command = [*command_for(parts, data, tmp_path / "out"), "--tiles_per_side", "2", "--lora_sets", "0"]
@@ -80,11 +80,11 @@ def test_kept_features_train_as_pictures_do(parts, tmp_path, capsys):
     options = ["--tiles_per_side", "1", "--lora_sets", "0", "--batch_size", "8", "--steps"]
     losses = {}
     for name in ("kept", "new"):
-        command = [*command_for(parts, data, tmp_path / name), *options, "1", "--ways", "full", "prefix", "perceiver"]
+        command = [*command_for(parts, data, tmp_path / name), *options, "1", "--ways", "full", "prefix"]
         assert main(command + ["--keep_features"] * (name == "kept")) == 0
-        for way in ("full", "prefix", "perceiver"):
+        for way in ("full", "prefix"):
             losses[name, way] = json.loads((tmp_path / name / f"{way}-0" / "result.json").read_text())["loss"]
-    for way in ("full", "prefix", "perceiver"):  # of eight of the nine pictures
+    for way in ("full", "prefix"):  # of eight of the nine pictures
         assert losses["kept", way] == pytest.approx(losses["new", way], rel=0.02), way
     assert len({round(loss, 2) for loss in losses.values()}) > 1
     assert len(list((tmp_path / "kept" / "features-1").glob("*.safetensors"))) == 1
@@ -100,6 +100,12 @@ def test_kept_features_are_of_one_tower_and_used_four_times(parts, tmp_path, cap
     assert "has 8 samples; 17 steps take 34, each up to 4 times" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out")
     assert main([*command, "every4th", "--steps", "16"]) == 0
+    result = tmp_path / "out" / "every4th-0" / "result.json"
+    first = json.loads(result.read_text())
+    result.unlink()  # as after a kill
+    (tmp_path / "out" / "every4th-0" / "answers.jsonl").write_text("{}\n")
+    assert main([*command, "every4th", "--steps", "16"]) == 0
+    assert json.loads(result.read_text())["scores"] == first["scores"]
     other = draw_data.write_data(tmp_path / "other", "tasks", 8, workers=1, tiles_per_side=1)
     assert main([*command_for(parts, other, tmp_path / "out"), *options, "full", "--steps", "16"]) == 1
     assert "was begun with other settings: data" in capsys.readouterr().err
