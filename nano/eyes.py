@@ -5,13 +5,12 @@ pictures.
 
 The same command again goes on from its last checkpoint for as many minutes more; `--start` takes these parts from a
 Pheye's weights instead of from nothing. FOLDER/eyes.safetensors has the parts in bfloat16, by their names in a Pheye.
-No file there has more than 16 MB. The labels (picture_labels.py) are read off by linear layers over the states that
+The labels (picture_labels.py) are read off by linear layers over the states that
 Pheye uses; those layers are thrown away afterwards.
 """
 
 import argparse
 import functools
-import io
 import math
 import os
 import random
@@ -37,11 +36,10 @@ from transformers.image_utils import (
 
 from .. import PheyeConfig, PheyeForConditionalGeneration
 from ..common.command import InputError, Parser, at_least, default_device, exit_status
-from ..common.files import write_atomically
 from ..image_processing_pheye import cut_crops, cut_views
 from ..layers_pheye import CALL, ViewCall
 from . import pictures
-from .checkpoints import autocast, claim, log
+from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
 from .configs import EYES, TILES, VIEW, nano_config
 from .labels import CLASSES, IGNORED, MOST_SHAPES
 from .muon import optimizers_for, set_learning_rates
@@ -66,7 +64,6 @@ FALL = 0.3  # share of the minutes over which the learning rate falls to 0
 SAVE_EVERY, LOG_EVERY = 8, 2  # minutes
 TEST_PICTURES = 24
 SMALL, LARGE = 0.022, 0.037  # heights of letters' boxes over the picture's, up to and from which they are so called
-PART_BYTES = 15_000_000
 
 
 class Eyes(nn.Module):
@@ -292,40 +289,15 @@ def learning_rate_share(step: int, passed: float) -> float:
     return min((step + 1) / WARMUP, 1.0, max(0.0, (1 - passed) / FALL))
 
 
-# --- Checkpoints in files that come back from a machine with little room for them ---
+# --- Checkpoints ---
 
 
 def save(output: Path, eyes: Eyes, optimizers: tuple, draws: int):
-    """Write what `load` needs to go on after `draws` draws, in several files, and the weights of the eyes."""
-    state = {"eyes": eyes.state_dict(), "optimizers": [one.state_dict() for one in optimizers], "draws": draws}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getvalue()
-    count = math.ceil(len(content) / PART_BYTES)
-    for part in range(count):
-        chunk = content[part * PART_BYTES : (part + 1) * PART_BYTES]
-        write_atomically(output / f"checkpoint-{draws:08d}-{part}-of-{count}", [chunk])
-    for path in output.glob("checkpoint-*"):
-        if not path.name.startswith(f"checkpoint-{draws:08d}-"):
-            path.unlink()
+    """Write what the run needs to go on after `draws` draws, and the weights of the eyes."""
+    save_checkpoint(output, eyes, optimizers, draws)
     weights = {name: weight.detach().bfloat16().cpu().contiguous() for name, weight in eyes.parts().items()}
     save_file(weights, output / f"{WEIGHTS}.new", {"format": "pt"})
     os.replace(output / f"{WEIGHTS}.new", output / WEIGHTS)
-
-
-def load(output: Path, eyes: Eyes, optimizers: tuple) -> int:
-    """Load the last checkpoint in `output` of which all files are there, if there is one; the number of draws done."""
-    for first in sorted(output.glob("checkpoint-*-0-of-*"), reverse=True):
-        name, count = first.name.split("-0-of-")
-        parts = [output / f"{name}-{part}-of-{count}" for part in range(int(count))]
-        if all(part.exists() for part in parts):
-            content = b"".join(part.read_bytes() for part in parts)
-            state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-            eyes.load_state_dict(state["eyes"])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            return state["draws"]
-    return 0
 
 
 def begin_with(eyes: Eyes, start: Path) -> bool:
@@ -382,7 +354,7 @@ def train(
     alone = 0 if has_branch else ALONE
     eyes.to(device)
     optimizers = optimizers_of(eyes, READING if start else 1.0)
-    draws = load(output, eyes, optimizers)
+    draws = load_checkpoint(output, eyes, optimizers)
     sums, steps, logged, saved = {}, 0, time.time(), time.time()
     for arrays in drawn(draws, seed, skipped, together, workers):
         views, tiles, *labels, is_page = (array.to(device) for array in arrays)

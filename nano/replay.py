@@ -1,7 +1,7 @@
 """A stage for a processor: blocks and view encoding learn from features of pictures that are kept and used again.
 
     python -m pheye.nano.replay --model nano-runs/base2 --data nano-runs/instruct/data.jsonl --output nano-runs/stage2
-        [--rounds 500]
+        [--rounds 500 | --minutes 6]
 
 With nine crops, four fifths of a step of the training command go into the vision tower, which always gives the same
 for a picture while its LoRA does not train. Here a round encodes some new pictures, keeps their features (a megabyte
@@ -12,6 +12,7 @@ checkpoint; the features of a finished run may be deleted.
 """
 
 import argparse
+import itertools
 import math
 import random
 import sys
@@ -22,13 +23,14 @@ from pathlib import Path
 import torch
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
-from ..common.command import Parser, at_least, exit_status
+from ..common.command import Parser, at_least, default_device, exit_status
 from ..training.mixture import Mixture, read_mixture
 from ..training.trained import choose_trained
 from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
 from .features import FeatureStore
 
 BATCH = 8
+ROUNDS = 500
 STEPS = 4  # of a round
 ALONE = 40  # rounds before pictures are used again, of one step each
 USES = 4  # of a picture, at most
@@ -36,10 +38,13 @@ WARMUP = 20  # steps
 SAVE_EVERY, LOG_EVERY = 150, 30  # steps
 
 
-def schedule(rounds: int, seed: int) -> Iterator[tuple[int, bool, list[int]]]:
-    """For each step its round, whether it is on that round's new pictures, and the numbers of its pictures."""
+def schedule(rounds: int | None, seed: int) -> Iterator[tuple[int, bool, list[int]]]:
+    """For each step its round, whether it is on that round's new pictures, and the numbers of its pictures.
+
+    `rounds`: how many there are; without end if None.
+    """
     rng, uses = random.Random(f"kept {seed}"), []
-    for number in range(rounds):
+    for number in itertools.count() if rounds is None else range(rounds):
         new = list(range(len(uses), len(uses) + BATCH))
         uses += [1] * BATCH
         yield number, True, new
@@ -50,25 +55,41 @@ def schedule(rounds: int, seed: int) -> Iterator[tuple[int, bool, list[int]]]:
             yield number, False, chosen
 
 
-def train(model: Path, data: list[str], output: Path, rounds: int, learning_rate: float = 7e-4, seed: int = 0):
-    """Train for `rounds` rounds, go on from the last checkpoint if there is one, and save the model."""
+def train(
+    model: Path,
+    data: list[str],
+    output: Path,
+    rounds: int | None = None,
+    minutes: float | None = None,
+    learning_rate: float = 7e-4,
+    seed: int = 0,
+    device: str = "cpu",
+):
+    """Train for `rounds` rounds in all, or for so many `minutes` more, and save the model.
+
+    It goes on from the last checkpoint, if there is one.
+    """
     claim(output, model=model, data=data, learning_rate=learning_rate, seed=seed)
     processor = PheyeProcessor.from_pretrained(model)
-    trained = PheyeForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    trained = PheyeForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval().to(device)
     has_lora = trained.config.global_lora_rank or trained.config.local_lora_rank
     choose_trained(trained, freeze=["lora"] if has_lora else None)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     store = FeatureStore(output / "features", Mixture(read_mixture(data, turns=None), seed), processor, BATCH, seed)
-    steps = list(schedule(rounds, seed))
     done, began = load_checkpoint(output, trained, [optimizer]), time.time()
+    steps = None if rounds is None else sum(1 for _ in schedule(rounds, seed))
+
+    def passed(step: int) -> float:
+        return (time.time() - began) / (60 * minutes) if steps is None else step / steps
+
     losses: dict[bool, list[float]] = {True: [], False: []}
-    for step, (number, is_new, indices) in enumerate(steps[done:], done):
+    for step, (number, is_new, indices) in enumerate(itertools.islice(schedule(rounds, seed), done, None), done):
         if is_new:
             store.encode(number, trained)
-        share = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * step / len(steps))))
+        share = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * min(1.0, passed(step)))))
         optimizer.param_groups[0]["lr"] = learning_rate * share
-        batch = store.batch(indices)
+        batch = {name: values.to(device) for name, values in store.batch(indices).items()}
         with autocast(trained.device.type):
             seen = trained.pheye.view_encoding(batch.pop("features"))
             loss = trained(image_hidden_states=seen, **batch).loss
@@ -77,13 +98,15 @@ def train(model: Path, data: list[str], output: Path, rounds: int, learning_rate
         optimizer.step()
         optimizer.zero_grad()
         losses[is_new].append(loss.item())
-        is_last = step + 1 == len(steps)
+        is_last = passed(step + 1) >= 1
         if (step + 1) % LOG_EVERY == 0 or is_last:
             new, kept = (round(sum(values) / max(1, len(values)), 4) for values in (losses[True], losses[False]))
             log(output, {"step": step + 1, "loss": new, "kept_loss": kept, "seconds": round(time.time() - began)})
             losses = {True: [], False: []}
         if (step + 1) % SAVE_EVERY == 0 or is_last:
             save_checkpoint(output, trained, [optimizer], step + 1)
+        if is_last:
+            break
     trained.save_pretrained(output)
     processor.save_pretrained(output)
 
@@ -96,10 +119,16 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--data", nargs="+", required=True, help="as the training command takes it")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--rounds", type=at_least(1), default=500, help=f"of {BATCH} new pictures each")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--rounds", type=at_least(1), help=f"of {BATCH} new pictures each (default: {ROUNDS})")
+    length.add_argument("--minutes", type=float, help="of training, from the last checkpoint on")
     parser.add_argument("--learning_rate", type=float, default=7e-4, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    return vars(parser.parse_args(argv))
+    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
+    options = vars(parser.parse_args(argv))
+    if options["rounds"] is None and options["minutes"] is None:
+        options["rounds"] = ROUNDS
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -110,27 +110,6 @@ def test_it_stops_when_its_minutes_are_over_and_scores_held_out_pictures(toy, tm
     assert entry["pictures"] == 1 and 0 <= entry["letter"] <= 1 and 0 <= entry["branch_place"] <= 1
 
 
-def test_checkpoints_of_several_files_are_whole_or_not_taken(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(eyes, "PART_BYTES", 60_000)
-    torch.manual_seed(0)
-    model = eyes.Eyes(eyes.nano_config())
-    known = {name: weight.clone() for name, weight in model.state_dict().items()}
-    eyes.save(tmp_path, model, (), 3)
-    files = sorted(tmp_path.glob("checkpoint-*"))
-    assert len(files) > 1 and max(path.stat().st_size for path in files) <= 60_000
-    for path in files[1:]:  # of a later checkpoint, whose first file is missing
-        (tmp_path / path.name.replace("3-", "4-", 1)).write_bytes(b"")
-    other = eyes.Eyes(eyes.nano_config())
-    assert eyes.load(tmp_path, other, ()) == 3
-    assert all(torch.equal(weight, known[name]) for name, weight in other.state_dict().items())
-    (tmp_path / files[0].name.replace("3-", "4-", 1)).write_bytes(b"")
-    files[-1].unlink()
-    (tmp_path / files[-1].name.replace("3-", "4-", 1)).unlink()
-    assert eyes.load(tmp_path, other, ()) == 0
-    eyes.save(tmp_path, model, (), 5)
-    assert {path.name.split("-")[1] for path in tmp_path.glob("checkpoint-*")} == {"00000005"}
-
-
 def test_a_pheye_with_these_weights_has_the_states_that_were_trained(toy, tmp_path):
     torch.manual_seed(0)
     model = eyes.Eyes(eyes.nano_config()).eval()

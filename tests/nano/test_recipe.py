@@ -1,0 +1,78 @@
+"""A sitting of the recipe, seconds long, and the next from what the first packed."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from pheye import PheyeForConditionalGeneration, PheyeProcessor
+from pheye.nano import recipe
+
+from tiny import tiny_image
+
+pytestmark = pytest.mark.once
+
+NANO = Path(__file__).parents[2] / "checkpoints" / "pheye-nano"
+
+
+def unpack(folder: Path, into: Path):
+    pieces = sorted((folder / "packed").iterdir(), key=lambda path: int(path.suffix[1:]))
+    with tarfile.open(fileobj=io.BytesIO(b"".join(path.read_bytes() for path in pieces))) as archive:
+        archive.extractall(into, filter="data")
+
+
+@pytest.mark.slow
+def test_a_sitting_goes_on_where_the_one_before_ended(tmp_path):
+    options = ["--minutes", "0.001", "--model", str(NANO), "--pictures", "3", "--output"]
+    assert recipe.main([*options, str(tmp_path / "first")]) == 0
+    sizes = [path.stat().st_size for path in (tmp_path / "first" / "packed").iterdir()]
+    assert len(sizes) <= 8 and max(sizes) <= 16_000_000
+    unpack(tmp_path / "first", tmp_path / "second")
+    assert recipe.main([*options, str(tmp_path / "second")]) == 0
+    logs = [(tmp_path / name / "eyes" / "log.jsonl").read_text().splitlines() for name in ("first", "second")]
+    first, second = (json.loads(lines[-1])["step"] for lines in logs)
+    assert second > first
+    rows = [json.loads(line)["sitting"] for line in (tmp_path / "second" / "log.jsonl").read_text().splitlines()]
+    assert rows == [1, 2]
+    before, first, second = (
+        PheyeForConditionalGeneration.from_pretrained(folder).state_dict()
+        for folder in (NANO, tmp_path / "first" / "model", tmp_path / "second" / "model")
+    )
+    for part in ("vision_tower", "high_res_tower", "cross_attention_blocks"):
+        names = [name for name in first if f".{part}." in name]
+        assert any(name not in before or not torch.equal(before[name], first[name]) for name in names), part
+        assert any(not torch.equal(first[name], second[name]) for name in names), part
+    names = [name for name in before if ".language_model." in name]
+    assert names and all(torch.equal(before[name], second[name]) for name in names)
+    processor = PheyeProcessor.from_pretrained(tmp_path / "second" / "model")
+    assert "high_res_pixel_values" in processor(images=tiny_image(), text="What?", return_tensors="pt")
+
+
+def test_what_is_packed_comes_in_small_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "PIECE_BYTES", 10_000)
+    for name, size in (("eyes/checkpoint.pt", 25_000), ("model/model.safetensors", 7), ("base/model.safetensors", 9)):
+        (tmp_path / "run" / name).parent.mkdir(parents=True)
+        (tmp_path / "run" / name).write_bytes(bytes([size % 251]) * size)
+    recipe.pack(tmp_path / "run")
+    assert max(path.stat().st_size for path in (tmp_path / "run" / "packed").iterdir()) == 10_000
+    (tmp_path / "run" / "eyes" / "checkpoint.pt").write_bytes(b"less")
+    recipe.pack(tmp_path / "run")  # no piece of the longer archive stays
+    unpack(tmp_path / "run", tmp_path / "new")
+    assert (tmp_path / "new" / "eyes" / "checkpoint.pt").read_bytes() == b"less"
+    assert (tmp_path / "new" / "model" / "model.safetensors").read_bytes() == bytes([7]) * 7
+    assert not (tmp_path / "new" / "base").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--model", "nowhere"], "nowhere holds no model.safetensors"), (["--device", "none"], "pheye.nano.eyes failed")],
+)
+def test_a_sitting_that_cannot_be_held_says_why(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(recipe.subprocess.Popen, "wait", lambda process: 1)
+    monkeypatch.setattr(recipe.sys, "executable", "/bin/echo")
+    arguments = ["--minutes", "1", "--model", str(NANO), "--output", str(tmp_path / "run"), *options]
+    assert recipe.main(arguments) != 0
+    assert message in capsys.readouterr().err
