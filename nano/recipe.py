@@ -11,6 +11,7 @@ FOLDER/packed has what it needs for that in a few files of 15 MB at most, for a 
 
 import argparse
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def begin(command: str, **options) -> subprocess.Popen:
     """Start a command of this folder."""
     arguments = [sys.executable, "-m", f"{__package__}.{command}"]
     for name, value in options.items():
-        arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        arguments += [f"--{name}", str(value)]
     return subprocess.Popen(arguments)
 
 
@@ -93,9 +94,11 @@ def sit(output: Path, minutes: float, model: Path, pictures: int, workers: int, 
     finish(begin("join", model=new if sitting else model, eyes=output / "eyes" / "eyes.safetensors", output=base))
     for process in drawing:
         finish(process)
+    sources = {stage: {"path": f"{stage}/data.jsonl", "turns": None} for stage in STAGES}
+    write_atomically(drawn / "mixture.json", [json.dumps({"sources": sources}).encode()])
     left = max(0.1, minutes - (time.time() - began) / 60)
     settings = {
-        "data": [drawn / stage / "data.jsonl" for stage in STAGES],
+        "data": drawn / "mixture.json",
         "minutes": left,
         "seed": sitting,
         "device": device,
