@@ -47,11 +47,13 @@ from .picture_labels import HEADS, OF_LETTERS, POINTS, crossing, heights, pictur
 from .recolouring import recoloured
 
 WEIGHTS = "eyes.safetensors"
+VIEWS_HEIGHT = TILES * VIEW  # pixels of all crops, one below the other
 TILE = 512  # pixels of the high-resolution picture along each side of a crop
 PAGES = 0.6  # share of pictures that are full of letters; the others are scenes
 SIGNS = 3, 10  # of a scene, or as many as find room
-SIZES = 300, 1260  # of a picture in pixels, shortest and longest side
-CAP_HEIGHTS, PAGE_CAP_HEIGHTS = (0.012, 0.065), (0.018, 0.08)  # over the picture's height
+SIZES = 400, 1400  # of a picture in pixels, shortest and longest side
+CAP_HEIGHTS, PAGE_CAP_HEIGHTS = (0.012, 0.065), (0.012, 0.07)  # over the picture's height
+LEAST_PIXELS = 7  # of a capital
 EASY_CAP_HEIGHT = 0.035  # least at first, of pages
 EASY, HARD = 300, 1500  # pictures up to which pages are easy, and from which on they are as hard as they will be
 ECHOES = 2  # times that a picture is used, its colours changed
@@ -113,12 +115,13 @@ def picture_of(index: int, seed: int, held_out: bool, ease: float) -> tuple[pict
     is_page = not held_out and rng.random() < PAGES + (1 - PAGES) * ease
     if not is_page:
         signs, shapes = rng.randint(*SIGNS), rng.randint(0, 5)
-        sizes = {"sizes": SIZES, "cap_heights": CAP_HEIGHTS}
+        sizes = {"sizes": SIZES, "cap_heights": CAP_HEIGHTS, "least_pixels": LEAST_PIXELS}
         return pictures.scene(rng, held_out, signs=signs, shapes=shapes, **sizes), False
-    least, most = PAGE_CAP_HEIGHTS
-    caps = (least + ease * (EASY_CAP_HEIGHT - least)) * VIEW, most * VIEW  # page() takes pixels of a view
     width, height = pictures.random_size(rng, *SIZES)
-    return pictures.page(rng, held_out, width, height, caps, rng.random() < 0.3 + 0.7 * ease), True
+    least, most = max(PAGE_CAP_HEIGHTS[0], LEAST_PIXELS / height), PAGE_CAP_HEIGHTS[1]
+    caps = (least + ease * max(0, EASY_CAP_HEIGHT - least)) * VIEWS_HEIGHT, most * VIEWS_HEIGHT
+    is_plain = rng.random() < 0.3 + 0.7 * ease
+    return pictures.page(rng, held_out, width, height, caps, is_plain, VIEWS_HEIGHT), True
 
 
 def ease_of(index: int) -> float:

@@ -1,4 +1,4 @@
-"""Muon in single precision: torch's own works in bfloat16, which takes far longer on processors without it.
+"""Muon in single precision where a processor does not compute in bfloat16: torch's own takes far longer there.
 
 Matrices of one shape are orthogonalized together, which is faster again where there are many small ones.
 """
@@ -6,6 +6,8 @@ Matrices of one shape are orthogonalized together, which is faster again where t
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
+
+from .checkpoints import autocast
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the Newton-Schulz iteration that torch.optim.Muon takes
 ITERATIONS = 5
@@ -24,7 +26,7 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(Optimizer):
-    """As torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`, in the parameters' own precision."""
+    """As torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`; in bfloat16 where the device computes in it."""
 
     def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -48,7 +50,9 @@ class Muon(Optimizer):
             buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
             updates.append(parameter.grad.lerp(buffer, momentum))
         rate = group["lr"] * 0.2 * max(shape) ** 0.5
-        for parameter, update in zip(parameters, orthogonalized(torch.stack(updates)), strict=True):
+        with autocast(parameters[0].device.type):
+            matrices = orthogonalized(torch.stack(updates))
+        for parameter, update in zip(parameters, matrices, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
 
 

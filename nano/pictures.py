@@ -381,13 +381,16 @@ def scene(
     signs: int = 1,
     text: str | None = None,
     shapes: int | None = None,
+    least_pixels: int = 0,
 ) -> Picture:
     """Shapes and signs on a background.
 
-    `cap_heights` are shares of the picture's height, drawn evenly by their logarithm; a sign too wide for its picture
-    is drawn anew with another text and height.
+    `cap_heights` are shares of the picture's height, drawn evenly by their logarithm; capitals have at least
+    `least_pixels`. A sign too wide for its picture is drawn anew with another text and height.
     """
     width, height = random_size(rng, *sizes)
+    least = max(cap_heights[0], least_pixels / height)
+    cap_heights = least, max(least, cap_heights[1])
     picture, taken = empty_picture(rng, width, height, held_out), []
     while len(picture.signs) < signs:
         share = math.exp(rng.uniform(*map(math.log, cap_heights)))
@@ -406,16 +409,18 @@ def page(
     height: int = 224,
     cap_heights: tuple[float, float] = (8, 44),
     is_plain: bool = False,
+    view_size: int = 224,
 ) -> Picture:
     """Signs side by side and one below the other: many letters to learn from in one view.
 
-    `cap_heights`: least and most of the capitals' height, in pixels of a view; `is_plain`: dark on one bright colour.
+    `cap_heights`: least and most of the capitals' height, in pixels of the picture when it is `view_size` pixels high;
+    `is_plain`: dark on one bright colour.
     """
     picture, taken = empty_picture(rng, width, height, held_out), []
     paper = bright_colour(rng) if is_plain else None
     if is_plain:
         picture.image.paste(paper, (0, 0, width, height))
-    cap = math.exp(rng.uniform(*map(math.log, cap_heights))) * height / 224
+    cap = math.exp(rng.uniform(*map(math.log, cap_heights))) * height / view_size
     top = round(-rng.uniform(0, cap))
     while top < height - cap:
         left, bottom = round(-rng.uniform(0, 3 * cap)), top
@@ -425,4 +430,4 @@ def page(
             left = taken[-1][2] + round(rng.uniform(0, 0.8) * cap)
             bottom = max(bottom, taken[-1][3])
         top = bottom + round(rng.uniform(-0.1, 0.3) * cap)
-    return finished(rng, picture, 224)
+    return finished(rng, picture, view_size)

@@ -12,7 +12,9 @@ MOST_SHAPES = {"describe": 2, "instruct": 5, "tasks": 5}  # on a picture, by sta
 MOST_SIGNS = {"describe": 1, "instruct": 10, "tasks": 1}  # or as many as find room
 CAPTIONS = {"describe": 1.0, "instruct": 0.3, "tasks": 0.25}  # share of the pictures that are described
 SHAPE_QUESTIONS = 8  # about a picture that is not described
-CAP_HEIGHTS = 0.055, 0.2  # of letters, over the height of a crop
+CAP_HEIGHTS = 0.038, 0.2  # of letters, over the height of a crop
+WHOLE_CAP_HEIGHT = 0.055  # least, where one crop shows the whole picture, and no branch helps to read
+LEAST_PIXELS = 7  # of a capital
 SIDES = 100, 420  # pixels of the picture that a crop shows, along each side, before it is brought to a view
 
 Turn = tuple[str, str]
@@ -84,10 +86,12 @@ def stage_picture(stage: str, rng: random.Random, tiles_per_side: int = 3) -> tu
     A caption stands alone, for it would give away the answers to the questions that follow. With fewer tiles pictures
     are smaller and letters larger, so that crops look the same.
     """
+    least, most = WHOLE_CAP_HEIGHT if tiles_per_side == 1 else CAP_HEIGHTS[0], CAP_HEIGHTS[1]
     picture = scene(
         rng,
         sizes=tuple(side * tiles_per_side for side in SIDES),
-        cap_heights=tuple(share / tiles_per_side for share in CAP_HEIGHTS),
+        cap_heights=(least / tiles_per_side, most / tiles_per_side),
+        least_pixels=LEAST_PIXELS,
         signs=rng.randint(1, MOST_SIGNS[stage]),
         shapes=rng.randint(0, MOST_SHAPES[stage]),
     )
