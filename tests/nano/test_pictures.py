@@ -60,6 +60,28 @@ def test_a_picture_is_a_function_of_its_seed_and_within_its_ranges():
             assert all(-2 <= x <= width + 2 and -2 <= y <= height + 2 for x, y in letter.corners)
 
 
+def test_letters_have_the_pixels_that_one_asks_for():
+    options = {"sizes": (300, 360), "cap_heights": (0.012, 0.03)}
+    plain, clear = (
+        [pictures.scene(random.Random(seed), True, **options, least_pixels=least) for seed in range(8)]
+        for least in (0, 7)
+    )
+    assert min(round(drawn.cap_height * drawn.image.height) for drawn in plain) < 7
+    assert min(round(drawn.cap_height * drawn.image.height) for drawn in clear) >= 7
+
+
+def test_a_page_is_as_sharp_as_the_view_that_will_show_it(monkeypatch):
+    blurs = []
+    monkeypatch.setattr(pictures.ImageFilter, "GaussianBlur", lambda radius: blurs.append(radius))
+    monkeypatch.setattr(Image.Image, "filter", lambda image, _: image)
+    for view_size in (224, 672):
+        for seed in range(12):
+            caps = (0.2 * view_size, 0.3 * view_size)
+            pictures.page(random.Random(seed), True, 896, 896, caps, view_size=view_size)
+    coarse, fine = blurs[: len(blurs) // 2], blurs[len(blurs) // 2 :]
+    assert coarse == pytest.approx([3 * radius for radius in fine])
+
+
 def test_shapes_have_their_colour_where_they_are_said_to_be():
     rng = random.Random(1)
     for _ in range(4):
