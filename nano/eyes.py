@@ -3,7 +3,8 @@ pictures.
 
     python -m pheye.nano.eyes --output FOLDER --minutes 13 [--start FILE]
 
-The same command again goes on from its last checkpoint for as many minutes more; `--start` takes these parts from a
+The same command again goes on from its last checkpoint for as many minutes more, or with `--pictures N` until it has
+seen N; `--start` takes these parts from a
 Pheye's weights instead of from nothing. FOLDER/eyes.safetensors has the parts in bfloat16, by their names in a Pheye.
 The labels (picture_labels.py) are read off by linear layers over the states that
 Pheye uses; those layers are thrown away afterwards.
@@ -39,8 +40,9 @@ from ..common.command import InputError, Parser, at_least, default_device, exit_
 from ..image_processing_pheye import cut_crops, cut_views
 from ..layers_pheye import CALL, ViewCall
 from . import pictures
+from .backbones import TILE
 from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
-from .configs import EYES, TILES, VIEW, nano_config
+from .configs import BRANCHES, BRANCHES_HELP, EYES, TILES, VIEW, nano_config
 from .labels import CLASSES, IGNORED, MOST_SHAPES
 from .muon import optimizers_for, set_learning_rates
 from .picture_labels import HEADS, OF_LETTERS, POINTS, crossing, heights, picture_labels
@@ -48,7 +50,6 @@ from .recolouring import recoloured
 
 WEIGHTS = "eyes.safetensors"
 VIEWS_HEIGHT = TILES * VIEW  # pixels of all crops, one below the other
-TILE = 512  # pixels of the high-resolution picture along each side of a crop
 PAGES = 0.6  # share of pictures that are full of letters; the others are scenes
 SIGNS = 3, 10  # of a scene, or as many as find room
 SIZES = 400, 1400  # of a picture in pixels, shortest and longest side
@@ -62,7 +63,7 @@ RATES = 3e-3, 1.5e-3  # of matrices by Muon, and of everything else by AdamW
 READING = 0.1  # of these rates, for a tower that reads already and LoRA: at all of them it would forget how to
 WARMUP = 100  # steps
 ALONE = 600  # pictures at first from which only the branch learns, in less than half of the time
-FALL = 0.3  # share of the minutes over which the learning rate falls to 0
+FALL = 0.3  # share of the run over which the learning rate falls to 0
 SAVE_EVERY, LOG_EVERY = 8, 2  # minutes
 TEST_PICTURES = 24
 SMALL, LARGE = 0.022, 0.037  # heights of letters' boxes over the picture's, up to and from which they are so called
@@ -80,16 +81,19 @@ class Eyes(nn.Module):
         width, labels = config.vision_config.hidden_size, POINTS * CLASSES + sum(HEADS.values())
         self.heads = nn.Linear(width, labels)
         self.count_heads = nn.Linear(width, len(pictures.KINDS) * (1 + MOST_SHAPES))
-        self.branch_heads = nn.Linear(config.high_res_vision_config.hidden_sizes[-1], labels)
+        branch = config.high_res_vision_config
+        self.branch_heads = branch and nn.Linear(branch.hidden_sizes[-1], labels)
 
-    def forward(self, views: torch.Tensor | None, tiles: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(B, V, 3, H, W) and (B, k * k, 3, T, T) to logits of the branch (B * V, N, labels), and with `views` of the
-        states, likewise, and of counts (B * V, kinds, counts)."""
+    def forward(self, views: torch.Tensor | None, tiles: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """(B, V, 3, H, W) and (B, k * k, 3, T, T) to logits of the branch (B * V, N, labels), None without a branch,
+        and with `views` of the states, likewise, and of counts (B * V, kinds, counts)."""
+        maps, branch = [], None
         # On a processor the gradients of convolutions take longer in bfloat16 than in single precision.
         precision = torch.autocast("cpu", enabled=False) if tiles.device.type == "cpu" else nullcontext()
-        with precision:
-            maps = self.pheye.encode_high_res(tiles)
-            branch = self.branch_heads(maps[-1])
+        if self.branch_heads is not None:
+            with precision:
+                maps = self.pheye.encode_high_res(tiles)
+                branch = self.branch_heads(maps[-1])
         if views is None:
             return (branch,)
         tower = self.pheye.vision_tower
@@ -198,8 +202,9 @@ def losses_of(outputs: tuple, letters: torch.Tensor, maps: torch.Tensor, counts:
     """The losses of `Eyes`' outputs, weighted: of each label off the states, of the counts, and of all labels together
     off the branch."""
     letters, maps = letters.flatten(0, 1), maps.flatten(0, 1)  # (B * V, ...)
-    branch = label_losses(outputs[0].float(), letters, maps)
-    losses = {"branch": sum(branch.values())}
+    losses = {}
+    if outputs[0] is not None:
+        losses["branch"] = sum(label_losses(outputs[0].float(), letters, maps).values())
     if len(outputs) > 1:
         _, states, count_logits = outputs
         losses["count"] = 0.1 * F.cross_entropy(count_logits.float().flatten(0, 1), counts.flatten().long())
@@ -260,6 +265,8 @@ def accuracies(eyes: Eyes, seed: int) -> dict[str, float]:
         sizes = {"_small": height[which] < SMALL, "_large": height[which] >= LARGE}
         sizes["_medium"] = ~sizes["_small"] & ~sizes["_large"]
         for prefix, logits in {"": states, "branch_": branch}.items():
+            if logits is None:
+                continue
             letters, others = split_logits(logits[1:])
             others["letter"] = letters[:, :, POINTS // 2]
             for name, target in targets.items():
@@ -275,8 +282,8 @@ def optimizers_of(eyes: Eyes, tower_share: float) -> tuple[Optimizer, ...]:
     """`tower_share`: of the rates, for the vision tower and its LoRA."""
     pheye = eyes.pheye
     tower = nn.ModuleList([pheye.vision_tower, pheye.global_lora, pheye.local_lora])
-    branch = nn.ModuleList([pheye.high_res_tower, pheye.fusion_blocks])
-    others = nn.ModuleList([branch, eyes.heads, eyes.count_heads, eyes.branch_heads])
+    branch = nn.ModuleList(part for part in (pheye.high_res_tower, pheye.fusion_blocks) if part)
+    others = nn.ModuleList(part for part in (branch, eyes.heads, eyes.count_heads, eyes.branch_heads) if part)
     tower_rates = (tower_share * rate for rate in RATES)
     return (
         *optimizers_for(tower, pheye.vision_layers(), *tower_rates),
@@ -285,9 +292,9 @@ def optimizers_of(eyes: Eyes, tower_share: float) -> tuple[Optimizer, ...]:
 
 
 def learning_rate_share(step: int, passed: float) -> float:
-    """Warm-up, and a straight fall to 0 over the last minutes.
+    """Warm-up, and a straight fall to 0 over the last part of the run.
 
-    `step`: since the branch, or then all of the eyes, began to learn; `passed`: share of the minutes that is over.
+    `step`: since the branch, or then all of the eyes, began to learn; `passed`: share of the run that is over.
     """
     return min((step + 1) / WARMUP, 1.0, max(0.0, (1 - passed) / FALL))
 
@@ -336,29 +343,36 @@ def learn(eyes: Eyes, optimizers: tuple, inputs: tuple, labels: list[torch.Tenso
 
 def train(
     output: Path,
-    minutes: float,
+    minutes: float | None = None,
+    pictures: int | None = None,
     seed: int = 0,
     together: int = 1,
     echoes: int = ECHOES,
     workers: int = 0,
     start: Path | None = None,
+    branch: str = BRANCHES[0],
     device: str = "cpu",
 ):
-    """Train for so many minutes more, from the last checkpoint if there is one.
+    """Train for so many minutes more, or until so many pictures were seen, from the last checkpoint if there is one.
 
-    `together`: pictures of a step; `echoes`: times that a picture is used; `start`: weights to begin with.
+    `together`: pictures of a step; `echoes`: times that a picture is used; `start`: weights to begin with; `branch`:
+    one of BRANCHES.
     """
     began = time.time()
-    claim(output, seed=seed, together=together, echoes=echoes, start=start)
+    claim(output, seed=seed, together=together, echoes=echoes, start=start, branch=branch)
     torch.manual_seed(seed)
-    eyes = Eyes(nano_config())
+    eyes = Eyes(nano_config(branch))
     has_branch = start is not None and begin_with(eyes, start)
     skipped = HARD if has_branch else 0  # eyes that read need no easy pictures
-    alone = 0 if has_branch else ALONE
+    alone = 0 if has_branch or branch == "none" else ALONE
     eyes.to(device)
     optimizers = optimizers_of(eyes, READING if start else 1.0)
     draws = load_checkpoint(output, eyes, optimizers)
     sums, steps, logged, saved = {}, 0, time.time(), time.time()
+
+    def passed() -> float:
+        return (time.time() - began) / (60 * minutes) if pictures is None else draws * together / pictures
+
     for arrays in drawn(draws, seed, skipped, together, workers):
         views, tiles, *labels, is_page = (array.to(device) for array in arrays)
         seen = skipped + draws * together  # pictures
@@ -366,7 +380,7 @@ def train(
         first = 0 if seen < alone else echoes * math.ceil(alone / together)  # step of this part
         for echo in range(echoes):
             step = draws * echoes + echo
-            set_learning_rates(optimizers, learning_rate_share(step - first, (time.time() - began) / (60 * minutes)))
+            set_learning_rates(optimizers, learning_rate_share(step - first, passed()))
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             inputs = prepared(views, tiles, is_page, generator, inverted)
             losses = learn(eyes, optimizers, (None if seen < alone else inputs[0], inputs[1]), labels)
@@ -374,7 +388,7 @@ def train(
                 sums[name] = sums.get(name, 0.0) + value.detach()
             steps += 1
         draws += 1
-        is_over = time.time() - began > 60 * minutes
+        is_over = passed() >= 1
         is_due = is_over or time.time() - saved > 60 * SAVE_EVERY
         if is_due or time.time() - logged > 60 * LOG_EVERY:
             entry = {"pictures": draws * together, "step": draws * echoes}
@@ -400,12 +414,15 @@ def parse(argv: list[str] | None) -> dict:
         prog="python -m pheye.nano.eyes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--minutes", type=float, required=True, help="of training, from the last checkpoint on")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="of training, from the last checkpoint on")
+    length.add_argument("--pictures", type=at_least(1), help="in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--together", type=at_least(1), default=1, help="pictures of a step (default: %(default)s)")
     parser.add_argument("--echoes", type=at_least(1), default=ECHOES, help="times that a picture is used")
     parser.add_argument("--workers", type=at_least(0), default=0, help="processes that draw; on a GPU, all cores")
     parser.add_argument("--start", type=Path, metavar="FILE", help="a Pheye's weights to begin with")
+    parser.add_argument("--branch", choices=BRANCHES, default=BRANCHES[0], help=BRANCHES_HELP)
     parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
     return vars(parser.parse_args(argv))
 

@@ -17,7 +17,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .. import PheyeConfig, PheyeForConditionalGeneration, PheyeProcessor
 from ..common.command import InputError, Parser, exit_status
-from .configs import EYES, nano_config
+from .configs import BRANCHES, BRANCHES_HELP, EYES, nano_config
 
 BLOCKS = "pheye.cross_attention_blocks"
 
@@ -58,13 +58,13 @@ def with_blocks_moved(
     return moved
 
 
-def join(model: Path, eyes: Path, output: Path):
+def join(model: Path, eyes: Path, output: Path, branch: str):
     """Write the model and its processor to `output`; the arguments are the command's options."""
     behind = PheyeForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
-    new = joined(behind, load_file(eyes), nano_config())
+    new = joined(behind, load_file(eyes), nano_config(branch))
     processor = PheyeProcessor.from_pretrained(model)
     images = processor.image_processor
-    images.high_res_tile_size = new.config.high_res_tile_size
+    images.high_res_tile_size = new.config.high_res_tile_size  # None without a branch
     images.high_res_image_mean, images.high_res_image_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     new.save_pretrained(output)
     processor.save_pretrained(output)
@@ -78,6 +78,7 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a Pheye-nano")
     parser.add_argument("--eyes", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--branch", choices=BRANCHES, default=BRANCHES[0], help=BRANCHES_HELP)
     return vars(parser.parse_args(argv))
 
 

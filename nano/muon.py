@@ -56,15 +56,15 @@ class Muon(Optimizer):
             parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
 
 
-def optimizers_for(model: nn.Module, layers: nn.ModuleList, matrix_rate: float, rate: float) -> tuple[Muon, AdamW]:
-    """Muon for the matrices in `layers`, the transformer layers of `model`; AdamW for everything else."""
+def optimizers_for(model: nn.Module, layers: nn.ModuleList, matrix_rate: float, rate: float) -> tuple[Optimizer, ...]:
+    """Muon for the matrices in `layers`, the transformer layers of `model`, if there are any; AdamW for everything
+    else."""
     matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
     held = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in held]
-    optimizers = (
-        Muon(matrices, lr=matrix_rate, weight_decay=0.02),
-        AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.02),
-    )
+    optimizers = (AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.02),)
+    if matrices:
+        optimizers = (Muon(matrices, lr=matrix_rate, weight_decay=0.02), *optimizers)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]

@@ -10,20 +10,22 @@ from transformers import CLIPVisionConfig, ConvNextConfig
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor
 from pheye.common.command import InputError
-from pheye.nano import eyes, picture_labels
+from pheye.nano import backbones, eyes, picture_labels
 
 from tiny import tiny_text_config
 
 pytestmark = pytest.mark.once
 
 
-def toy_config() -> PheyeConfig:
+def toy_config(branch: str = "whole") -> PheyeConfig:
+    kinds = {"whole": ConvNextConfig, "tiles": backbones.TileConvNextConfig}
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "layer_scale_init_value": 0.0}
     return PheyeConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=2, patch_size=14
         ),
         text_config=tiny_text_config(),
-        high_res_vision_config=ConvNextConfig(depths=[1] * 4, hidden_sizes=[8] * 4, layer_scale_init_value=0.0),
+        high_res_vision_config=kinds[branch](**sizes) if branch in kinds else None,
         tiles_per_side=3,
     )
 
@@ -131,6 +133,19 @@ def test_a_pheye_with_these_weights_has_the_states_that_were_trained(toy, tmp_pa
         expected = model.heads(whole.pheye.encode_views(views, tiles).last_hidden_state[:, 1:])
         assert torch.equal(model(views, tiles)[1], expected)
         assert not torch.allclose(expected, without_lora, atol=0.1)
+
+
+@pytest.mark.parametrize("branch", ["whole", "tiles", "none"])
+def test_each_branch_trains_as_many_pictures_as_one_says(branch, toy, tmp_path):
+    eyes.train(tmp_path, pictures=2, echoes=1, branch=branch)
+    entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert entry["pictures"] == 2 and ("branch_letter" in entry) == (branch != "none")
+    whole = PheyeForConditionalGeneration(eyes.nano_config(branch))
+    lacking = whole.load_state_dict(load_file(tmp_path / eyes.WEIGHTS), strict=False)
+    assert not lacking.unexpected_keys
+    assert not {name.split(".")[1] for name in lacking.missing_keys} & set(eyes.EYES)
+    with pytest.raises(InputError, match="branch was"):
+        eyes.train(tmp_path, pictures=3, echoes=1, branch={"whole": "none"}.get(branch, "whole"))
 
 
 def test_a_start_may_lack_the_branch_but_not_the_tower(toy, tmp_path):

@@ -33,7 +33,7 @@ def test_new_blocks_and_an_idle_branch_change_next_to_nothing(tmp_path, monkeypa
     old.save_pretrained(tmp_path / "old")
     tiny_processor().save_pretrained(tmp_path / "old")
     save_file(eyes, tmp_path / "eyes.safetensors")
-    monkeypatch.setattr(join, "nano_config", lambda: new_config)
+    monkeypatch.setattr(join, "nano_config", lambda branch: new_config)
     options = ["--model", tmp_path / "old", "--eyes", tmp_path / "eyes.safetensors", "--output", tmp_path / "new"]
     assert join.main(list(map(str, options))) == 0
     new = PheyeForConditionalGeneration.from_pretrained(tmp_path / "new").eval()
