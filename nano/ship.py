@@ -9,6 +9,7 @@ it go the code files, `log.jsonl` with every logged step of all runs, and their 
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from ..common.files import write_atomically
 from ..common.json_lines import read_rows
 from ..training.checkpoints import last_checkpoint
 from .checkpoints import LOG
+
+COLUMNS = 4  # of the plot
 
 
 def read_log(run: Path) -> list[dict]:
@@ -41,8 +44,13 @@ def read_log(run: Path) -> list[dict]:
 
 def plot(logs: list[list[dict]], path: Path):
     """The loss of each run over its steps, side by side."""
-    figure = Figure(figsize=(3 * len(logs), 3), layout="constrained")
-    for axes, rows in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs, strict=True):
+    columns = min(len(logs), COLUMNS)
+    lines = math.ceil(len(logs) / columns)
+    figure = Figure(figsize=(3 * columns, 3 * lines), layout="constrained")
+    places = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in places[len(logs) :]:
+        axes.remove()
+    for axes, rows in zip(places, logs, strict=False):
         axes.plot([row["step"] for row in rows], [row["loss"] for row in rows])
         axes.set(title=rows[0]["run"], xlabel="step")
         axes.set_ylim(bottom=0)
