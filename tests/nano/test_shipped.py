@@ -90,10 +90,10 @@ def test_pushing_it_uploads_the_code(tmp_path):
             assert hub.contents[files[name]] == (ROOT / name).read_bytes(), name
 
 
-def signs(texts: list[str], seed: int) -> list[Image.Image]:
+def signs(texts: list[str], seed: int, cap_heights: tuple[float, float] = (0.03, 0.06)) -> list[Image.Image]:
     """Pictures with fonts and photographs that training never showed, one for each text."""
     rng = random.Random(seed)
-    options = {"sizes": (400, 1000), "cap_heights": (0.03, 0.06)}
+    options = {"sizes": (400, 1000), "cap_heights": cap_heights}
     return [pictures.scene(rng, True, text=text, **options).image for text in texts]
 
 
@@ -116,14 +116,14 @@ def new_words(count: int) -> list[str]:
 
 @pytest.mark.slow
 def test_it_reads_new_signs():
-    """The weights that ship are too early for the goal, 9 of 10 signs right: they read 22 of 36, and others nearly."""
+    """The goal is nine of ten signs right."""
     texts = new_words(36)
     answers = read(NANO, signs(texts, seed=10))
     alike = [[likeness(answer, text) for text in texts] for answer in answers]
     own = mean(row[place] for place, row in enumerate(alike))
     others = mean(ratio for place, row in enumerate(alike) for other, ratio in enumerate(row) if other != place)
     assert own > others + 0.4, (answers, texts)
-    assert sum(answer == text for answer, text in zip(answers, texts, strict=True)) >= 17, (answers, texts)
+    assert sum(answer == text for answer, text in zip(answers, texts, strict=True)) >= 32, (answers, texts)
 
 
 @pytest.mark.slow
@@ -141,24 +141,23 @@ def test_its_language_model_answers_about_shapes_that_it_is_told():
 
 @pytest.mark.slow
 def test_fine_tuning_on_a_list_of_words_makes_it_read_them_better(tmp_path):
-    listed = new_words(4)
+    listed, fine = new_words(4), (0.012, 0.018)  # letters that it often gets wrong
     rows = []
-    for number, image in enumerate(signs(listed * 24, seed=1)):
+    for number, image in enumerate(signs(listed * 24, seed=1, cap_heights=fine)):
         image.save(tmp_path / f"{number}.jpg")
         turns = [{"from": "human", "value": SIGN}, {"from": "gpt", "value": listed[number % 4]}]
         rows.append({"id": number, "image": f"{number}.jpg", "conversations": turns})
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # Without LoRA, whose gradients make a step take more than twice as long.
-    options = (
-        "--bf16 False --learning_rate 1e-3 --per_device_train_batch_size 8 --effective_batch_size 8 --freeze lora"
-    )
+    # Gradients of LoRA and of fusion blocks, which go through the vision tower, make a step take more than twice as long.
+    options = "--bf16 False --learning_rate 1e-3 --per_device_train_batch_size 8 --effective_batch_size 8"
+    options += " --freeze lora fusion_blocks"
     command = ["-m", "pheye.training.train", "--model", NANO, "--data", tmp_path / "data.jsonl"]
     subprocess.run(
         [sys.executable, *command, "--output", tmp_path / "tuned", *options.split()],
         check=True,
     )
     texts = listed * 6
-    images = signs(texts, seed=2)
+    images = signs(texts, seed=2, cap_heights=fine)
     before, after = (
         mean(likeness(answer, text) for answer, text in zip(read(folder, images), texts, strict=True))
         for folder in (NANO, tmp_path / "tuned")
