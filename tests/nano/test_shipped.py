@@ -148,7 +148,7 @@ def test_fine_tuning_on_a_list_of_words_makes_it_read_them_better(tmp_path):
         turns = [{"from": "human", "value": SIGN}, {"from": "gpt", "value": listed[number % 4]}]
         rows.append({"id": number, "image": f"{number}.jpg", "conversations": turns})
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # Gradients of LoRA and of fusion blocks go through the vision tower: a step takes more than twice as long with them.
+    # Gradients of LoRA and fusion blocks go through the vision tower: a step takes more than twice as long with them.
     options = "--bf16 False --learning_rate 1e-3 --per_device_train_batch_size 8 --effective_batch_size 8"
     options += " --freeze lora fusion_blocks"
     command = ["-m", "pheye.training.train", "--model", NANO, "--data", tmp_path / "data.jsonl"]
