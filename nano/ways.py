@@ -34,7 +34,7 @@ class Way:
 
 
 WAYS = {
-    "full": Way("Pheye-nano: blocks before every 2nd layer"),
+    "full": Way("blocks before every 2nd layer"),
     "k1": Way("k = 1", tiles_per_side=1),
     "one_lora": Way("one LoRA set for all views", lora_sets=1),
     "no_lora": Way("no LoRA", lora_sets=0),
