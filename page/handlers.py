@@ -30,13 +30,14 @@ class Handlers:
         self.model, self.processor, self.visits = model, processor, Visits()
 
     def look(self, picture: dict | None, request: gr.Request) -> Looked:
-        """The visitor's picture, which is opened once."""
+        """The visitor's picture, which is opened once, also if he asks while it is being opened."""
         if picture is None:
             raise refusal("There is no picture; drop one, take a photograph, or choose a sample.")
         visit = self.visits.of(request.session_hash)
-        if visit.looked is None or visit.looked.path != picture["path"]:
-            visit.looked = open_picture(self.processor, picture["path"])
-        return visit.looked
+        with visit.opening:
+            if visit.looked is None or visit.looked.path != picture["path"]:
+                visit.looked = open_picture(self.processor, picture["path"])
+            return visit.looked
 
     def choose(self, picture: dict | None, request: gr.Request) -> tuple:
         """A picture of the visitor's own: kept, or refused at once; what was said of the last one goes."""

@@ -131,7 +131,7 @@ def where_it_looked(handlers: Handlers) -> tuple[gr.Column, list]:
             whole = gr.Image(label="Global view", interactive=False, elem_id="global", buttons=MAP_BUTTONS)
             crops = gr.Image(label="Crops", interactive=False, elem_id="crops", buttons=MAP_BUTTONS)
     gr.on(
-        [words.input, block.change],
+        [words.input, block.input],
         handlers.draw,
         [words, block],
         [share, whole, crops],

@@ -76,11 +76,12 @@ def in_words(error: ValueError, name: str) -> str:
 
 @dataclass
 class Visit:
-    """stop: whether the answer is to end; turn: held while one is made; answered: the image of the last answer, and
-    its words with their attention (L, N)."""
+    """stop: whether the answer is to end; turn: held while one is made; opening: held while an image is opened;
+    answered: the image of the last answer, and its words with their attention (L, N)."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     turn: threading.Lock = field(default_factory=threading.Lock)
+    opening: threading.Lock = field(default_factory=threading.Lock)
     looked: Looked | None = None
     answered: tuple[Looked, list[tuple[str, np.ndarray]]] | None = None
 

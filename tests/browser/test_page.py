@@ -202,6 +202,8 @@ def test_upload_ask_watch_click_and_ask_again(served, visit, pictures):
     assert said(page) == served.answer(Image.open(pictures / "sign.png"), "How many triangles are there?")
     assert "kept" in page.locator("#cost").inner_text()
     assert (count - before, served.encoded - count) == (1, 0)  # the pipeline encodes inside of `generate`
+    time.sleep(1)  # for what the new words and the block that goes back to 0 may set off
+    assert page.locator(".toast-body").all_inner_texts() == []
 
 
 def test_two_visitors_get_their_own_answers_and_a_third_waits_in_a_queue_that_he_sees(served, visit, pictures):
