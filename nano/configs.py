@@ -15,7 +15,7 @@ EYES = (
     "high_res_tower",
     "fusion_blocks",
 )  # parts of a Pheye that `nano.eyes` trains
-BRANCHES = "whole", "tiles", "none"
+BRANCHES = {"whole": ConvNextConfig, "tiles": TileConvNextConfig, "none": None}
 BRANCHES_HELP = "it sees the whole picture, or each crop's tile alone; or there is none (default: %(default)s)"
 
 
@@ -47,14 +47,14 @@ def language_config(vocabulary: int) -> PhiConfig:
     )
 
 
-def nano_config(branch: str = BRANCHES[0]) -> PheyeConfig:
+def nano_config(branch: str = "whole") -> PheyeConfig:
     """All of the model: what trains here, and the language model and its blocks; with one of BRANCHES."""
-    kinds = dict(zip(BRANCHES, (ConvNextConfig, TileConvNextConfig), strict=False))
+    backbone = BRANCHES[branch]
     sizes = {"depths": [1, 1, 3, 3], "hidden_sizes": [16, 32, 64, 128], "layer_scale_init_value": 0.0}
     return PheyeConfig(
         vision_config=vision_config(),
         text_config=language_config(VOCABULARY),
-        high_res_vision_config=kinds[branch](**sizes) if branch in kinds else None,
+        high_res_vision_config=backbone and backbone(**sizes),
         tiles_per_side=TILES,
         cross_attention_interval=1,
         global_lora_rank=8,

@@ -350,7 +350,7 @@ def train(
     echoes: int = ECHOES,
     workers: int = 0,
     start: Path | None = None,
-    branch: str = BRANCHES[0],
+    branch: str = "whole",
     device: str = "cpu",
 ):
     """Train for so many minutes more, or until so many pictures were seen, from the last checkpoint if there is one.
@@ -422,7 +422,7 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--echoes", type=at_least(1), default=ECHOES, help="times that a picture is used")
     parser.add_argument("--workers", type=at_least(0), default=0, help="processes that draw; on a GPU, all cores")
     parser.add_argument("--start", type=Path, metavar="FILE", help="a Pheye's weights to begin with")
-    parser.add_argument("--branch", choices=BRANCHES, default=BRANCHES[0], help=BRANCHES_HELP)
+    parser.add_argument("--branch", choices=BRANCHES, default="whole", help=BRANCHES_HELP)
     parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
     return vars(parser.parse_args(argv))
 

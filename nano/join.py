@@ -78,7 +78,7 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a Pheye-nano")
     parser.add_argument("--eyes", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--branch", choices=BRANCHES, default=BRANCHES[0], help=BRANCHES_HELP)
+    parser.add_argument("--branch", choices=BRANCHES, default="whole", help=BRANCHES_HELP)
     return vars(parser.parse_args(argv))
 
 
