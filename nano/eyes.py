@@ -341,6 +341,17 @@ def learn(eyes: Eyes, optimizers: tuple, inputs: tuple, labels: list[torch.Tenso
     return losses
 
 
+def spent(began: float) -> dict[str, float]:
+    minutes = {"minutes": time.time() - began, "cpu_minutes": time.process_time()}
+    return {name: round(seconds / 60, 1) for name, seconds in minutes.items()}
+
+
+def means(sums: dict[str, torch.Tensor], steps: int) -> dict[str, float]:
+    """The loss of a step, and its parts, from their sums over so many steps."""
+    parts = {"loss": sum(sums.values()), **{f"loss_{name}": value for name, value in sums.items()}}
+    return {name: round(float(value) / steps, 4) for name, value in parts.items()}
+
+
 def train(
     output: Path,
     minutes: float | None = None,
@@ -391,13 +402,7 @@ def train(
         is_over = passed() >= 1
         is_due = is_over or time.time() - saved > 60 * SAVE_EVERY
         if is_due or time.time() - logged > 60 * LOG_EVERY:
-            entry = {"pictures": draws * together, "step": draws * echoes}
-            entry |= {
-                "minutes": round((time.time() - began) / 60, 1),
-                "cpu_minutes": round(time.process_time() / 60, 1),
-            }
-            entry["loss"] = round(float(sum(sums.values())) / steps, 4)
-            entry |= {f"loss_{name}": round(float(value) / steps, 4) for name, value in sums.items()}
+            entry = {"pictures": draws * together, "step": draws * echoes, **spent(began), **means(sums, steps)}
             if is_due:
                 entry |= accuracies(eyes, seed)
                 save(output, eyes, optimizers, draws)
