@@ -44,7 +44,8 @@ def load_checkpoint(output: Path, model: nn.Module, optimizers: Sequence[Optimiz
     """Load the last checkpoint in `output`, if there is one; the number of steps done."""
     if not (output / CHECKPOINT).exists():
         return 0
-    state = torch.load(output / CHECKPOINT, weights_only=True)
+    # A run that began on a GPU may go on without one.
+    state = torch.load(output / CHECKPOINT, weights_only=True, map_location="cpu")
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)

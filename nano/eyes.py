@@ -4,10 +4,9 @@ pictures.
     python -m pheye.nano.eyes --output FOLDER --minutes 13 [--start FILE]
 
 The same command again goes on from its last checkpoint for as many minutes more, or with `--pictures N` until it has
-seen N; `--start` takes these parts from a
-Pheye's weights instead of from nothing. FOLDER/eyes.safetensors has the parts in bfloat16, by their names in a Pheye.
-The labels (picture_labels.py) are read off by linear layers over the states that
-Pheye uses; those layers are thrown away afterwards.
+seen N; `--start` takes these parts from a Pheye's weights instead of from nothing. FOLDER/eyes.safetensors has the
+parts in bfloat16, by their names in a Pheye. The labels (picture_labels.py) are read off by linear layers over the
+states that Pheye uses; those layers are thrown away afterwards.
 """
 
 import argparse
