@@ -4,6 +4,7 @@ accelerate's own FSDP wants a GPU, so its way of wrapping a model is called here
 """
 
 import itertools
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,9 +148,20 @@ def process(rank: int, rendezvous: str, folder: str, shard, bf16: bool, kind: st
         dist.destroy_process_group()
 
 
-def run_sharded(folder: Path, shard, bf16: bool, kind: str = "plain") -> dict:
-    rendezvous = folder / "rendezvous"
-    torch.multiprocessing.spawn(process, (rendezvous.as_uri(), str(folder), shard, bf16, kind), nprocs=2)
+@pytest.fixture(scope="module")
+def processes():
+    """Two processes that all tests share, because each takes seconds to start."""
+    spawn = torch.multiprocessing.get_context("spawn")
+    pools = [ProcessPoolExecutor(1, mp_context=spawn) for _ in range(2)]
+    yield pools
+    for pool in pools:
+        pool.shutdown()
+
+
+def run_sharded(processes: list[ProcessPoolExecutor], folder: Path, shard, bf16: bool, kind: str = "plain") -> dict:
+    arguments = (folder / "rendezvous").as_uri(), str(folder), shard, bf16, kind
+    for run in [pool.submit(process, rank, *arguments) for rank, pool in enumerate(processes)]:
+        run.result()
     return torch.load(folder / "result.pt")
 
 
@@ -164,10 +176,10 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("shard", "kind"), WAYS)
-def test_two_processes_train_as_one_and_their_checkpoint_loads_in_one(tmp_path, shard, kind):
+def test_two_processes_train_as_one_and_their_checkpoint_loads_in_one(processes, tmp_path, shard, kind):
     before, single = new_model(bf16=False, kind=kind), new_model(bf16=False, kind=kind)
     losses = train(single, samples(slice(None), kind), bf16=False, kind=kind)
-    sharded = run_sharded(tmp_path, shard, False, kind)
+    sharded = run_sharded(processes, tmp_path, shard, False, kind)
     torch.testing.assert_close(sharded["losses"], torch.tensor(losses), rtol=1e-5, atol=0)
     assert losses[1] < losses[0]
     loaded = load_trained(new_model(bf16=False, kind=kind), tmp_path)
@@ -181,10 +193,10 @@ def test_two_processes_train_as_one_and_their_checkpoint_loads_in_one(tmp_path, 
             assert changed == parameter.requires_grad, name
 
 
-def test_frozen_bfloat16_and_trained_float32_train_in_two_processes_by_the_files_own_mixed_precision(tmp_path):
+def test_frozen_bfloat16_and_trained_float32_train_in_two_processes_by_the_files_own_mixed_precision(processes, tmp_path):
     single = new_model(bf16=True)
     losses = train(single, samples(slice(None)), bf16=True)
-    sharded = run_sharded(tmp_path, shard_by_accelerate, bf16=True)
+    sharded = run_sharded(processes, tmp_path, shard_by_accelerate, bf16=True)
     torch.testing.assert_close(sharded["losses"], torch.tensor(losses), rtol=0.02, atol=0)
     for name, parameter in single.named_parameters():
         assert sharded["state"][name].dtype == parameter.dtype, name

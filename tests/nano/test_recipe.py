@@ -1,7 +1,6 @@
 """A sitting of the recipe, seconds long, and the next from what the first packed."""
 
 import io
-import json
 import tarfile
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
+from pheye.common.json_lines import read_rows
 from pheye.nano import recipe
 
 from tiny import tiny_image
@@ -25,30 +25,43 @@ def unpack(folder: Path, into: Path):
 
 
 @pytest.mark.slow
-def test_a_sitting_goes_on_where_the_one_before_ended(tmp_path):
-    options = ["--minutes", "0.001", "--model", str(NANO), "--pictures", "3", "--output"]
-    assert recipe.main([*options, str(tmp_path / "first")]) == 0
-    sizes = [path.stat().st_size for path in (tmp_path / "first" / "packed").iterdir()]
+def test_a_sitting_gives_a_model_whose_blocks_have_learnt(tmp_path):
+    # In no time, the eyes' learning rate has fallen to 0 before their first step. The blocks learn for some seconds.
+    options = ["--minutes", "0.001", "--model", str(NANO), "--pictures", "3", "--output", str(tmp_path / "run")]
+    assert recipe.main(options) == 0
+    sizes = [path.stat().st_size for path in (tmp_path / "run" / "packed").iterdir()]
     assert len(sizes) <= 8 and max(sizes) <= 16_000_000
+    unpack(tmp_path / "run", tmp_path / "new")
+    assert read_rows(tmp_path / "new" / "eyes" / "log.jsonl")[-1]["step"] > 0
+    before, after = (
+        PheyeForConditionalGeneration.from_pretrained(folder).state_dict() for folder in (NANO, tmp_path / "new/model")
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before if ".cross_attention_blocks." in name)
+    assert all(torch.equal(before[name], after[name]) for name in before if ".language_model." in name)
+    processor = PheyeProcessor.from_pretrained(tmp_path / "new" / "model")
+    assert "high_res_pixel_values" in processor(images=tiny_image(), text="What?", return_tensors="pt")
+
+
+def test_a_sitting_goes_on_where_the_one_before_ended(tmp_path, monkeypatch):
+    began = []
+
+    def begin(command: str, **options):
+        began.append((command, options))
+        options["output"].mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(recipe, "begin", begin)
+    monkeypatch.setattr(recipe, "finish", lambda process: None)
+    options = ["--minutes", "1", "--model", str(NANO), "--output"]
+    assert recipe.main([*options, str(tmp_path / "first")]) == 0
     unpack(tmp_path / "first", tmp_path / "second")
     assert recipe.main([*options, str(tmp_path / "second")]) == 0
-    logs = [(tmp_path / name / "eyes" / "log.jsonl").read_text().splitlines() for name in ("first", "second")]
-    first, second = (json.loads(lines[-1])["step"] for lines in logs)
-    assert second > first
-    rows = [json.loads(line)["sitting"] for line in (tmp_path / "second" / "log.jsonl").read_text().splitlines()]
-    assert rows == [1, 2]
-    before, first, second = (
-        PheyeForConditionalGeneration.from_pretrained(folder).state_dict()
-        for folder in (NANO, tmp_path / "first" / "model", tmp_path / "second" / "model")
-    )
-    # In no time, the eyes' learning rate has fallen to 0 before their first step. The blocks learn for some seconds.
-    names = [name for name in before if ".cross_attention_blocks." in name]
-    for older, newer in ((before, first), (first, second)):
-        assert any(not torch.equal(older[name], newer[name]) for name in names)
-    names = [name for name in before if ".language_model." in name]
-    assert names and all(torch.equal(before[name], second[name]) for name in names)
-    processor = PheyeProcessor.from_pretrained(tmp_path / "second" / "model")
-    assert "high_res_pixel_values" in processor(images=tiny_image(), text="What?", return_tensors="pt")
+    assert [row["sitting"] for row in read_rows(tmp_path / "second" / "log.jsonl")] == [1, 2]
+    models = [options["model"] for command, options in began if command == "join"]
+    assert models == [NANO, tmp_path / "second" / "model"]
+    eyes = [options for command, options in began if command == "eyes"]
+    assert eyes[0] | {"output": None} == eyes[1] | {"output": None}  # the command itself goes on in its folder
+    seeds = [options["seed"] for command, options in began if command in ("draw_data", "replay")]
+    assert seeds == [0, 0, 0, 1, 1, 1]  # other pictures in every sitting
 
 
 def test_what_is_packed_comes_in_small_pieces(tmp_path, monkeypatch):

@@ -137,29 +137,3 @@ def test_its_language_model_answers_about_shapes_that_it_is_told():
         written = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
         right.append(processor.tokenizer.decode(written, skip_special_tokens=True).strip() == answer["content"])
     assert sum(right) >= 38
-
-
-@pytest.mark.slow
-def test_fine_tuning_on_a_list_of_words_makes_it_read_them_better(tmp_path):
-    listed, fine = new_words(4), (0.012, 0.018)  # letters that it often gets wrong
-    rows = []
-    for number, image in enumerate(signs(listed * 24, seed=1, cap_heights=fine)):
-        image.save(tmp_path / f"{number}.jpg")
-        turns = [{"from": "human", "value": SIGN}, {"from": "gpt", "value": listed[number % 4]}]
-        rows.append({"id": number, "image": f"{number}.jpg", "conversations": turns})
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # Gradients of LoRA and fusion blocks go through the vision tower: a step takes more than twice as long with them.
-    options = "--bf16 False --learning_rate 1e-3 --per_device_train_batch_size 8 --effective_batch_size 8"
-    options += " --freeze lora fusion_blocks"
-    command = ["-m", "pheye.training.train", "--model", NANO, "--data", tmp_path / "data.jsonl"]
-    subprocess.run(
-        [sys.executable, *command, "--output", tmp_path / "tuned", *options.split()],
-        check=True,
-    )
-    texts = listed * 6
-    images = signs(texts, seed=2, cap_heights=fine)
-    before, after = (
-        mean(likeness(answer, text) for answer, text in zip(read(folder, images), texts, strict=True))
-        for folder in (NANO, tmp_path / "tuned")
-    )
-    assert after > before + 0.03, (before, after)
