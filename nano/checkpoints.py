@@ -1,6 +1,7 @@
-"""What the commands here share: precision, a folder of one run, a checkpoint that is whole or absent, and a log."""
+"""What the commands here share: precision, rate, a run's folder, a checkpoint that is whole or absent, and a log."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..common.files import RUN_FILE, read_folder_record, write_record
 from ..common.machine import versions
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"  # in the folder of a run
+WARMUP = 20  # steps
 
 
 def autocast(device: str) -> torch.autocast:
@@ -20,6 +22,11 @@ def autocast(device: str) -> torch.autocast:
     found = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
     is_fast = device != "cpu" or found.get("avx512_bf16") or found.get("amx_bf16")
     return torch.autocast(device, torch.bfloat16, enabled=bool(is_fast))
+
+
+def rate_share(step: int, passed: float) -> float:
+    """Of the learning rate, at a step, when this share of the training is over."""
+    return min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * min(1.0, passed))))
 
 
 def claim(output: Path, **settings):

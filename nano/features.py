@@ -1,5 +1,6 @@
 """Features of pictures, kept on the disk: what the vision tower gives while neither it nor its LoRA trains."""
 
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -17,6 +18,40 @@ from ..modeling_pheye import PheyeModel
 from ..training.collator import IGNORED, PheyeCollator
 from ..training.mixture import Mixture
 from .checkpoints import autocast
+
+BATCH = 8  # pictures of a step, and of a file
+STEPS = 4  # of a round
+ALONE = 40  # rounds before pictures are used again, of one step each
+USES = 4  # of a picture, at most
+
+
+def schedule(rounds: int | None, seed: int) -> Iterator[tuple[int, bool, list[int]]]:
+    """For each step its round, whether it is on that round's new pictures, and the numbers of its pictures.
+
+    `rounds`: how many there are; without end if None.
+    """
+    rng, uses = random.Random(f"kept {seed}"), []
+    for number in itertools.count() if rounds is None else range(rounds):
+        new = list(range(len(uses), len(uses) + BATCH))
+        uses += [1] * BATCH
+        yield number, True, new
+        for _ in range(STEPS - 1 if number >= ALONE else 0):
+            chosen = rng.sample([index for index, count in enumerate(uses) if count < USES], BATCH)
+            for index in chosen:
+                uses[index] += 1
+            yield number, False, chosen
+
+
+@torch.no_grad()
+def save_features(file: Path, model: PheyeForConditionalGeneration, image_inputs: dict[str, torch.Tensor]):
+    """Store what the vision tower gives to the view encoding for some pictures: (B, V, N, D)."""
+    image_inputs = {name: values.to(model.device) for name, values in image_inputs.items()}
+    with autocast(model.device.type):
+        seen = model.pheye.encode_views(**image_inputs).last_hidden_state  # (B * V, N, D)
+    features = seen.unflatten(0, (len(image_inputs["pixel_values"]), -1)).bfloat16()
+    temporary = file.with_suffix(".new")
+    save_file({"features": features.contiguous()}, temporary)
+    os.replace(temporary, file)
 
 
 class FeatureStore:
@@ -39,7 +74,6 @@ class FeatureStore:
     def file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"
 
-    @torch.no_grad()
     def encode(self, number: int, model: PheyeForConditionalGeneration):
         """Store what the vision tower gives to the view encoding for the pictures of file `number`.
 
@@ -53,13 +87,7 @@ class FeatureStore:
         for sample, error in zip(samples, errors, strict=True):
             if error is not None:
                 raise InputError(f"{sample['id']}: {error} Draw the data anew.")
-        image_inputs = {name: values.to(model.device) for name, values in image_inputs.items()}
-        with autocast(model.device.type):
-            seen = model.pheye.encode_views(**image_inputs).last_hidden_state  # (B * V, N, D)
-        features = seen.unflatten(0, (self.together, -1)).bfloat16()  # (B, V, N, D)
-        temporary = self.file(number).with_suffix(".new")
-        save_file({"features": features.contiguous()}, temporary)
-        os.replace(temporary, self.file(number))
+        save_features(self.file(number), model, image_inputs)
 
     def features(self, index: int) -> torch.Tensor:
         """(V, N, D)"""

@@ -13,11 +13,8 @@ checkpoint; the features of a finished run may be deleted.
 
 import argparse
 import itertools
-import math
-import random
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,33 +23,11 @@ from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..common.command import Parser, at_least, default_device, exit_status
 from ..training.mixture import Mixture, read_mixture
 from ..training.trained import choose_trained
-from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
-from .features import FeatureStore
+from .checkpoints import autocast, claim, load_checkpoint, log, rate_share, save_checkpoint
+from .features import BATCH, FeatureStore, schedule
 
-BATCH = 8
 ROUNDS = 500
-STEPS = 4  # of a round
-ALONE = 40  # rounds before pictures are used again, of one step each
-USES = 4  # of a picture, at most
-WARMUP = 20  # steps
 SAVE_EVERY, LOG_EVERY = 150, 30  # steps
-
-
-def schedule(rounds: int | None, seed: int) -> Iterator[tuple[int, bool, list[int]]]:
-    """For each step its round, whether it is on that round's new pictures, and the numbers of its pictures.
-
-    `rounds`: how many there are; without end if None.
-    """
-    rng, uses = random.Random(f"kept {seed}"), []
-    for number in itertools.count() if rounds is None else range(rounds):
-        new = list(range(len(uses), len(uses) + BATCH))
-        uses += [1] * BATCH
-        yield number, True, new
-        for _ in range(STEPS - 1 if number >= ALONE else 0):
-            chosen = rng.sample([index for index, count in enumerate(uses) if count < USES], BATCH)
-            for index in chosen:
-                uses[index] += 1
-            yield number, False, chosen
 
 
 def train(
@@ -87,8 +62,7 @@ def train(
     for step, (number, is_new, indices) in enumerate(itertools.islice(schedule(rounds, seed), done, None), done):
         if is_new:
             store.encode(number, trained)
-        share = min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * min(1.0, passed(step)))))
-        optimizer.param_groups[0]["lr"] = learning_rate * share
+        optimizer.param_groups[0]["lr"] = learning_rate * rate_share(step, passed(step))
         batch = {name: values.to(device) for name, values in store.batch(indices).items()}
         with autocast(trained.device.type):
             seen = trained.pheye.view_encoding(batch.pop("features"))

@@ -193,7 +193,9 @@ def test_two_processes_train_as_one_and_their_checkpoint_loads_in_one(processes,
             assert changed == parameter.requires_grad, name
 
 
-def test_frozen_bfloat16_and_trained_float32_train_in_two_processes_by_the_files_own_mixed_precision(processes, tmp_path):
+def test_frozen_bfloat16_and_trained_float32_train_in_two_processes_by_the_files_own_mixed_precision(
+    processes, tmp_path
+):
     single = new_model(bf16=True)
     losses = train(single, samples(slice(None)), bf16=True)
     sharded = run_sharded(processes, tmp_path, shard_by_accelerate, bf16=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pheye import PheyeForConditionalGeneration
-from pheye.nano import replay
+from pheye.nano import checkpoints, features, replay
 from pheye.nano.features import FeatureStore
 from pheye.training.collator import PheyeCollator
 from pheye.training.mixture import Mixture, read_mixture
@@ -20,10 +20,11 @@ pytestmark = pytest.mark.once
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A model and five pictures with a question each; rounds of two pictures."""
-    monkeypatch.setattr(replay, "BATCH", 2)
-    monkeypatch.setattr(replay, "STEPS", 2)
-    monkeypatch.setattr(replay, "ALONE", 0)
-    monkeypatch.setattr(replay, "WARMUP", 1)
+    for module in (features, replay):
+        monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(features, "STEPS", 2)
+    monkeypatch.setattr(features, "ALONE", 0)
+    monkeypatch.setattr(checkpoints, "WARMUP", 1)
     monkeypatch.setattr(replay, "SAVE_EVERY", 1)
     monkeypatch.setattr(replay, "LOG_EVERY", 2)
     tiny_model().save_pretrained(tmp_path / "model")
@@ -80,16 +81,16 @@ def test_a_picture_that_cannot_be_read_stops_the_run_by_name(folder):
 
 
 def test_pictures_come_once_as_new_and_later_again_but_not_too_often():
-    rounds = 2 * replay.ALONE
-    steps = list(replay.schedule(rounds, seed=0))
-    assert len(steps) == rounds + replay.ALONE * (replay.STEPS - 1)
+    rounds = 2 * features.ALONE
+    steps = list(features.schedule(rounds, seed=0))
+    assert len(steps) == rounds + features.ALONE * (features.STEPS - 1)
     new = [index for _, is_new, indices in steps if is_new for index in indices]
-    assert new == list(range(rounds * replay.BATCH))
+    assert new == list(range(rounds * features.BATCH))
     uses = Counter(index for _, _, indices in steps for index in indices)
-    assert max(uses.values()) == replay.USES
+    assert max(uses.values()) == features.USES
     for number, is_new, indices in steps:
-        assert len(set(indices)) == replay.BATCH and max(indices) < (number + 1) * replay.BATCH
-        assert is_new or number >= replay.ALONE
+        assert len(set(indices)) == features.BATCH and max(indices) < (number + 1) * features.BATCH
+        assert is_new or number >= features.ALONE
 
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(folder, monkeypatch):

@@ -1,0 +1,332 @@
+"""What refining the image brings to Pheye-nano: blocks over the image, budgets and a router, trained and asked.
+
+    python -m pheye.nano.budgets --model checkpoints/pheye-nano --data nano-runs/mixture.json --output OUTPUT
+        [--steps 300] [--seeds 2] [--count 1000] [--fine 300] [--ways plain universal]
+
+Each way takes as many steps from the same model, with a seed on the same pictures, and answers the same held-out
+questions at each of its budgets. Features of pictures are kept in OUTPUT, and used up to four times, as `nano.replay`
+does. Other held-out pictures tell which budget their questions need, and routers learn from these. OUTPUT gets a
+folder for each run and, from all of them, budgets.md and budgets.png. A run that has a result is not done again.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import PheyeConfig, PheyeForConditionalGeneration, PheyeProcessor
+from ..answering.engine import generate
+from ..answering.rows import Request
+from ..common.command import Parser, at_least, default_device, exit_status
+from ..common.files import read_record, write_atomically, write_record
+from ..common.json_lines import read_rows
+from ..common.machine import machine
+from ..training.mixture import Mixture, read_mixture
+from ..training.router import train_router
+from ..training.trained import choose_trained
+from ..training.vision_budgets import drawn_budget, label_by_score
+from ..visor_pheye import PheyeRouter
+from .budget_tables import kind_of, scores_of, write_report
+from .checkpoints import autocast, claim, rate_share
+from .features import BATCH, FeatureStore, save_features, schedule
+from .held_out import FINE, MAIN, HeldOutPicture, held_out_pictures, requests_of
+
+LAYERS = 2, 4  # of six, before whose cross-attention blocks the image is refined
+BUDGETS = (), LAYERS[:1], LAYERS
+ROUTER_SIZE = 48  # a quarter of the language model's width
+TOKENS = 16  # of an answer, at most
+
+
+@dataclass(frozen=True)
+class Way:
+    """budgets: of which each step draws one; none for a model without such blocks. is_joined: whether tokens of
+    different views see each other there."""
+
+    title: str
+    budgets: tuple[tuple[int, ...], ...] = ()
+    is_joined: bool = True
+
+    @property
+    def has_router(self) -> bool:
+        return len(self.budgets) > 1 and self.is_joined
+
+
+WAYS = {
+    "plain": Way("no block over the image"),
+    "universal": Way("two blocks, each step draws a budget", BUDGETS),
+    "one_alone": Way("one block, at this budget only", BUDGETS[1:2]),
+    "two_alone": Way("two blocks, at this budget only", BUDGETS[2:]),
+    "views_apart": Way("two blocks in which each view sees itself alone, each step draws a budget", BUDGETS, False),
+}
+
+
+def build(way: Way, folder: Path, seed: int) -> PheyeForConditionalGeneration:
+    """The model in `folder` with new blocks, its trained parts chosen."""
+    torch.manual_seed(seed)
+    fields = {"self_attention_layers": list(way.budgets[-1]) if way.budgets else []}
+    fields |= {"self_attention_budgets": [list(budget) for budget in way.budgets]}
+    fields |= {"router_size": ROUTER_SIZE} if way.has_router else {}
+    model = PheyeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **fields).eval()
+    choose_trained(model, freeze=["lora"])
+    if not way.is_joined:
+        for block in model.pheye.self_attention_blocks:
+            block.forward = within_views(block.forward, model.config.views_per_image)
+    return model
+
+
+def within_views(forward: Callable, views: int) -> Callable:
+    """A block's `forward` on each view by itself."""
+
+    def apart(states: torch.Tensor, mask: None = None) -> torch.Tensor:
+        return forward(states.unflatten(1, (views, -1)).flatten(0, 1)).unflatten(0, (-1, views)).flatten(1, 2)
+
+    return apart
+
+
+# --- Training ---
+
+
+def train(model: PheyeForConditionalGeneration, store: FeatureStore, way: Way, steps: int, rate: float, seed: int):
+    """Blocks, view encoding and what is new learn from kept features, as in `nano.replay`.
+
+    Returns: the mean loss of the last tenth of the steps, and the median seconds of a step.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    losses, seconds = [], []
+    for step, (number, is_new, indices) in enumerate(itertools.islice(schedule(None, seed), steps)):
+        if is_new:
+            store.encode(number, model)
+        began = time.perf_counter()
+        optimizer.param_groups[0]["lr"] = rate * rate_share(step, step / steps)
+        batch = {name: values.to(model.device) for name, values in store.batch(indices).items()}
+        budget = {"vision_budget": drawn_budget(seed, step, len(way.budgets))} if way.budgets else {}
+        with autocast(model.device.type):
+            seen = model.pheye.view_encoding(batch.pop("features"))
+            loss = model(image_hidden_states=seen, **batch, **budget).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - began)
+    last = losses[-max(1, steps // 10) :]
+    return {"loss": round(statistics.mean(last), 4), "seconds_per_step": round(statistics.median(seconds), 3)}
+
+
+# --- Asking ---
+
+
+class Asking:
+    """Questions about held-out pictures, each at every budget of a model.
+
+    `rows`: one for each question, with `answers`, cheapest budget first; `states`: what a router reads for each;
+    `seconds` and `gflop`: what an answer, and the first token of one, takes by budget, without the vision tower.
+    """
+
+    def __init__(self, model: PheyeForConditionalGeneration, processor: PheyeProcessor, features: Path):
+        self.model, self.processor, self.features = model, processor, features
+        self.budgets: list[int | None] = [*range(len(model.config.self_attention_budgets))] or [None]
+        self.rows: list[dict] = []
+        self.states: list[torch.Tensor] = []
+        self.seconds = [0.0] * len(self.budgets)
+        self.gflop: list[float] = []
+
+    @torch.no_grad()
+    def seen(self, pictures: list[HeldOutPicture]) -> torch.Tensor:
+        """What the text reads of some pictures, (B, N, D); their features are kept."""
+        file = self.features / f"{pictures[0].letters}-{pictures[0].index:06d}.safetensors"
+        if not file.exists():
+            images = [picture.image() for picture in pictures]
+            save_features(file, self.model, self.processor.image_processor(images, return_tensors="pt"))
+        features = load_file(file)["features"].to(self.model.device)
+        return (
+            self.model.pheye.view_encoding(features.float().flatten(0, 1))
+            .unflatten(0, (len(pictures), -1))
+            .flatten(1, 2)
+        )
+
+    def generate(self, seen: torch.Tensor, questions: list[str], budget: int | None, tokens: int) -> list[str]:
+        options = {"max_new_tokens": tokens, "do_sample": False}
+        options |= {} if budget is None else {"vision_budget": budget}
+        conversations = [[{"role": "user", "content": question}] for question in questions]
+        found = generate(self.model, self.processor, conversations, {"image_hidden_states": seen}, options)
+        return [answer.strip() for answer, _ in found]
+
+    def ask(self, pictures: list[HeldOutPicture]):
+        """Ask all questions about `pictures`, which are of one set."""
+        requests = requests_of(pictures, None)
+        for first in range(0, len(pictures), BATCH):
+            chosen = pictures[first : first + BATCH]
+            seen, ids = self.seen(chosen), {str(picture.index) for picture in chosen}
+            asked = [request for request in requests if request.id.partition("-")[0] in ids]
+            for kind in dict.fromkeys(request.fields["kind"] for request in asked):
+                self.ask_alike(
+                    seen, [request for request in asked if request.fields["kind"] == kind], chosen[0].letters
+                )
+
+    def ask_alike(self, seen: torch.Tensor, requests: list[Request], letters: str):
+        """Ask one question about each of some pictures."""
+        questions, answers = [request.fields["question"] for request in requests], []
+        if not self.gflop:
+            self.gflop = [self.operations(seen[:1], questions[:1], budget) / 1e9 for budget in self.budgets]
+        for place, budget in enumerate(self.budgets):
+            began = time.perf_counter()
+            answers.append(self.generate(seen, questions, budget, TOKENS))
+            self.seconds[place] += time.perf_counter() - began
+        for request, own in zip(requests, zip(*answers, strict=True), strict=True):
+            self.rows.append({"id": f"{letters}-{request.id}", "letters": letters, **request.fields, "answers": own})
+        if self.model.config.router_size:
+            router = self.model.pheye.router
+            hook = router.register_forward_pre_hook(lambda _, args: self.states.append(args[0].float().cpu()))
+            self.generate(seen, questions, None, 1)
+            hook.remove()
+
+    def operations(self, seen: torch.Tensor, questions: list[str], budget: int | None) -> int:
+        """Of reading encoded pictures and writing one token."""
+        # The counter does not know the processor's own kernel for attention.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            self.generate(seen, questions, budget, 1)
+        return counter.get_total_flops()
+
+
+# --- Routers ---
+
+
+def with_choices(asked: Asking, learnt: Asking, config: PheyeConfig, seed: int) -> list[dict]:
+    """The rows of `asked`, each with what a router chose that learnt from those of `learnt` (`chosen`), and what
+    another chose that learnt without questions of this one's kind (`chosen_unseen`)."""
+    kinds = [kind_of(row) for row in learnt.rows]
+    labels = torch.tensor([label_by_score(scores_of(row)) for row in learnt.rows])
+    states, own_states = torch.cat(learnt.states), torch.cat(asked.states)
+
+    def chosen(of_training: torch.Tensor) -> list[int]:
+        torch.manual_seed(seed)
+        router = PheyeRouter(config)
+        options = {"epochs": 20, "learning_rate": 1e-3, "batch_size": 64, "seed": seed}
+        train_router(router, states[of_training], labels[of_training], **options)
+        with torch.no_grad():
+            return router(own_states).argmax(dim=1).tolist()
+
+    by_all = chosen(torch.ones(len(kinds), dtype=torch.bool))
+    without = {kind: chosen(torch.tensor([other != kind for other in kinds])) for kind in dict.fromkeys(kinds)}
+    return [
+        {
+            **row,
+            "chosen": choice,
+            "chosen_unseen": without[kind_of(row)][number] if kind_of(row) in without else choice,
+        }
+        for number, (row, choice) in enumerate(zip(asked.rows, by_all, strict=True))
+    ]
+
+
+# --- The command ---
+
+
+def run(
+    name: str,
+    seed: int,
+    output: Path,
+    *,
+    model: Path,
+    store: FeatureStore,
+    processor: PheyeProcessor,
+    steps: int,
+    rate: float,
+    tested: list[list[HeldOutPicture]],
+    routed: list[list[HeldOutPicture]],
+    settings: dict,
+    device: str,
+) -> dict:
+    """Train one way with one seed, and ask it about the sets `tested` and, for a router, `routed`; the result, also in
+    files, from which it is read the next time."""
+    folder, way = output / f"{name}-{seed}", WAYS[name]
+    path, rows = folder / "result.json", folder / "answers.jsonl"
+    if read_record(path, settings, folder) is None:
+        trained = build(way, model, seed).to(device)
+        found = train(trained, store, way, steps, rate, seed)
+        asked, learnt = (Asking(trained, processor, output / "asked") for _ in range(2))
+        for pictures in tested:
+            asked.ask(pictures)
+        costs = {"gflop": asked.gflop, "seconds": [spent / len(asked.rows) for spent in asked.seconds]}
+        for pictures in routed if way.has_router else ():
+            learnt.ask(pictures)
+        answers = with_choices(asked, learnt, trained.config, seed) if way.has_router else asked.rows
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(rows, [json.dumps(row).encode() + b"\n" for row in answers])
+        write_record(path, settings, **found, **costs)
+    return {"way": name, "seed": seed, **read_record(path, settings, folder), "rows": read_rows(rows)}
+
+
+def budgets(
+    output: Path,
+    *,
+    model: Path,
+    data: list[str],
+    ways: list[str],
+    steps: int,
+    rate: float,
+    seeds: int,
+    count: int,
+    fine: int,
+    routed: int,
+    device: str,
+):
+    """Run what has no result yet, and write the tables of all; the arguments are the command's options."""
+    settings = {"model": model, "data": data, "steps": steps, "rate": rate, "count": count, "fine": fine}
+    settings["routed"] = routed
+    claim(output, **settings)
+    processor = PheyeProcessor.from_pretrained(model)
+    store = FeatureStore(output / "features", Mixture(read_mixture(data, turns=None), 0), processor, BATCH, 0)
+    (output / "asked").mkdir(exist_ok=True)
+    tiles = PheyeConfig.from_pretrained(model).tiles_per_side
+    tested, others = [], []
+    for letters, number, more in ((MAIN, count, routed), (FINE, fine, round(routed * fine / count))):
+        pictures = held_out_pictures(number + more, letters=letters, tiles_per_side=tiles)
+        tested.append(pictures[:number])
+        others.append(pictures[number:])
+    options = {"model": model, "store": store, "processor": processor, "steps": steps, "rate": rate}
+    options |= {"tested": tested, "routed": others, "settings": settings, "device": device}
+    results = [run(name, seed, output, **options) for seed in range(seeds) for name in ways]
+    write_report(results, {name: WAYS[name] for name in ways}, settings, machine(device), output)
+
+
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(
+        prog="python -m pheye.nano.budgets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a Pheye-nano")
+    parser.add_argument("--data", nargs="+", required=True, help="as the training command takes it")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: all)")
+    parser.add_argument("--steps", type=at_least(1), default=300, help="(default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least(1), default=2, help="(default: %(default)s)")
+    parser.add_argument("--count", type=at_least(3), default=1000, help="held-out pictures (default: %(default)s)")
+    parser.add_argument("--fine", type=at_least(3), default=300, help="more, with fine letters (default: %(default)s)")
+    parser.add_argument(
+        "--routed", type=at_least(10), default=800, help="others, from which routers learn (default: %(default)s)"
+    )
+    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
+    return vars(parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return exit_status(budgets, **parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
