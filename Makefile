@@ -17,6 +17,10 @@ API := configuration_pheye image_opening_pheye canvases_pheye image_processing_p
 	evaluation.heatmaps evaluation.metrics.anls evaluation.metrics.bleu evaluation.metrics.cider \
 	evaluation.metrics.vqa
 
+# Modules are compiled when they are first used, and stay compiled, whatever the surroundings say: to compile them at
+# each start takes more than twice as long as to load them.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo docs test slow fuzz kills conformance oldest newest gpu lint format always
 
 demo: $(PINNED)/.installed
@@ -73,7 +77,7 @@ $(OLDEST)/.installed: constraints-oldest.txt setup.py
 # What pip chooses changes from day to day: made anew unless it was made within twelve hours.
 $(NEWEST)/.installed: $(shell find $(NEWEST)/.installed -mmin -720 2>/dev/null | grep -q . || echo always)
 
-# torch first and alone: a later package must not choose another build of it. Modules are compiled when they are used.
+# torch first and alone: a later package must not choose another build of it.
 %/.installed:
 	$(PYTHON) -m venv --clear $*
 	$(CHOOSE) > $*/constraints.txt
