@@ -10,9 +10,7 @@ folder for each run and, from all of them, budgets.md and budgets.png. A run tha
 """
 
 import argparse
-import itertools
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +19,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,12 +32,13 @@ from ..common.machine import machine
 from ..training.mixture import Mixture, read_mixture
 from ..training.router import train_router
 from ..training.trained import choose_trained
-from ..training.vision_budgets import drawn_budget, label_by_score
+from ..training.vision_budgets import label_by_score
 from ..visor_pheye import PheyeRouter
 from .budget_tables import kind_of, scores_of, write_report
-from .checkpoints import autocast, claim, rate_share
-from .features import BATCH, FeatureStore, save_features, schedule
+from .checkpoints import claim
+from .features import BATCH, FeatureStore, as_image, save_features
 from .held_out import FINE, MAIN, HeldOutPicture, held_out_pictures, requests_of
+from .kept_training import train
 
 LAYERS = 2, 4  # of six, before whose cross-attention blocks the image is refined
 BUDGETS = (), LAYERS[:1], LAYERS
@@ -94,37 +92,6 @@ def within_views(forward: Callable, views: int) -> Callable:
     return apart
 
 
-# --- Training ---
-
-
-def train(model: PheyeForConditionalGeneration, store: FeatureStore, way: Way, steps: int, rate: float, seed: int):
-    """Blocks, view encoding and what is new learn from kept features, as in `nano.replay`.
-
-    Returns: the mean loss of the last tenth of the steps, and the median seconds of a step.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    losses, seconds = [], []
-    for step, (number, is_new, indices) in enumerate(itertools.islice(schedule(None, seed), steps)):
-        if is_new:
-            store.encode(number, model)
-        began = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = rate * rate_share(step, step / steps)
-        batch = {name: values.to(model.device) for name, values in store.batch(indices).items()}
-        budget = {"vision_budget": drawn_budget(seed, step, len(way.budgets))} if way.budgets else {}
-        with autocast(model.device.type):
-            seen = model.pheye.view_encoding(batch.pop("features"))
-            loss = model(image_hidden_states=seen, **batch, **budget).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - began)
-    last = losses[-max(1, steps // 10) :]
-    return {"loss": round(statistics.mean(last), 4), "seconds_per_step": round(statistics.median(seconds), 3)}
-
-
 # --- Asking ---
 
 
@@ -151,11 +118,7 @@ class Asking:
             images = [picture.image() for picture in pictures]
             save_features(file, self.model, self.processor.image_processor(images, return_tensors="pt"))
         features = load_file(file)["features"].to(self.model.device)
-        return (
-            self.model.pheye.view_encoding(features.float().flatten(0, 1))
-            .unflatten(0, (len(pictures), -1))
-            .flatten(1, 2)
-        )
+        return as_image(self.model, features.float(), None)["image_hidden_states"]
 
     def generate(self, seen: torch.Tensor, questions: list[str], budget: int | None, tokens: int) -> list[str]:
         options = {"max_new_tokens": tokens, "do_sample": False}
@@ -255,7 +218,7 @@ def run(
     path, rows = folder / "result.json", folder / "answers.jsonl"
     if read_record(path, settings, folder) is None:
         trained = build(way, model, seed).to(device)
-        found = train(trained, store, way, steps, rate, seed)
+        found = train(trained, store, steps, rate, seed)
         asked, learnt = (Asking(trained, processor, output / "asked") for _ in range(2))
         for pictures in tested:
             asked.ask(pictures)

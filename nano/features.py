@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
+from ..canvases_pheye import views_in
 from ..common.command import InputError
 from ..modeling_pheye import PheyeModel
 from ..training.collator import IGNORED, PheyeCollator
@@ -44,14 +45,27 @@ def schedule(rounds: int | None, seed: int) -> Iterator[tuple[int, bool, list[in
 
 @torch.no_grad()
 def save_features(file: Path, model: PheyeForConditionalGeneration, image_inputs: dict[str, torch.Tensor]):
-    """Store what the vision tower gives to the view encoding for some pictures: (B, V, N, D)."""
+    """Store what the vision tower gives to the view encoding for some pictures: of their views (sum of V, N, D), one
+    picture after another, and where they have canvases their grids (B, 1, 2)."""
     image_inputs = {name: values.to(model.device) for name, values in image_inputs.items()}
     with autocast(model.device.type):
-        seen = model.pheye.encode_views(**image_inputs).last_hidden_state  # (B * V, N, D)
-    features = seen.unflatten(0, (len(image_inputs["pixel_values"]), -1)).bfloat16()
+        seen = model.pheye.encode_views(**image_inputs).last_hidden_state
+    tensors = {"features": seen.bfloat16().contiguous()}
+    if "image_grids" in image_inputs:
+        tensors["image_grids"] = image_inputs["image_grids"].cpu()
     temporary = file.with_suffix(".new")
-    save_file({"features": features.contiguous()}, temporary)
+    save_file(tensors, temporary)
     os.replace(temporary, file)
+
+
+def as_image(
+    model: PheyeForConditionalGeneration, features: torch.Tensor, image_grids: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """What the model takes in place of pixels, of features (sum of V, N, D) of some pictures."""
+    if image_grids is None:
+        return {"image_hidden_states": model.pheye.view_encoding(features)}
+    table = model.pheye.views_of(image_grids, len(image_grids), None)
+    return {"image_hidden_states": model.pheye.view_encoding(features, table), "image_grids": image_grids}
 
 
 class FeatureStore:
@@ -89,14 +103,21 @@ class FeatureStore:
                 raise InputError(f"{sample['id']}: {error} Draw the data anew.")
         save_features(self.file(number), model, image_inputs)
 
-    def features(self, index: int) -> torch.Tensor:
-        """(V, N, D)"""
+    def features(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(V, N, D), and the picture's grid (1, 2) where it has a canvas."""
         number, row = divmod(index, self.together)
         with safe_open(self.file(number), "pt") as file:
-            return file.get_slice("features")[row]
+            features = file.get_slice("features")
+            if "image_grids" not in file.keys():  # noqa: SIM118 (it is no dictionary)
+                views = features.get_shape()[0] // self.together
+                return features[row * views : (row + 1) * views], None
+            grids = file.get_tensor("image_grids")
+            counts = [views_in(grid) for [grid] in grids.tolist()]
+            return features[sum(counts[:row]) : sum(counts[: row + 1])], grids[row]
 
     def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """Text, padded on the right, and features (B * V, N, D) of the samples of these numbers."""
+        """Text, padded on the right, features (sum of V, N, D) and, with canvases, `image_grids` (B, 1, 2) of the
+        samples of these numbers."""
         rows = [self.collator.encode_sample(self.sample(index)) for index in indices]
         inputs = self.collator.processor.tokenizer.pad(
             {"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt"
@@ -104,8 +125,9 @@ class FeatureStore:
         labels = torch.full_like(inputs["input_ids"], IGNORED)
         for row, (_, learnt) in enumerate(rows):
             labels[row, : len(learnt)] = torch.tensor(learnt)
-        features = torch.stack([self.features(index) for index in indices])
-        return {**inputs, "labels": labels, "features": features.float().flatten(0, 1)}
+        features, grids = zip(*(self.features(index) for index in indices), strict=True)
+        batch = {**inputs, "labels": labels, "features": torch.cat(features).float()}
+        return batch if grids[0] is None else {**batch, "image_grids": torch.stack(grids)}
 
 
 @contextmanager

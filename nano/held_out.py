@@ -25,6 +25,8 @@ MAIN, FINE = "main", "fine"  # sets of pictures, by the letters of their signs
 # Of a picture in pixels, shortest and longest side. Fine capitals have 8 pixels at least; with fewer nobody reads them
 SIZES = {MAIN: (300, 2000), FINE: (600, 2000)}
 CAP_HEIGHTS = {MAIN: (0.025, 0.06), FINE: (0.013, 0.025)}  # of a sign's capitals over the picture's height
+ASPECTS = {"1:1": 1.0, "4:3": 4 / 3, "16:9": 16 / 9, "1:3": 1 / 3}  # more sets, of one shape: width over height
+ASPECT_SIDES = 600, 1400  # of a square with as many pixels as such a picture, whose letters are as high as there
 LIKE = 1.1  # most by which letter heights of like words differ, as a factor
 SIGN, SHAPES = "sign", "shapes"  # kinds of question
 
@@ -54,10 +56,15 @@ class HeldOutPicture:
 def draw(index: int, zoom: float = 1, letters: str = MAIN) -> Picture:
     """Held-out picture number `index` of a set: a sign with one word, real or made-up, and up to five shapes.
 
-    With `zoom` it has so many times fewer pixels a side, and so many times higher letters, as in one of the crops.
+    A set is MAIN, FINE or one of ASPECTS. With `zoom` the picture has so many times fewer pixels a side, and so many
+    times higher letters, as in one of the crops.
     """
     rng = random.Random(f"held out {SEED} {index}" if letters == MAIN else f"held out {letters} {SEED} {index}")
     text = words.word(rng, True, *LETTERS)
+    if letters in ASPECTS:
+        side, root = math.exp(rng.uniform(*map(math.log, ASPECT_SIDES))), ASPECTS[letters] ** 0.5
+        cap_heights = tuple(root * share for share in CAP_HEIGHTS[MAIN])
+        return scene(rng, True, size=(round(side * root), round(side / root)), cap_heights=cap_heights, text=text)
     sizes = tuple(int(side / zoom) for side in SIZES[letters])
     cap_heights = tuple(zoom * share for share in CAP_HEIGHTS[letters])
     return scene(rng, True, sizes=sizes, cap_heights=cap_heights, text=text)

@@ -377,18 +377,19 @@ def scene(
     held_out: bool = False,
     *,
     sizes: tuple[int, int] = (300, 2000),
+    size: tuple[int, int] | None = None,
     cap_heights: tuple[float, float] = (0.02, 0.1),
     signs: int = 1,
     text: str | None = None,
     shapes: int | None = None,
     least_pixels: int = 0,
 ) -> Picture:
-    """Shapes and signs on a background.
+    """Shapes and signs on a background, of any size in `sizes` (shortest and longest side) or of one `size`.
 
     `cap_heights` are shares of the picture's height, drawn evenly by their logarithm; capitals have at least
     `least_pixels`. A sign too wide for its picture is drawn anew with another text and height.
     """
-    width, height = random_size(rng, *sizes)
+    width, height = size or random_size(rng, *sizes)
     least = max(cap_heights[0], least_pixels / height)
     cap_heights = least, max(least, cap_heights[1])
     picture, taken = empty_picture(rng, width, height, held_out), []

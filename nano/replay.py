@@ -24,7 +24,7 @@ from ..common.command import Parser, at_least, default_device, exit_status
 from ..training.mixture import Mixture, read_mixture
 from ..training.trained import choose_trained
 from .checkpoints import autocast, claim, load_checkpoint, log, rate_share, save_checkpoint
-from .features import BATCH, FeatureStore, schedule
+from .features import BATCH, FeatureStore, as_image, schedule
 
 ROUNDS = 500
 SAVE_EVERY, LOG_EVERY = 150, 30  # steps
@@ -65,8 +65,8 @@ def train(
         optimizer.param_groups[0]["lr"] = learning_rate * rate_share(step, passed(step))
         batch = {name: values.to(device) for name, values in store.batch(indices).items()}
         with autocast(trained.device.type):
-            seen = trained.pheye.view_encoding(batch.pop("features"))
-            loss = trained(image_hidden_states=seen, **batch).loss
+            image = as_image(trained, batch.pop("features"), batch.pop("image_grids", None))
+            loss = trained(**image, **batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -12,7 +12,7 @@ from pheye.nano.features import FeatureStore
 from pheye.training.collator import PheyeCollator
 from pheye.training.mixture import Mixture, read_mixture
 
-from tiny import tiny_image, tiny_model, tiny_processor
+from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
 
 pytestmark = pytest.mark.once
 
@@ -43,17 +43,20 @@ def train(folder, name, rounds):
     return PheyeForConditionalGeneration.from_pretrained(folder / name).state_dict()
 
 
-def test_features_stand_for_their_pictures(folder):
-    model, processor = tiny_model(), tiny_processor()
+@pytest.mark.parametrize("canvases", [None, [[1, 2], [2, 2], [2, 1]]])
+def test_features_stand_for_their_pictures(folder, canvases):
+    for number in range(5):
+        tiny_image(number, 40 + 15 * number, 70).save(folder / f"{number}.png")  # of several shapes
+    model, processor = tiny_model(canvases=canvases), tiny_processor(tiny_config(canvases=canvases))
     mixture = Mixture(read_mixture([str(folder / "data.json")], turns=None), 0)
     store = FeatureStore(folder / "features", mixture, processor, together=2, seed=0)
     for number in range(3):  # the sixth picture is the first again
         store.encode(number, model)
     indices = [4, 1, 5]
     batch = store.batch(indices)
-    seen = model.pheye.view_encoding(batch.pop("features"))
-    found = model(image_hidden_states=seen, **batch)
-    names = ("input_ids", "attention_mask", "labels", "pixel_values")
+    image = features.as_image(model, batch.pop("features"), batch.pop("image_grids", None))
+    found = model(**image, **batch)
+    names = ("input_ids", "attention_mask", "labels", *processor.image_processor.model_input_names)
     whole = PheyeCollator(processor)([store.sample(index) for index in indices])
     expected = model(**{name: whole[name] for name in names})
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-2, atol=0)  # features are kept in bfloat16
