@@ -45,8 +45,8 @@ def schedule(rounds: int | None, seed: int) -> Iterator[tuple[int, bool, list[in
 
 @torch.no_grad()
 def save_features(file: Path, model: PheyeForConditionalGeneration, image_inputs: dict[str, torch.Tensor]):
-    """Store what the vision tower gives to the view encoding for some pictures: of their views (sum of V, N, D), one
-    picture after another, and where they have canvases their grids (B, 1, 2)."""
+    """Store what the vision tower gives to the view encoding for the pictures of some rows: (sum of V, N, D), one
+    picture after another, and where the model needs them their grids (B, I, 2)."""
     image_inputs = {name: values.to(model.device) for name, values in image_inputs.items()}
     with autocast(model.device.type):
         seen = model.pheye.encode_views(**image_inputs).last_hidden_state
@@ -104,7 +104,7 @@ class FeatureStore:
         save_features(self.file(number), model, image_inputs)
 
     def features(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(V, N, D), and the picture's grid (1, 2) where it has a canvas."""
+        """(V, N, D), and the grids (I, 2) of its pictures where the model needs them."""
         number, row = divmod(index, self.together)
         with safe_open(self.file(number), "pt") as file:
             features = file.get_slice("features")
@@ -112,12 +112,12 @@ class FeatureStore:
                 views = features.get_shape()[0] // self.together
                 return features[row * views : (row + 1) * views], None
             grids = file.get_tensor("image_grids")
-            counts = [views_in(grid) for [grid] in grids.tolist()]
+            counts = [sum(map(views_in, images)) for images in grids.tolist()]
             return features[sum(counts[:row]) : sum(counts[: row + 1])], grids[row]
 
     def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """Text, padded on the right, features (sum of V, N, D) and, with canvases, `image_grids` (B, 1, 2) of the
-        samples of these numbers."""
+        """Text, padded on the right, features (sum of V, N, D) and, where the model needs them, grids (B, I, 2) of the
+        samples of these numbers, which have equally many pictures."""
         rows = [self.collator.encode_sample(self.sample(index)) for index in indices]
         inputs = self.collator.processor.tokenizer.pad(
             {"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt"

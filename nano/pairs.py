@@ -1,0 +1,197 @@
+"""Two pictures in a prompt: whether Pheye-nano learns to tell them apart.
+
+    python -m pheye.nano.pairs --model checkpoints/pheye-nano --output OUTPUT [--steps 300] [--seeds 2] [--count 300]
+
+A model that has seen one picture at a time learns from pairs with a sign each: in which image is this word, and what
+is written on the sign of that image? Then it is asked about held-out pairs, and about single pictures as before.
+Features of pictures are kept in OUTPUT, and used up to four times, as `nano.replay` does. OUTPUT gets the pairs, a
+folder for each run and, from all of them, pairs.md. A run that has a result is not done again.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import PheyeForConditionalGeneration, PheyeProcessor
+from ..answering.engine import answer_batches
+from ..answering.rows import Request, row
+from ..common.command import Parser, at_least, default_device, exit_status
+from ..common.files import read_record, write_atomically, write_record
+from ..common.json_lines import read_rows
+from ..common.machine import machine
+from ..training.mixture import Mixture, read_mixture
+from ..training.trained import choose_trained
+from .checkpoints import claim
+from .features import BATCH, FeatureStore
+from .held_out import SIGN, HeldOutPicture, held_out_pictures, interval, is_exact, requests_of, with_interval
+from .kept_training import train
+from .pictures import scene
+from .questions import CAP_HEIGHTS, LEAST_PIXELS, NUMBERS, SIDES
+from .tables import table
+
+WHICH, READ = "which image has the word", "the sign of one image"  # kinds of question
+TILES = 3
+TOKENS = 16  # of an answer, at most
+
+REPORT = """# Two pictures in a prompt
+
+`python -m pheye.nano.pairs`; {steps} steps from {model}, learning rate {rate}; {count} held-out pairs; {machine}.
+Answers that are exactly right, in %, mean over {seeds} seeds. A guess has 50 % of the first question. Intervals are
+over the pairs (bootstrap), not over trainings. `before` is the model without this training, whose prompt may hold two
+pictures, too.
+
+{scores}
+"""
+
+
+def turns_of(words: list[str], rng: random.Random) -> dict[str, tuple[str, str]]:
+    """A question of each kind about two pictures with these words, and its answer."""
+    asked, read = rng.randrange(2), rng.randrange(2)
+    return {
+        WHICH: (f"In which image is the word {words[asked]}?", NUMBERS[asked + 1]),
+        READ: (f"What is written on the sign of image {NUMBERS[read + 1]}?", words[read]),
+    }
+
+
+def write_pairs(output: Path, count: int) -> Path:
+    """A data set of `count` pairs in LLaVA's format, as `nano.draw_data` writes; its file."""
+    claim(output, count=count)
+    path = output / "data.jsonl"
+    if path.exists():
+        return path
+    rows = []
+    for index in range(count):
+        rng, names, words = random.Random(f"pair {index}"), [], []
+        while len(words) < 2:
+            picture = scene(
+                rng,
+                sizes=tuple(side * TILES for side in SIDES),
+                cap_heights=tuple(share / TILES for share in CAP_HEIGHTS),
+                least_pixels=LEAST_PIXELS,
+            )
+            if picture.signs[0] not in words:
+                words += picture.signs
+                names.append(f"{index:06d}-{len(words)}.jpg")
+                picture.image.save(output / names[-1], quality=rng.randint(70, 95))
+        said = []
+        for number, (question, reply) in enumerate(turns_of(words, rng).values()):
+            said += [{"from": "human", "value": question if number else f"<image><image>{question}"}]
+            said += [{"from": "gpt", "value": reply}]
+        rows.append({"id": f"pair-{index}", "image": names, "conversations": said})
+    write_atomically(path, [json.dumps(row).encode() + b"\n" for row in rows])
+    return path
+
+
+def requests_of_pairs(pictures: list[HeldOutPicture]) -> list[Request]:
+    """Both questions about each pair of pictures: the first and the second, the third and the fourth, ..."""
+    requests = []
+    for number in range(0, len(pictures) - 1, 2):
+        pair = pictures[number : number + 2]
+        turns = turns_of([picture.word for picture in pair], random.Random(f"held out pair {number}"))
+        for kind, (question, reference) in turns.items():
+            fields = {"kind": kind, "reference": reference}
+            requests.append(Request(f"{number:05d}-{kind}", [picture.image for picture in pair], question, fields))
+    return requests
+
+
+def ask(model: PheyeForConditionalGeneration, processor: PheyeProcessor, pictures: list[HeldOutPicture]) -> list[dict]:
+    """A row for each question about pairs of `pictures`, and for the sign of every second one alone."""
+    alone = [request for request in requests_of(pictures[::2], None) if request.fields["kind"] == SIGN]
+    options = {"batch_size": BATCH, "generate_kwargs": {"max_new_tokens": TOKENS, "do_sample": False}, "workers": 0}
+    batches = answer_batches(model, processor, [*requests_of_pairs(pictures), *alone], **options)
+    rows = [row(request, "answer", *result) for batch in batches for request, *result in batch]
+    return sorted(rows, key=lambda row: row["id"])
+
+
+def build(folder: Path, seed: int) -> tuple[PheyeForConditionalGeneration, PheyeProcessor]:
+    """The model in `folder` for two pictures, its trained parts chosen, and its processor."""
+    torch.manual_seed(seed)
+    model = PheyeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, max_images=2).eval()
+    choose_trained(model, freeze=["lora"])
+    return model, PheyeProcessor.from_pretrained(folder, max_images=2)
+
+
+def run(
+    seed: int | None,
+    output: Path,
+    *,
+    model: Path,
+    data: Path,
+    steps: int,
+    rate: float,
+    pictures: list[HeldOutPicture],
+    settings: dict,
+    device: str,
+) -> list[dict]:
+    """Train with one seed, or not at all (None), and ask; the rows, also in a file, from which they are read the next
+    time."""
+    folder = output / ("before" if seed is None else f"after-{seed}")
+    path, answers = folder / "result.json", folder / "answers.jsonl"
+    if read_record(path, settings, folder) is None:
+        trained, processor = build(model, seed or 0)
+        mixture = Mixture(read_mixture([str(data)], turns=None), 0, max_images=2)
+        store = FeatureStore(output / "features", mixture, processor, BATCH, 0)
+        trained.to(device)
+        found = {} if seed is None else train(trained, store, steps, rate, seed)
+        rows = ask(trained, processor, pictures)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(answers, [json.dumps(row).encode() + b"\n" for row in rows])
+        write_record(path, settings, **found)
+    return read_rows(answers)
+
+
+def scores_table(ways: dict[str, list[list[dict]]]) -> list[str]:
+    """Right answers of each way, a list of rows for each seed."""
+    kinds = {WHICH: WHICH, READ: READ, SIGN: "the sign of one picture alone"}
+    lines = []
+    for name, runs in ways.items():
+        exact = np.mean([[is_exact(row) for row in rows] for rows in runs], axis=0)
+        chosen = [exact[[row["kind"] == kind for row in runs[0]]] for kind in kinds]
+        lines.append([name, *(with_interval(one.mean(), interval(one)) for one in chosen)])
+    return table(["", *(f"{title} (95 % interval)" for title in kinds.values())], lines)
+
+
+def pairs(output: Path, *, model: Path, steps: int, rate: float, seeds: int, count: int, drawn: int, device: str):
+    """Run what has no result yet, and write the table; the arguments are the command's options."""
+    settings = {"model": model, "steps": steps, "rate": rate, "count": count, "drawn": drawn}
+    claim(output, **settings)
+    data = write_pairs(output / "pairs", drawn)
+    options = {"model": model, "data": data, "steps": steps, "rate": rate, "settings": settings, "device": device}
+    options["pictures"] = held_out_pictures(2 * count)
+    ways = {"before": [run(None, output, **options)], "after": [run(seed, output, **options) for seed in range(seeds)]}
+    scores = "\n".join(scores_table(ways))
+    text = REPORT.format(**settings, scores=scores, seeds=seeds, machine=machine(device))
+    write_atomically(output / "pairs.md", [text.encode()])
+    print(text)
+
+
+def parse(argv: list[str] | None) -> dict:
+    """The command's options by name."""
+    parser = Parser(
+        prog="python -m pheye.nano.pairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a Pheye-nano")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--steps", type=at_least(1), default=300, help="(default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least(1), default=2, help="(default: %(default)s)")
+    parser.add_argument("--count", type=at_least(3), default=300, help="held-out pairs (default: %(default)s)")
+    parser.add_argument(
+        "--drawn", type=at_least(BATCH), default=900, help="pairs to learn from (default: %(default)s)"
+    )
+    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
+    return vars(parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return exit_status(pairs, **parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
