@@ -26,7 +26,7 @@ from .. import PheyeConfig, PheyeForConditionalGeneration, PheyeProcessor
 from ..answering.engine import generate
 from ..answering.rows import Request
 from ..common.command import Parser, at_least, default_device, exit_status
-from ..common.files import read_record, write_atomically, write_record
+from ..common.files import fingerprint, read_record, write_atomically, write_record
 from ..common.json_lines import read_rows
 from ..common.machine import machine
 from ..training.mixture import Mixture, read_mixture
@@ -249,6 +249,7 @@ def budgets(
     """Run what has no result yet, and write the tables of all; the arguments are the command's options."""
     settings = {"model": model, "data": data, "steps": steps, "rate": rate, "count": count, "fine": fine}
     settings["routed"] = routed
+    settings["weights"] = fingerprint(model / "model.safetensors")  # of which the kept features are
     claim(output, **settings)
     processor = PheyeProcessor.from_pretrained(model)
     store = FeatureStore(output / "features", Mixture(read_mixture(data, turns=None), 0), processor, BATCH, 0)

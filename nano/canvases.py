@@ -23,7 +23,7 @@ from ..answering.engine import answer_batches
 from ..answering.rows import row
 from ..canvases_pheye import place_image, views_in
 from ..common.command import Parser, at_least, default_device, exit_status
-from ..common.files import read_record, write_atomically, write_record
+from ..common.files import fingerprint, read_record, write_atomically, write_record
 from ..common.json_lines import read_rows
 from ..common.machine import machine
 from ..training.mixture import Mixture, read_mixture
@@ -231,6 +231,7 @@ def canvases(
 ):
     """Run what has no result yet, and write the tables of all; the arguments are the command's options."""
     settings = {"model": model, "data": data, "steps": steps, "rate": rate, "count": count}
+    settings["weights"] = fingerprint(model / "model.safetensors")  # of which the kept features are
     claim(output, **settings)
     mixture = Mixture(read_mixture(data, turns=None), 0)
     pictures = {shape: held_out_pictures(count, letters=shape) for shape in ASPECTS}

@@ -21,7 +21,7 @@ from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..answering.engine import answer_batches
 from ..answering.rows import Request, row
 from ..common.command import Parser, at_least, default_device, exit_status
-from ..common.files import read_record, write_atomically, write_record
+from ..common.files import fingerprint, read_record, write_atomically, write_record
 from ..common.json_lines import read_rows
 from ..common.machine import machine
 from ..training.mixture import Mixture, read_mixture
@@ -159,6 +159,7 @@ def scores_table(ways: dict[str, list[list[dict]]]) -> list[str]:
 def pairs(output: Path, *, model: Path, steps: int, rate: float, seeds: int, count: int, drawn: int, device: str):
     """Run what has no result yet, and write the table; the arguments are the command's options."""
     settings = {"model": model, "steps": steps, "rate": rate, "count": count, "drawn": drawn}
+    settings["weights"] = fingerprint(model / "model.safetensors")  # of which the kept features are
     claim(output, **settings)
     data = write_pairs(output / "pairs", drawn)
     options = {"model": model, "data": data, "steps": steps, "rate": rate, "settings": settings, "device": device}
