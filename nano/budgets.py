@@ -10,7 +10,6 @@ folder for each run and, from all of them, budgets.md and budgets.png. A run tha
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -25,20 +24,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import PheyeConfig, PheyeForConditionalGeneration, PheyeProcessor
 from ..answering.engine import generate
 from ..answering.rows import Request
-from ..common.command import Parser, at_least, default_device, exit_status
-from ..common.files import fingerprint, read_record, write_atomically, write_record
-from ..common.json_lines import read_rows
+from ..common.command import Parser, at_least, exit_status
 from ..common.machine import machine
 from ..training.mixture import Mixture, read_mixture
 from ..training.router import train_router
-from ..training.trained import choose_trained
 from ..training.vision_budgets import label_by_score
 from ..visor_pheye import PheyeRouter
 from .budget_tables import kind_of, scores_of, write_report
 from .checkpoints import claim
 from .features import BATCH, FeatureStore, as_image, save_features
 from .held_out import FINE, MAIN, HeldOutPicture, held_out_pictures, requests_of
-from .kept_training import train
+from .kept_training import add_options, once, opened, train, weights_of
 
 LAYERS = 2, 4  # of six, before whose cross-attention blocks the image is refined
 BUDGETS = (), LAYERS[:1], LAYERS
@@ -71,12 +67,10 @@ WAYS = {
 
 def build(way: Way, folder: Path, seed: int) -> PheyeForConditionalGeneration:
     """The model in `folder` with new blocks, its trained parts chosen."""
-    torch.manual_seed(seed)
     fields = {"self_attention_layers": list(way.budgets[-1]) if way.budgets else []}
     fields |= {"self_attention_budgets": [list(budget) for budget in way.budgets]}
     fields |= {"router_size": ROUTER_SIZE} if way.has_router else {}
-    model = PheyeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **fields).eval()
-    choose_trained(model, freeze=["lora"])
+    model = opened(folder, seed, **fields)
     if not way.is_joined:
         for block in model.pheye.self_attention_blocks:
             block.forward = within_views(block.forward, model.config.views_per_image)
@@ -212,24 +206,21 @@ def run(
     settings: dict,
     device: str,
 ) -> dict:
-    """Train one way with one seed, and ask it about the sets `tested` and, for a router, `routed`; the result, also in
-    files, from which it is read the next time."""
-    folder, way = output / f"{name}-{seed}", WAYS[name]
-    path, rows = folder / "result.json", folder / "answers.jsonl"
-    if read_record(path, settings, folder) is None:
+    """Train one way with one seed, and ask it about the sets `tested` and, for a router, `routed`."""
+    way = WAYS[name]
+
+    def trained_and_asked() -> tuple[dict, list[dict]]:
         trained = build(way, model, seed).to(device)
         found = train(trained, store, steps, rate, seed)
         asked, learnt = (Asking(trained, processor, output / "asked") for _ in range(2))
         for pictures in tested:
             asked.ask(pictures)
-        costs = {"gflop": asked.gflop, "seconds": [spent / len(asked.rows) for spent in asked.seconds]}
+        found |= {"gflop": asked.gflop, "seconds": [spent / len(asked.rows) for spent in asked.seconds]}
         for pictures in routed if way.has_router else ():
             learnt.ask(pictures)
-        answers = with_choices(asked, learnt, trained.config, seed) if way.has_router else asked.rows
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(rows, [json.dumps(row).encode() + b"\n" for row in answers])
-        write_record(path, settings, **found, **costs)
-    return {"way": name, "seed": seed, **read_record(path, settings, folder), "rows": read_rows(rows)}
+        return found, with_choices(asked, learnt, trained.config, seed) if way.has_router else asked.rows
+
+    return {"way": name, "seed": seed, **once(output / f"{name}-{seed}", settings, trained_and_asked)}
 
 
 def budgets(
@@ -249,7 +240,7 @@ def budgets(
     """Run what has no result yet, and write the tables of all; the arguments are the command's options."""
     settings = {"model": model, "data": data, "steps": steps, "rate": rate, "count": count, "fine": fine}
     settings["routed"] = routed
-    settings["weights"] = fingerprint(model / "model.safetensors")  # of which the kept features are
+    settings["weights"] = weights_of(model)
     claim(output, **settings)
     processor = PheyeProcessor.from_pretrained(model)
     store = FeatureStore(output / "features", Mixture(read_mixture(data, turns=None), 0), processor, BATCH, 0)
@@ -271,19 +262,14 @@ def parse(argv: list[str] | None) -> dict:
     parser = Parser(
         prog="python -m pheye.nano.budgets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a Pheye-nano")
+    add_options(parser, 300)
     parser.add_argument("--data", nargs="+", required=True, help="as the training command takes it")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: all)")
-    parser.add_argument("--steps", type=at_least(1), default=300, help="(default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate (default: %(default)s)")
-    parser.add_argument("--seeds", type=at_least(1), default=2, help="(default: %(default)s)")
     parser.add_argument("--count", type=at_least(3), default=1000, help="held-out pictures (default: %(default)s)")
     parser.add_argument("--fine", type=at_least(3), default=300, help="more, with fine letters (default: %(default)s)")
     parser.add_argument(
         "--routed", type=at_least(10), default=800, help="others, from which routers learn (default: %(default)s)"
     )
-    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
     return vars(parser.parse_args(argv))
 
 

@@ -10,24 +10,20 @@ OUTPUT gets a folder for each run and, from all of them, canvases.md. A run that
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from .. import PheyeConfig, PheyeForConditionalGeneration, PheyeProcessor
 from ..answering.engine import answer_batches
 from ..answering.rows import row
 from ..canvases_pheye import place_image, views_in
-from ..common.command import Parser, at_least, default_device, exit_status
-from ..common.files import fingerprint, read_record, write_atomically, write_record
-from ..common.json_lines import read_rows
+from ..common.command import Parser, at_least, exit_status
+from ..common.files import write_atomically
 from ..common.machine import machine
 from ..training.mixture import Mixture, read_mixture
-from ..training.trained import choose_trained
 from .checkpoints import claim
 from .configs import VIEW
 from .features import BATCH, FeatureStore
@@ -41,7 +37,7 @@ from .held_out import (
     requests_of,
     with_interval,
 )
-from .kept_training import train
+from .kept_training import add_options, once, opened, train, weights_of
 from .tables import table
 
 WAYS = {"stretched": None, "fila": "fila", "wide": "wide"}  # canvases of the model
@@ -85,10 +81,7 @@ Words read exactly, in %, of all shapes, by the height of their capitals in pixe
 
 def build(way: str, folder: Path, seed: int) -> tuple[PheyeForConditionalGeneration, PheyeProcessor]:
     """The model in `folder` with the canvases of a way, its trained parts chosen, and its processor."""
-    torch.manual_seed(seed)
-    model = PheyeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, canvases=WAYS[way]).eval()
-    choose_trained(model, freeze=["lora"])
-    return model, PheyeProcessor.from_pretrained(folder, canvases=WAYS[way])
+    return opened(folder, seed, canvases=WAYS[way]), PheyeProcessor.from_pretrained(folder, canvases=WAYS[way])
 
 
 def on_canvas(picture: HeldOutPicture, config: PheyeConfig) -> tuple[float, int]:
@@ -127,21 +120,17 @@ def run(
     settings: dict,
     device: str,
 ) -> dict:
-    """Train one way with one seed, and ask it about `pictures`, by their shape; the result, also in files, from which
-    it is read the next time."""
-    folder = output / f"{name}-{seed}"
-    path, answers = folder / "result.json", folder / "answers.jsonl"
-    if read_record(path, settings, folder) is None:
+    """Train one way with one seed, and ask it about `pictures`, by their shape."""
+
+    def trained_and_asked() -> tuple[dict, list[dict]]:
         trained, processor = build(name, model, seed)
         store = FeatureStore(output / f"features-{name}", mixture, processor, BATCH, 0)
         found = train(trained.to(device), store, steps, rate, seed)
         began = time.perf_counter()
         rows = [row for of_shape in pictures.values() for row in ask(trained, processor, of_shape)]
-        seconds = (time.perf_counter() - began) / len(rows)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(answers, [json.dumps(row).encode() + b"\n" for row in rows])
-        write_record(path, settings, **found, seconds_per_question=round(seconds, 3))
-    return {"way": name, "seed": seed, **read_record(path, settings, folder), "rows": read_rows(answers)}
+        return {**found, "seconds_per_question": round((time.perf_counter() - began) / len(rows), 3)}, rows
+
+    return {"way": name, "seed": seed, **once(output / f"{name}-{seed}", settings, trained_and_asked)}
 
 
 # --- Tables ---
@@ -231,7 +220,7 @@ def canvases(
 ):
     """Run what has no result yet, and write the tables of all; the arguments are the command's options."""
     settings = {"model": model, "data": data, "steps": steps, "rate": rate, "count": count}
-    settings["weights"] = fingerprint(model / "model.safetensors")  # of which the kept features are
+    settings["weights"] = weights_of(model)
     claim(output, **settings)
     mixture = Mixture(read_mixture(data, turns=None), 0)
     pictures = {shape: held_out_pictures(count, letters=shape) for shape in ASPECTS}
@@ -246,17 +235,12 @@ def parse(argv: list[str] | None) -> dict:
     parser = Parser(
         prog="python -m pheye.nano.canvases", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a Pheye-nano")
+    add_options(parser, 200)
     parser.add_argument("--data", nargs="+", required=True, help="as the training command takes it")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: all)")
-    parser.add_argument("--steps", type=at_least(1), default=200, help="(default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate (default: %(default)s)")
-    parser.add_argument("--seeds", type=at_least(1), default=2, help="(default: %(default)s)")
     parser.add_argument(
         "--count", type=at_least(3), default=250, help="held-out pictures of each shape (default: %(default)s)"
     )
-    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
     return vars(parser.parse_args(argv))
 
 

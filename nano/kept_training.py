@@ -1,16 +1,74 @@
-"""Short training on kept features, for experiments: what `nano.replay` does, in memory and to its end."""
+"""Training on kept features: what `nano.replay` and the short experiments beside it share."""
 
 import itertools
+import json
 import statistics
 import time
+from argparse import ArgumentParser
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from .. import PheyeForConditionalGeneration
+from ..common.command import InputError, at_least, default_device
+from ..common.files import fingerprint, read_record, write_atomically, write_record
+from ..common.json_lines import read_rows
+from ..training.trained import choose_trained
 from ..training.vision_budgets import drawn_budget
 from .checkpoints import autocast, rate_share
 from .features import FeatureStore, as_image, schedule
+
+
+def opened(folder: Path, seed: int = 0, **fields) -> PheyeForConditionalGeneration:
+    """The model in `folder`, of whose trained parts all but LoRA train. `fields` replace some of its configuration;
+    `seed` is of the parts that are new with them."""
+    torch.manual_seed(seed)
+    model = PheyeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **fields).eval()
+    has_lora = model.config.global_lora_rank or model.config.local_lora_rank
+    choose_trained(model, freeze=["lora"] if has_lora else None)
+    return model
+
+
+def learn(
+    model: PheyeForConditionalGeneration, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], **options
+) -> float:
+    """A step on a batch of `FeatureStore`; its loss. `options` go to the model."""
+    batch = {name: values.to(model.device) for name, values in batch.items()}
+    with autocast(model.device.type):
+        image = as_image(model, batch.pop("features"), batch.pop("image_grids", None))
+        loss = model(**image, **batch, **options).loss
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+# --- Experiments ---
+
+
+def add_options(parser: ArgumentParser, steps: int):
+    """The options of an experiment that takes some steps from a Pheye-nano."""
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a Pheye-nano")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--steps", type=at_least(1), default=steps, help="(default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least(1), default=2, help="(default: %(default)s)")
+    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
+
+
+def weights_of(folder: Path) -> str:
+    """What tells the weights of a model, and so the features that are kept of it, from those of another.
+
+    Raises:
+        InputError: if there are none.
+    """
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise InputError(f"{folder} holds no model.safetensors; give the folder of a Pheye-nano.")
+    return fingerprint(file)
 
 
 def train(model: PheyeForConditionalGeneration, store: FeatureStore, steps: int, rate: float, seed: int) -> dict:
@@ -27,16 +85,24 @@ def train(model: PheyeForConditionalGeneration, store: FeatureStore, steps: int,
             store.encode(number, model)
         began = time.perf_counter()
         optimizer.param_groups[0]["lr"] = rate * rate_share(step, step / steps)
-        batch = {name: values.to(model.device) for name, values in store.batch(indices).items()}
         budget = {"vision_budget": drawn_budget(seed, step, budgets)} if budgets else {}
-        with autocast(model.device.type):
-            image = as_image(model, batch.pop("features"), batch.pop("image_grids", None))
-            loss = model(**image, **batch, **budget).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(learn(model, optimizer, store.batch(indices), **budget))
         seconds.append(time.perf_counter() - began)
     last = losses[-max(1, steps // 10) :]
     return {"loss": round(statistics.mean(last), 4), "seconds_per_step": round(statistics.median(seconds), 3)}
+
+
+def once(folder: Path, settings: dict, run: Callable[[], tuple[dict, list[dict]]]) -> dict:
+    """What `run` found, and its answers as `rows`; both also in files in `folder`, from which they are read the next
+    time.
+
+    Raises:
+        InputError: if the files are of other settings.
+    """
+    path, answers = folder / "result.json", folder / "answers.jsonl"
+    if read_record(path, settings, folder) is None:
+        found, rows = run()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(answers, [json.dumps(row).encode() + b"\n" for row in rows])
+        write_record(path, settings, **found)
+    return {**read_record(path, settings, folder), "rows": read_rows(answers)}

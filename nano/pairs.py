@@ -3,7 +3,7 @@
     python -m pheye.nano.pairs --model checkpoints/pheye-nano --output OUTPUT [--steps 300] [--seeds 2] [--count 300]
 
 A model that has seen one picture at a time learns from pairs with a sign each: in which image is this word, and what
-is written on the sign of that image? Then it is asked about held-out pairs, and about single pictures as before.
+is written on the sign of the other? Then it is asked about held-out pairs, and about single pictures as before.
 Features of pictures are kept in OUTPUT, and used up to four times, as `nano.replay` does. OUTPUT gets the pairs, a
 folder for each run and, from all of them, pairs.md. A run that has a result is not done again.
 """
@@ -15,21 +15,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..answering.engine import answer_batches
 from ..answering.rows import Request, row
-from ..common.command import Parser, at_least, default_device, exit_status
-from ..common.files import fingerprint, read_record, write_atomically, write_record
-from ..common.json_lines import read_rows
+from ..common.command import Parser, at_least, exit_status
+from ..common.files import write_atomically
 from ..common.machine import machine
 from ..training.mixture import Mixture, read_mixture
-from ..training.trained import choose_trained
+from . import words
 from .checkpoints import claim
 from .features import BATCH, FeatureStore
 from .held_out import SIGN, HeldOutPicture, held_out_pictures, interval, is_exact, requests_of, with_interval
-from .kept_training import train
+from .kept_training import add_options, once, opened, train, weights_of
 from .pictures import scene
 from .questions import CAP_HEIGHTS, LEAST_PIXELS, NUMBERS, SIDES
 from .tables import table
@@ -49,12 +47,14 @@ pictures, too.
 """
 
 
-def turns_of(words: list[str], rng: random.Random) -> dict[str, tuple[str, str]]:
-    """A question of each kind about two pictures with these words, and its answer."""
-    asked, read = rng.randrange(2), rng.randrange(2)
+def turns_of(signs: list[str], rng: random.Random) -> dict[str, tuple[str, str]]:
+    """A question of each kind about two pictures with these words, and its answer. The second is about the other
+    picture than the first, whose word it would repeat."""
+    asked = rng.randrange(2)
+    read = 1 - asked
     return {
-        WHICH: (f"In which image is the word {words[asked]}?", NUMBERS[asked + 1]),
-        READ: (f"What is written on the sign of image {NUMBERS[read + 1]}?", words[read]),
+        WHICH: (f"In which image is the word {signs[asked]}?", NUMBERS[asked + 1]),
+        READ: (f"What is written on the sign of image {NUMBERS[read + 1]}?", signs[read]),
     }
 
 
@@ -66,20 +66,21 @@ def write_pairs(output: Path, count: int) -> Path:
         return path
     rows = []
     for index in range(count):
-        rng, names, words = random.Random(f"pair {index}"), [], []
-        while len(words) < 2:
+        rng, names, signs = random.Random(f"pair {index}"), [], []
+        while len(signs) < 2:
             picture = scene(
                 rng,
                 sizes=tuple(side * TILES for side in SIDES),
                 cap_heights=tuple(share / TILES for share in CAP_HEIGHTS),
                 least_pixels=LEAST_PIXELS,
+                text=words.word(rng, False),
             )
-            if picture.signs[0] not in words:
-                words += picture.signs
-                names.append(f"{index:06d}-{len(words)}.jpg")
+            if picture.signs[0] not in signs:
+                signs += picture.signs
+                names.append(f"{index:06d}-{len(signs)}.jpg")
                 picture.image.save(output / names[-1], quality=rng.randint(70, 95))
         said = []
-        for number, (question, reply) in enumerate(turns_of(words, rng).values()):
+        for number, (question, reply) in enumerate(turns_of(signs, rng).values()):
             said += [{"from": "human", "value": question if number else f"<image><image>{question}"}]
             said += [{"from": "gpt", "value": reply}]
         rows.append({"id": f"pair-{index}", "image": names, "conversations": said})
@@ -110,10 +111,7 @@ def ask(model: PheyeForConditionalGeneration, processor: PheyeProcessor, picture
 
 def build(folder: Path, seed: int) -> tuple[PheyeForConditionalGeneration, PheyeProcessor]:
     """The model in `folder` for two pictures, its trained parts chosen, and its processor."""
-    torch.manual_seed(seed)
-    model = PheyeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, max_images=2).eval()
-    choose_trained(model, freeze=["lora"])
-    return model, PheyeProcessor.from_pretrained(folder, max_images=2)
+    return opened(folder, seed, max_images=2), PheyeProcessor.from_pretrained(folder, max_images=2)
 
 
 def run(
@@ -128,21 +126,16 @@ def run(
     settings: dict,
     device: str,
 ) -> list[dict]:
-    """Train with one seed, or not at all (None), and ask; the rows, also in a file, from which they are read the next
-    time."""
-    folder = output / ("before" if seed is None else f"after-{seed}")
-    path, answers = folder / "result.json", folder / "answers.jsonl"
-    if read_record(path, settings, folder) is None:
+    """Train with one seed, or not at all (None), and ask; the rows."""
+
+    def trained_and_asked() -> tuple[dict, list[dict]]:
         trained, processor = build(model, seed or 0)
         mixture = Mixture(read_mixture([str(data)], turns=None), 0, max_images=2)
         store = FeatureStore(output / "features", mixture, processor, BATCH, 0)
-        trained.to(device)
-        found = {} if seed is None else train(trained, store, steps, rate, seed)
-        rows = ask(trained, processor, pictures)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(answers, [json.dumps(row).encode() + b"\n" for row in rows])
-        write_record(path, settings, **found)
-    return read_rows(answers)
+        found = {} if seed is None else train(trained.to(device), store, steps, rate, seed)
+        return found, ask(trained.to(device), processor, pictures)
+
+    return once(output / ("before" if seed is None else f"after-{seed}"), settings, trained_and_asked)["rows"]
 
 
 def scores_table(ways: dict[str, list[list[dict]]]) -> list[str]:
@@ -159,7 +152,7 @@ def scores_table(ways: dict[str, list[list[dict]]]) -> list[str]:
 def pairs(output: Path, *, model: Path, steps: int, rate: float, seeds: int, count: int, drawn: int, device: str):
     """Run what has no result yet, and write the table; the arguments are the command's options."""
     settings = {"model": model, "steps": steps, "rate": rate, "count": count, "drawn": drawn}
-    settings["weights"] = fingerprint(model / "model.safetensors")  # of which the kept features are
+    settings["weights"] = weights_of(model)
     claim(output, **settings)
     data = write_pairs(output / "pairs", drawn)
     options = {"model": model, "data": data, "steps": steps, "rate": rate, "settings": settings, "device": device}
@@ -176,16 +169,11 @@ def parse(argv: list[str] | None) -> dict:
     parser = Parser(
         prog="python -m pheye.nano.pairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a Pheye-nano")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--steps", type=at_least(1), default=300, help="(default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=3e-4, help="learning rate (default: %(default)s)")
-    parser.add_argument("--seeds", type=at_least(1), default=2, help="(default: %(default)s)")
+    add_options(parser, 300)
     parser.add_argument("--count", type=at_least(3), default=300, help="held-out pairs (default: %(default)s)")
     parser.add_argument(
         "--drawn", type=at_least(BATCH), default=900, help="pairs to learn from (default: %(default)s)"
     )
-    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
     return vars(parser.parse_args(argv))
 
 

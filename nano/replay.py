@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from .. import PheyeForConditionalGeneration, PheyeProcessor
+from .. import PheyeProcessor
 from ..common.command import Parser, at_least, default_device, exit_status
 from ..training.mixture import Mixture, read_mixture
-from ..training.trained import choose_trained
-from .checkpoints import autocast, claim, load_checkpoint, log, rate_share, save_checkpoint
-from .features import BATCH, FeatureStore, as_image, schedule
+from .checkpoints import claim, load_checkpoint, log, rate_share, save_checkpoint
+from .features import BATCH, FeatureStore, schedule
+from .kept_training import learn, opened
 
 ROUNDS = 500
 SAVE_EVERY, LOG_EVERY = 150, 30  # steps
@@ -46,9 +46,7 @@ def train(
     """
     claim(output, model=model, data=data, learning_rate=learning_rate, seed=seed)
     processor = PheyeProcessor.from_pretrained(model)
-    trained = PheyeForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval().to(device)
-    has_lora = trained.config.global_lora_rank or trained.config.local_lora_rank
-    choose_trained(trained, freeze=["lora"] if has_lora else None)
+    trained = opened(model).to(device)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     store = FeatureStore(output / "features", Mixture(read_mixture(data, turns=None), seed), processor, BATCH, seed)
@@ -63,15 +61,7 @@ def train(
         if is_new:
             store.encode(number, trained)
         optimizer.param_groups[0]["lr"] = learning_rate * rate_share(step, passed(step))
-        batch = {name: values.to(device) for name, values in store.batch(indices).items()}
-        with autocast(trained.device.type):
-            image = as_image(trained, batch.pop("features"), batch.pop("image_grids", None))
-            loss = trained(**image, **batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses[is_new].append(loss.item())
+        losses[is_new].append(learn(trained, optimizer, store.batch(indices)))
         is_last = passed(step + 1) >= 1
         if (step + 1) % LOG_EVERY == 0 or is_last:
             new, kept = (round(sum(values) / max(1, len(values)), 4) for values in (losses[True], losses[False]))

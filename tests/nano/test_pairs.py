@@ -35,7 +35,7 @@ def test_answers_fit_the_questions():
         question, word = turns[pairs.READ]
         assert words[0 if question.endswith("image one?") else 1] == word
         answers.add((answer, word))
-    assert len(answers) == 4  # neither answer tells the other
+    assert answers == {("one", "CAFE"), ("two", "HOTEL")}  # no word is in the first question and the second answer
     requests = pairs.requests_of_pairs(held_out_pictures(4))
     assert len(requests) == 4 and all(len(request.images()) == 2 for request in requests)
 
@@ -73,6 +73,8 @@ def test_a_model_is_asked_before_and_after(model, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(pairs, "train", None)
     assert pairs.main(command) == 0 and (tmp_path / "pairs.md").read_text() == text
     assert pairs.main([*command, "--rate", "1"]) == 1
+    assert pairs.main(["--model", "nowhere", "--output", str(tmp_path / "other")]) == 1
+    assert "nowhere holds no model.safetensors; give" in capsys.readouterr().err
 
 
 def test_the_table_has_the_mean_of_the_seeds():
