@@ -65,12 +65,12 @@ WAYS = {
 }
 
 
-def build(way: Way, folder: Path, seed: int) -> PheyeForConditionalGeneration:
+def build(way: Way, folder: Path, seed: int, device: str) -> PheyeForConditionalGeneration:
     """The model in `folder` with new blocks, its trained parts chosen."""
     fields = {"self_attention_layers": list(way.budgets[-1]) if way.budgets else []}
     fields |= {"self_attention_budgets": [list(budget) for budget in way.budgets]}
     fields |= {"router_size": ROUTER_SIZE} if way.has_router else {}
-    model = opened(folder, seed, **fields)
+    model = opened(folder, device, seed, **fields)
     if not way.is_joined:
         for block in model.pheye.self_attention_blocks:
             block.forward = within_views(block.forward, model.config.views_per_image)
@@ -210,7 +210,7 @@ def run(
     way = WAYS[name]
 
     def trained_and_asked() -> tuple[dict, list[dict]]:
-        trained = build(way, model, seed).to(device)
+        trained = build(way, model, seed, device)
         found = train(trained, store, steps, rate, seed)
         asked, learnt = (Asking(trained, processor, output / "asked") for _ in range(2))
         for pictures in tested:

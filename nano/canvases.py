@@ -79,9 +79,9 @@ Words read exactly, in %, of all shapes, by the height of their capitals in pixe
 """
 
 
-def build(way: str, folder: Path, seed: int) -> tuple[PheyeForConditionalGeneration, PheyeProcessor]:
+def build(way: str, folder: Path, seed: int, device: str) -> tuple[PheyeForConditionalGeneration, PheyeProcessor]:
     """The model in `folder` with the canvases of a way, its trained parts chosen, and its processor."""
-    return opened(folder, seed, canvases=WAYS[way]), PheyeProcessor.from_pretrained(folder, canvases=WAYS[way])
+    return opened(folder, device, seed, canvases=WAYS[way]), PheyeProcessor.from_pretrained(folder, canvases=WAYS[way])
 
 
 def on_canvas(picture: HeldOutPicture, config: PheyeConfig) -> tuple[float, int]:
@@ -123,9 +123,9 @@ def run(
     """Train one way with one seed, and ask it about `pictures`, by their shape."""
 
     def trained_and_asked() -> tuple[dict, list[dict]]:
-        trained, processor = build(name, model, seed)
+        trained, processor = build(name, model, seed, device)
         store = FeatureStore(output / f"features-{name}", mixture, processor, BATCH, 0)
-        found = train(trained.to(device), store, steps, rate, seed)
+        found = train(trained, store, steps, rate, seed)
         began = time.perf_counter()
         rows = [row for of_shape in pictures.values() for row in ask(trained, processor, of_shape)]
         return {**found, "seconds_per_question": round((time.perf_counter() - began) / len(rows), 3)}, rows

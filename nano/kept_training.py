@@ -15,35 +15,50 @@ from .. import PheyeForConditionalGeneration
 from ..common.command import InputError, at_least, default_device
 from ..common.files import fingerprint, read_record, write_atomically, write_record
 from ..common.json_lines import read_rows
+from ..training.collator import IGNORED
 from ..training.trained import choose_trained
 from ..training.vision_budgets import drawn_budget
 from .checkpoints import autocast, rate_share
 from .features import FeatureStore, as_image, schedule
 
+# Samples of one call on a processor. torch's own attention is slow there in training, and two plain products are not
+# while the weights of a call stay in its cache.
+PART = 4
 
-def opened(folder: Path, seed: int = 0, **fields) -> PheyeForConditionalGeneration:
+
+def opened(folder: Path, device: str, seed: int = 0, **fields) -> PheyeForConditionalGeneration:
     """The model in `folder`, of whose trained parts all but LoRA train. `fields` replace some of its configuration;
     `seed` is of the parts that are new with them."""
     torch.manual_seed(seed)
-    model = PheyeForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **fields).eval()
+    attention = "eager" if device == "cpu" else "sdpa"
+    options = {"dtype": torch.float32, "attn_implementation": attention, **fields}
+    model = PheyeForConditionalGeneration.from_pretrained(folder, **options).eval().to(device)
     has_lora = model.config.global_lora_rank or model.config.local_lora_rank
     choose_trained(model, freeze=["lora"] if has_lora else None)
     return model
 
 
 def learn(
-    model: PheyeForConditionalGeneration, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], **options
+    model: PheyeForConditionalGeneration,
+    optimizer: torch.optim.Optimizer,
+    store: FeatureStore,
+    indices: list[int],
+    **options,
 ) -> float:
-    """A step on a batch of `FeatureStore`; its loss. `options` go to the model."""
-    batch = {name: values.to(model.device) for name, values in batch.items()}
-    with autocast(model.device.type):
-        image = as_image(model, batch.pop("features"), batch.pop("image_grids", None))
-        loss = model(**image, **batch, **options).loss
-    loss.backward()
+    """A step on the samples of these numbers; its loss. `options` go to the model."""
+    parts = store.batches(indices, PART if model.device.type == "cpu" else len(indices))
+    learnt = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in parts)  # tokens of the answers
+    losses = []
+    for batch in parts:
+        batch = {name: values.to(model.device) for name, values in batch.items()}
+        with autocast(model.device.type):
+            image = as_image(model, batch.pop("features"), batch.pop("image_grids", None))
+            losses.append(model(**image, **batch, num_items_in_batch=learnt, **options).loss)
+        losses[-1].backward()
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
+    return sum(loss.item() for loss in losses)
 
 
 # --- Experiments ---
@@ -86,7 +101,7 @@ def train(model: PheyeForConditionalGeneration, store: FeatureStore, steps: int,
         began = time.perf_counter()
         optimizer.param_groups[0]["lr"] = rate * rate_share(step, step / steps)
         budget = {"vision_budget": drawn_budget(seed, step, budgets)} if budgets else {}
-        losses.append(learn(model, optimizer, store.batch(indices), **budget))
+        losses.append(learn(model, optimizer, store, indices, **budget))
         seconds.append(time.perf_counter() - began)
     last = losses[-max(1, steps // 10) :]
     return {"loss": round(statistics.mean(last), 4), "seconds_per_step": round(statistics.median(seconds), 3)}

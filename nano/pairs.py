@@ -109,9 +109,9 @@ def ask(model: PheyeForConditionalGeneration, processor: PheyeProcessor, picture
     return sorted(rows, key=lambda row: row["id"])
 
 
-def build(folder: Path, seed: int) -> tuple[PheyeForConditionalGeneration, PheyeProcessor]:
+def build(folder: Path, seed: int, device: str) -> tuple[PheyeForConditionalGeneration, PheyeProcessor]:
     """The model in `folder` for two pictures, its trained parts chosen, and its processor."""
-    return opened(folder, seed, max_images=2), PheyeProcessor.from_pretrained(folder, max_images=2)
+    return opened(folder, device, seed, max_images=2), PheyeProcessor.from_pretrained(folder, max_images=2)
 
 
 def run(
@@ -129,11 +129,11 @@ def run(
     """Train with one seed, or not at all (None), and ask; the rows."""
 
     def trained_and_asked() -> tuple[dict, list[dict]]:
-        trained, processor = build(model, seed or 0)
+        trained, processor = build(model, seed or 0, device)
         mixture = Mixture(read_mixture([str(data)], turns=None), 0, max_images=2)
         store = FeatureStore(output / "features", mixture, processor, BATCH, 0)
-        found = {} if seed is None else train(trained.to(device), store, steps, rate, seed)
-        return found, ask(trained.to(device), processor, pictures)
+        found = {} if seed is None else train(trained, store, steps, rate, seed)
+        return found, ask(trained, processor, pictures)
 
     return once(output / ("before" if seed is None else f"after-{seed}"), settings, trained_and_asked)["rows"]
 

@@ -46,7 +46,7 @@ def train(
     """
     claim(output, model=model, data=data, learning_rate=learning_rate, seed=seed)
     processor = PheyeProcessor.from_pretrained(model)
-    trained = opened(model).to(device)
+    trained = opened(model, device)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     store = FeatureStore(output / "features", Mixture(read_mixture(data, turns=None), seed), processor, BATCH, seed)
@@ -61,7 +61,7 @@ def train(
         if is_new:
             store.encode(number, trained)
         optimizer.param_groups[0]["lr"] = learning_rate * rate_share(step, passed(step))
-        losses[is_new].append(learn(trained, optimizer, store.batch(indices)))
+        losses[is_new].append(learn(trained, optimizer, store, indices))
         is_last = passed(step + 1) >= 1
         if (step + 1) % LOG_EVERY == 0 or is_last:
             new, kept = (round(sum(values) / max(1, len(values)), 4) for values in (losses[True], losses[False]))

@@ -21,7 +21,7 @@ def test_views_apart_do_not_see_each_other(tmp_path):
     views = tiny_model().config.views_per_image
     for is_joined in (True, False):
         way = budgets.Way("", ((), (3,)), is_joined)
-        model = budgets.build(way, tmp_path, seed=0)
+        model = budgets.build(way, tmp_path, 0, "cpu")
         [block] = model.pheye.self_attention_blocks
         torch.nn.init.normal_(block.to_out.weight)
         states = torch.randn(2, views * 5, model.config.vision_config.hidden_size)

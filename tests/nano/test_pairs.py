@@ -46,7 +46,7 @@ def test_pairs_are_drawn_and_their_features_stand_for_them(model, tmp_path):
     for line in data.open():
         row = json.loads(line)
         assert len(row["image"]) == 2 and row["conversations"][0]["value"].startswith("<image><image>")
-    loaded, processor = pairs.build(model, seed=0)
+    loaded, processor = pairs.build(model, 0, "cpu")
     mixture = Mixture(read_mixture([str(data)], turns=None), 0, max_images=2)
     store = FeatureStore(tmp_path / "features", mixture, processor, together=2, seed=0)
     store.encode(0, loaded)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pheye import PheyeForConditionalGeneration
-from pheye.nano import checkpoints, features, replay
+from pheye.nano import checkpoints, features, kept_training, replay
 from pheye.nano.features import FeatureStore
 from pheye.training.collator import PheyeCollator
 from pheye.training.mixture import Mixture, read_mixture
@@ -70,6 +70,34 @@ def test_blocks_and_view_encoding_train_and_nothing_else(folder):
     assert changed and all("cross_attention_blocks" in name or "view_encoding" in name for name in changed)
     rows = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4] and all(row["loss"] != row["kept_loss"] for row in rows)
+
+
+@pytest.mark.parametrize("canvases", [None, [[1, 2], [2, 2], [2, 1]]])
+def test_a_step_in_parts_is_the_step_of_all_samples(folder, monkeypatch, canvases):
+    model, processor = tiny_model(canvases=canvases), tiny_processor(tiny_config(canvases=canvases))
+    model.save_pretrained(folder / "canvases")
+    mixture = Mixture(read_mixture([str(folder / "data.json")], turns=None), 0)
+    store = FeatureStore(folder / "features", mixture, processor, together=1, seed=0)
+    for number in range(5):
+        store.encode(number, model)
+    lengths = [batch["attention_mask"].sum(1).tolist() for batch in store.batches(list(range(5)), 2)]
+    assert [len(part) for part in lengths] == [2, 2, 1] and sum(lengths, []) == sorted(sum(lengths, []))
+    steps = []
+    for part in (2, 5):
+        monkeypatch.setattr(kept_training, "PART", part)
+        trained = kept_training.opened(folder / "canvases", "cpu")
+        parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+        loss = kept_training.learn(trained, torch.optim.SGD(parameters, lr=0.1), store, list(range(5)))
+        steps.append((loss, torch.cat([parameter.detach().flatten() for parameter in parameters])))
+    before = torch.cat([parameter.flatten() for parameter in parameters_of(folder / "canvases")])
+    [(loss, after), (whole_loss, whole_after)] = steps
+    assert loss == pytest.approx(whole_loss, rel=1e-3)
+    assert (after - whole_after).norm() < 0.02 * (after - before).norm()  # some products are in bfloat16
+
+
+def parameters_of(folder):
+    trained = kept_training.opened(folder, "cpu")
+    return [parameter.detach() for parameter in trained.parameters() if parameter.requires_grad]
 
 
 def test_a_model_without_lora_trains_as_well(folder):
