@@ -85,10 +85,22 @@ def answer(
         for answered in answer_batches(model, processor, asked, batch_size, workers, generate_kwargs):
             yield [row(request, answer_name, *result) for request, *result in answered]
 
-    # Prompts of like length need little padding; the longest come first, so that memory runs out early if at all.
-    ordered = sorted(requests, key=lambda request: -len(request.prompt))
     run, settings = Run(Path(output), answer_name), {**settings, "generate_kwargs": generate_kwargs}
-    return write_rows(load, requests, run, rows_of, settings, {"batch_size": batch_size}, ordered)
+    return write_rows(load, requests, run, rows_of, settings, batch_size, in_order(requests))
+
+
+def in_order(requests: Sequence[Request]) -> list[Request]:
+    """The order in which requests are taken: those about one image together, so that it is encoded once; of these the
+    longest prompts first, so that memory runs out early if at all, and little is padded."""
+    longest: dict[object, int] = {}
+    for request in requests:
+        longest[request.subject] = max(longest.get(request.subject, 0), len(request.prompt))
+    first = {subject: number for number, subject in enumerate(longest)}
+
+    def place(request: Request) -> tuple[int, int, int]:
+        return -longest[request.subject], first[request.subject], -len(request.prompt)
+
+    return sorted(requests, key=place)
 
 
 def write_rows(
@@ -97,35 +109,38 @@ def write_rows(
     run: Run,
     rows_of: Callable[..., Iterator[list[dict]]],
     settings: dict,
-    facts: dict,
+    batch_size: int,
     ordered: Sequence[Request] | None = None,
+    **facts,
 ) -> Path:
     """Write the row of each request, those that are not written yet, and join what all processes wrote.
 
     Args:
         rows_of: given model, processor and requests, gives their rows, some at a time.
         settings: what the rows depend on; facts: what else is recorded of the run.
+        batch_size: how many neighbours go to one process.
         ordered: the requests in the order in which they are taken, if it is another.
     """
     state = process_state()
-    run.start(state, settings, {"versions": versions(), **facts, "processes": state.num_processes})
+    facts = {"versions": versions(), **facts, "batch_size": batch_size, "processes": state.num_processes}
+    run.start(state, settings, facts)
     try:
-        write_rest(load, requests, run, state, rows_of, ordered or requests)
+        write_rest(load, requests, run, state, rows_of, batch_size, ordered or requests)
     except KeyboardInterrupt as stop:
         raise Interrupted(run.kept(requests)) from stop
     return run.output
 
 
-def write_rest(load, requests, run: Run, state: "PartialState", rows_of, ordered: Sequence[Request]):
+def write_rest(load, requests, run: Run, state: "PartialState", rows_of, batch_size: int, ordered: Sequence[Request]):
     rows, ends = run.read()
     pending = [request for request in ordered if request.id not in rows]
-    share = pending[state.process_index :: state.num_processes]
+    share = share_of(pending, batch_size, state)
     state.wait_for_everyone()  # all have read before anybody writes
     if share:
         path = run.part(state.process_index)
         with Part(path, ends.get(path, 0)) as part:
             model, processor = load()
-            with progress(len(requests), len(share), run.output, state) as bar:
+            with progress(len(share_of(requests, batch_size, state)), len(share), run.output, state) as bar:
                 for written in rows_of(model, processor, share):
                     part.append(written)
                     if state.is_main_process:
@@ -142,13 +157,21 @@ def write_rest(load, requests, run: Run, state: "PartialState", rows_of, ordered
     state.wait_for_everyone()
 
 
-def progress(images: int, left: int, output: Path, state: "PartialState") -> tqdm:
+def share_of(requests: Sequence[Request], batch_size: int, state: "PartialState") -> list[Request]:
+    """Every so many-th batch, as there are processes."""
+    return [
+        request
+        for number, request in enumerate(requests)
+        if number // batch_size % state.num_processes == state.process_index
+    ]
+
+
+def progress(share: int, left: int, output: Path, state: "PartialState") -> tqdm:
     """A bar over the main process's own share, which goes on where the last run ended: what the others have done is
     known only at the end.
 
-    images: of all processes; left: what is left of the share.
+    left: what is left of the share.
     """
-    share = len(range(state.process_index, images, state.num_processes))
     others = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
     return tqdm(
         total=share,
@@ -219,6 +242,32 @@ def counts_of(image_inputs: dict[str, torch.Tensor], rows: int) -> list[int]:
     return [1 if image_inputs else 0] * rows
 
 
+def same_images(image_inputs: dict[str, torch.Tensor]) -> list[int]:
+    """For each row of a batch the first row that has the same images."""
+    found: list[int] = []
+    for number in range(len(next(iter(image_inputs.values()), []))):
+        alike = (
+            other
+            for other in dict.fromkeys(found)
+            if all(torch.equal(values[number], values[other]) for values in image_inputs.values())
+        )
+        found.append(next(alike, number))
+    return found
+
+
+@torch.no_grad()
+def encoded(model, image_inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Images as features, which can be read at any budget. Those that several rows share are encoded once."""
+    first = same_images(image_inputs)
+    distinct = list(dict.fromkeys(first))
+    images = {name: values[distinct].to(model.device) for name, values in image_inputs.items()}
+    places = [distinct.index(row) for row in first]
+    found = {"image_hidden_states": model.get_image_features(**images).last_hidden_state[places]}
+    if "image_grids" in image_inputs:
+        found["image_grids"] = image_inputs["image_grids"].to(model.device)
+    return found
+
+
 def answer_batches(
     model, processor, requests: Sequence[Request], batch_size: int, workers: int, generate_kwargs: dict
 ) -> Iterator[list[tuple[Request, str | None, str | None, int | None]]]:
@@ -238,6 +287,9 @@ def answer_batches(
         whole = [request for request, error in zip(batch, errors, strict=True) if error is None]
         counts = counts_of(image_inputs, len(whole))
         asked = [request.messages(count) for request, count in zip(whole, counts, strict=True)]
+        first = same_images(image_inputs)
+        if len(set(first)) < len(first):
+            image_inputs = encoded(model, image_inputs)
         answers = iter(generate(model, processor, asked, image_inputs, generate_kwargs) if asked else [])
         answered = []
         for request, error in zip(batch, errors, strict=True):

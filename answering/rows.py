@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +36,13 @@ class Request:
     prompt: str
     fields: dict = field(default_factory=dict)
     system: str | None = None
+
+    @property
+    def subject(self) -> Hashable:
+        """The same for requests about one image, as far as can be told before it is opened."""
+        if "image_id" in self.fields:
+            return str(self.fields["image_id"])
+        return str(self.image) if isinstance(self.image, (str, Path)) else id(self.image)
 
     def messages(self, images: int = 1) -> list[dict]:
         """The conversation so far, about so many images. Several stand in front of the prompt, where the chat template

@@ -89,7 +89,8 @@ def readings(names: Sequence[str], letters: str, count: int, output: Path) -> li
         run,
         rows_of,
         settings,
-        {"readers": reader_versions(names)},
+        batch_size=1,
+        readers=reader_versions(names),
     )
     asked = {request.id for request in requests}
     return [row for row in read_rows(path) if row["id"] in asked]  # an earlier run may have had more

@@ -211,9 +211,11 @@ def test_who_stops_a_run_hears_what_is_kept_and_the_bar_goes_on_from_there(
 
 def test_each_process_has_its_own_part_of_the_bar(monkeypatch):
     monkeypatch.setattr(engine, "tqdm", dict)
-    for process, share in enumerate([3, 2, 2]):  # of seven
-        bar = engine.progress(7, 1, Path("out.jsonl"), Turn(process, 3))
-        assert (bar["total"], bar["initial"]) == (share, share - 1)
+    for process, share in enumerate(["ABGH", "CD", "EF"]):
+        own = engine.share_of("ABCDEFGH", 2, Turn(process, 3))
+        assert own == list(share)
+        bar = engine.progress(len(own), 1, Path("out.jsonl"), Turn(process, 3))
+        assert (bar["total"], bar["initial"]) == (len(share), len(share) - 1)
 
 
 # --- Several processes ---
@@ -245,7 +247,7 @@ def test_a_run_of_three_processes_is_continued_by_one(start, expected, tmp_path,
     monkeypatch.setattr(model, "generate", lambda **kw: rows.extend(kw["input_ids"]) or generate(**kw))
     with pytest.warns(UserWarning, match="processes was 3 and is now 1"):
         assert read(start()) == expected
-    assert len(rows) == 1  # of the two that were left, one is broken
+    assert len(rows) == 2  # those of the process that is missing
     assert names(tmp_path) == {"out.jsonl", "out.jsonl.run.json"}
 
 

@@ -15,7 +15,7 @@ from pheye.answering.engine import answer, is_cut
 from pheye.answering.rows import Request
 from pheye.common.command import InputError
 
-from answering_runs import BROKEN, NEW, OTHER, SHORT, names, read
+from answering_runs import BROKEN, LONG, NEW, OTHER, SHORT, names, read
 from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
 
 
@@ -23,6 +23,37 @@ from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
 def test_answers_are_those_of_one_by_one(start, expected, tmp_path, batch_size, workers):
     assert read(start(batch_size=batch_size, workers=workers)) == expected
     assert names(tmp_path) == {"out.jsonl", "out.jsonl.run.json"}
+
+
+@pytest.mark.parametrize(("canvases", "seed"), [(None, 0), ([[1, 2], [2, 2], [2, 1]], 6)])
+def test_questions_about_one_image_are_answered_from_one_encoding(requests, fresh_state, tmp_path, canvases, seed):
+    """Neighbours or not in the list, by its path or its id; as many images as are encoded are counted."""
+    model, processor = tiny_model(canvases=canvases, seed=seed), tiny_processor(tiny_config(canvases=canvases))
+    paths = [requests[index].image for index in (0, 4, 5)]
+    copies = [functools.partial(Image.open, paths[2]) for _ in range(2)]
+    given = [(paths[0], {}), (paths[1], {}), (paths[0], {})]
+    given += [(copy, {"image_id": 7}) for copy in copies] + [(paths[0], {})]
+    prompts = [SHORT, LONG, OTHER, SHORT, OTHER, LONG]
+    asked = [
+        Request(number, image, prompt, fields)
+        for number, ((image, fields), prompt) in enumerate(zip(given, prompts, strict=True))
+    ]
+    encode, seen = model.model._encode_views, []
+
+    def count(pixel_values, *others, **more):
+        seen.append(len(pixel_values))
+        return encode(pixel_values, *others, **more)
+
+    model.model._encode_views = count
+    found = {}
+    for batch_size in (1, 4, 6):
+        seen.clear()
+        path = tmp_path / f"{batch_size}.jsonl"
+        options = {"batch_size": batch_size, "generate_kwargs": {"max_new_tokens": NEW}, "settings": {}}
+        found[batch_size] = read(answer(lambda: (model, processor), asked, path, **options))
+        assert sum(seen) == {1: 6, 4: 3, 6: 3}[batch_size]
+    assert found[1] == found[4] == found[6]
+    assert len({row["answer"] for row in found[1]}) == len(asked)  # so that mixing them up shows
 
 
 def test_images_may_be_anything_that_the_processor_opens(start, requests, expected):

@@ -151,12 +151,12 @@ def test_processes_share_the_samples_and_one_may_go_on_alone(start, model, reque
     for process in (0, 1):
         two = {"process_index": process, "num_processes": 2, "is_main_process": not process}
         states.append(SimpleNamespace(**two, wait_for_everyone=lambda: None))
-    write_rest(load, requests[:3], run, states[1], rows_of, requests[:3])
+    write_rest(load, requests[:3], run, states[1], rows_of, 1, requests[:3])
     with pytest.raises(InputError, match="2 of 6 rows are missing"):
-        write_rest(load, requests, run, states[0], rows_of, requests)
+        write_rest(load, requests, run, states[0], rows_of, 1, requests)
     assert [len(read(part)) for part in run.parts()] == [3, 1]
     states[0].num_processes = 1
-    write_rest(load, requests, run, states[0], rows_of, requests)
+    write_rest(load, requests, run, states[0], rows_of, 1, requests)
     assert run.output.read_bytes() == expected and not run.parts()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pheye.answering.engine import encoded
 from pheye.answering.rows import Request
 from pheye.common.command import InputError
 from pheye.training.collator import PheyeCollator
@@ -12,7 +13,6 @@ from pheye.training.questions import (
     answered,
     batches,
     digest_of,
-    encoded,
     losses_of,
     read_questions,
     right_answer,

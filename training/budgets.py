@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..answering.engine import default_workers, open_model
+from ..answering.engine import default_workers, encoded, open_model
 from ..answering.rows import Request
 from ..common.command import DTYPES, InputError, Parser, at_least, exit_status, process_state
 from ..common.files import write_atomically
@@ -29,7 +29,7 @@ from ..evaluation.tasks import METRICS, OWN, Task
 from ..modeling_pheye import PheyeForConditionalGeneration
 from ..processing_pheye import PheyeProcessor
 from .labels import LOSS, Rule, check_budgets, make_labels, summary
-from .questions import add_data_options, answered, batches, encoded, losses_of, read_questions, right_answer, tokens_of
+from .questions import add_data_options, answered, batches, losses_of, read_questions, right_answer, tokens_of
 from .router import held_out, labels_by_id, report, router_states, save_routed, train_router
 from .vision_budgets import changed_config, measured_subsets, viable_budgets
 

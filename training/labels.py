@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..answering.engine import generate, write_rows
+from ..answering.engine import encoded, generate, write_rows
 from ..answering.rows import Request, Run, check_requests
 from ..common.command import InputError
 from ..evaluation.tasks import Metric
-from .questions import answered, batches, digest_of, encoded, losses_of, right_answer, tokens_of
+from .questions import answered, batches, digest_of, losses_of, right_answer, tokens_of
 from .vision_budgets import label_by_loss, label_by_score
 
 RULE = "rule"  # the field of a row that says how its label was made
@@ -77,7 +77,7 @@ def make_labels(
     check_requests(requests)
     settings = {**settings, **rule.settings, "budgets": list(budgets), "samples": digest_of(requests)}
     rows_of = partial(labelled_rows, rule=rule, batch_size=batch_size, workers=workers)
-    return write_rows(load, requests, Run(Path(output), RULE), rows_of, settings, {"batch_size": batch_size})
+    return write_rows(load, requests, Run(Path(output), RULE), rows_of, settings, batch_size)
 
 
 def labelled_rows(

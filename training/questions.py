@@ -110,23 +110,6 @@ def batches(processor, requests: Sequence[Request], batch_size: int, workers: in
         yield Asked(whole, conversations, image_inputs, broken)
 
 
-@torch.no_grad()
-def encoded(model, image_inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Images as features, which can be read at any budget. Those that several rows share are encoded once."""
-    tensors = list(image_inputs.values())
-    digests = [
-        hashlib.sha256(b"".join(tensor[row].contiguous().numpy().tobytes() for tensor in tensors)).digest()
-        for row in range(len(tensors[0]))
-    ]
-    distinct = list(dict.fromkeys(digests))
-    rows, places = [digests.index(one) for one in distinct], [distinct.index(one) for one in digests]
-    images = {name: values[rows].to(model.device) for name, values in image_inputs.items()}
-    found = {"image_hidden_states": model.get_image_features(**images).last_hidden_state[places]}
-    if "image_grids" in image_inputs:
-        found["image_grids"] = image_inputs["image_grids"].to(model.device)
-    return found
-
-
 def answered(processor, conversations: list[list[dict]], answers: list[str]) -> dict[str, torch.Tensor]:
     """What the model reads to give the loss of `answers`: ids, mask and labels (B, T), as in training."""
     rows = [

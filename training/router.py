@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from ..answering.engine import generate
+from ..answering.engine import encoded, generate
 from ..answering.rows import Request
 from ..common.command import InputError
 from ..common.files import appear_whole
 from ..visor_pheye import PheyeRouter
 from .labels import check_budgets
-from .questions import batches, encoded
+from .questions import batches
 from .vision_budgets import changed_config
 
 ROUTER = "pheye.router."  # how the names of its weights begin
