@@ -70,7 +70,8 @@ def build(way: Way, folder: Path, seed: int, device: str) -> PheyeForConditional
     fields = {"self_attention_layers": list(way.budgets[-1]) if way.budgets else []}
     fields |= {"self_attention_budgets": [list(budget) for budget in way.budgets]}
     fields |= {"router_size": ROUTER_SIZE} if way.has_router else {}
-    model = opened(folder, device, seed, **fields)
+    # The weights of a block over the image, 2570 x 2570, do not fit a cache (`kept_training.PART`).
+    model = opened(folder, device, seed, attn_implementation="sdpa", **fields)
     if not way.is_joined:
         for block in model.pheye.self_attention_blocks:
             block.forward = within_views(block.forward, model.config.views_per_image)
