@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,7 +31,7 @@ from ..training.vision_budgets import label_by_score
 from ..visor_pheye import PheyeRouter
 from .budget_tables import kind_of, scores_of, write_report
 from .checkpoints import claim
-from .features import BATCH, FeatureStore, as_image, save_features
+from .features import BATCH, FeatureStore, kept_image
 from .held_out import FINE, MAIN, HeldOutPicture, held_out_pictures, requests_of
 from .kept_training import add_options, once, opened, train, weights_of
 
@@ -109,11 +108,8 @@ class Asking:
     def seen(self, pictures: list[HeldOutPicture]) -> torch.Tensor:
         """What the text reads of some pictures, (B, N, D); their features are kept."""
         file = self.features / f"{pictures[0].letters}-{pictures[0].index:06d}.safetensors"
-        if not file.exists():
-            images = [picture.image() for picture in pictures]
-            save_features(file, self.model, self.processor.image_processor(images, return_tensors="pt"))
-        features = load_file(file)["features"].to(self.model.device)
-        return as_image(self.model, features.float(), None)["image_hidden_states"]
+        image = kept_image(file, self.model, self.processor, lambda: [picture.image() for picture in pictures])
+        return image["image_hidden_states"]
 
     def generate(self, seen: torch.Tensor, questions: list[str], budget: int | None, tokens: int) -> list[str]:
         options = {"max_new_tokens": tokens, "do_sample": False}

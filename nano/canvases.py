@@ -11,14 +11,11 @@ OUTPUT gets a folder for each run and, from all of them, canvases.md. A run that
 import argparse
 import itertools
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 from .. import PheyeConfig, PheyeForConditionalGeneration, PheyeProcessor
-from ..answering.engine import answer_batches
-from ..answering.rows import row
 from ..canvases_pheye import place_image, views_in
 from ..common.command import Parser, at_least, exit_status
 from ..common.files import write_atomically
@@ -37,7 +34,7 @@ from .held_out import (
     requests_of,
     with_interval,
 )
-from .kept_training import add_options, once, opened, train, weights_of
+from .kept_training import add_options, ask, once, opened, train, weights_of
 from .tables import table
 
 WAYS = {"stretched": None, "fila": "fila", "wide": "wide"}  # canvases of the model
@@ -46,7 +43,6 @@ TITLES = {
     "fila": "FILA's five canvases, of up to 4 crops",
     "wide": "all canvases of up to 9 crops",
 }
-TOKENS = 16  # of an answer, at most
 HEIGHTS = 10, 14, 20, 28  # edges of groups of capitals, in pixels of the crops
 
 REPORT = """# Canvases in Pheye-nano
@@ -92,19 +88,17 @@ def on_canvas(picture: HeldOutPicture, config: PheyeConfig) -> tuple[float, int]
     return picture.cap_height * (bottom - top) * place.rows * VIEW, views_in((place.rows, place.columns))
 
 
-def ask(model: PheyeForConditionalGeneration, processor: PheyeProcessor, pictures: list[HeldOutPicture]) -> list[dict]:
-    """A row for each picture."""
+def rows_of(
+    model: PheyeForConditionalGeneration, processor: PheyeProcessor, pictures: list[HeldOutPicture], folder: Path
+) -> list[dict]:
+    """A row for each of some pictures of one shape; features are kept in `folder`."""
+    shape = pictures[0].letters
+    rows = ask(model, processor, requests_of(pictures, None), folder / shape)
     places = {picture.index: on_canvas(picture, model.config) for picture in pictures}
-    options = {"batch_size": BATCH, "generate_kwargs": {"max_new_tokens": TOKENS, "do_sample": False}, "workers": 0}
-    rows = []
-    for batch in answer_batches(model, processor, requests_of(pictures, None), **options):
-        for request, *result in batch:
-            pixels, views = places[int(request.id.partition("-")[0])]
-            shape, found = pictures[0].letters, row(request, "answer", *result)
-            rows.append(
-                {**found, "id": f"{shape}-{request.id}", "shape": shape, "pixels": round(pixels, 2), "views": views}
-            )
-    return sorted(rows, key=lambda row: row["id"])
+    for row in rows:
+        pixels, views = places[int(row["id"].partition("-")[0])]
+        row |= {"id": f"{shape}-{row['id']}", "shape": shape, "pixels": round(pixels, 2), "views": views}
+    return rows
 
 
 def run(
@@ -126,9 +120,9 @@ def run(
         trained, processor = build(name, model, seed, device)
         store = FeatureStore(output / f"features-{name}", mixture, processor, BATCH, 0)
         found = train(trained, store, steps, rate, seed)
-        began = time.perf_counter()
-        rows = [row for of_shape in pictures.values() for row in ask(trained, processor, of_shape)]
-        return {**found, "seconds_per_question": round((time.perf_counter() - began) / len(rows), 3)}, rows
+        folder = output / f"asked-{name}"
+        folder.mkdir(exist_ok=True)
+        return found, [row for alike in pictures.values() for row in rows_of(trained, processor, alike, folder)]
 
     return {"way": name, "seed": seed, **once(output / f"{name}-{seed}", settings, trained_and_asked)}
 
@@ -150,10 +144,10 @@ def shapes_table(ways: dict[str, list[dict]]) -> list[str]:
     for name, runs in ways.items():
         exact, shapes = exact_of(runs), values_of(runs, "shape")
         cells = [with_interval(exact[chosen].mean(), interval(exact[chosen])) for chosen in each_shape(shapes)]
-        costs = [np.mean([run[cost] for run in runs]) for cost in ("seconds_per_step", "seconds_per_question")]
-        lines.append([TITLES[name], *cells, percent(exact.mean()), *(f"{cost:.2f}" for cost in costs)])
+        seconds = np.mean([run["seconds_per_step"] for run in runs])
+        lines.append([TITLES[name], *cells, percent(exact.mean()), f"{seconds:.2f}"])
     names = [f"{shape} (95 % interval)" for shape in ASPECTS]
-    return table(["way", *names, "all", "s per step", "s per question"], lines)
+    return table(["way", *names, "all", "s per step"], lines)
 
 
 def each_shape(shapes: np.ndarray) -> list[np.ndarray]:

@@ -3,13 +3,13 @@
 import itertools
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
@@ -66,6 +66,16 @@ def as_image(
         return {"image_hidden_states": model.pheye.view_encoding(features)}
     table = model.pheye.views_of(image_grids, len(image_grids), None)
     return {"image_hidden_states": model.pheye.view_encoding(features, table), "image_grids": image_grids}
+
+
+def kept_image(
+    file: Path, model: PheyeForConditionalGeneration, processor: PheyeProcessor, images: Callable[[], list]
+) -> dict[str, torch.Tensor]:
+    """What the model takes in place of pixels, from the features in `file`, which begin with those of `images()`."""
+    if not file.exists():
+        save_features(file, model, processor.image_processor(images(), return_tensors="pt"))
+    kept = load_file(file, model.device.type)
+    return as_image(model, kept["features"].float(), kept.get("image_grids"))
 
 
 class FeatureStore:

@@ -5,13 +5,15 @@ import json
 import statistics
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .. import PheyeForConditionalGeneration
+from .. import PheyeForConditionalGeneration, PheyeProcessor
+from ..answering.engine import counts_of, generate
+from ..answering.rows import Request, row
 from ..common.command import InputError, at_least, default_device
 from ..common.files import fingerprint, read_record, write_atomically, write_record
 from ..common.json_lines import read_rows
@@ -19,11 +21,12 @@ from ..training.collator import IGNORED
 from ..training.trained import choose_trained
 from ..training.vision_budgets import drawn_budget
 from .checkpoints import autocast, rate_share
-from .features import FeatureStore, as_image, schedule
+from .features import BATCH, FeatureStore, as_image, kept_image, schedule
 
 # Samples of one call on a processor. torch's own attention is slow there in training, and two plain products are not
 # while the weights of a call stay in its cache.
 PART = 4
+TOKENS = 16  # of an answer, at most
 
 
 def opened(folder: Path, device: str, seed: int = 0, **fields) -> PheyeForConditionalGeneration:
@@ -105,6 +108,30 @@ def train(model: PheyeForConditionalGeneration, store: FeatureStore, steps: int,
         seconds.append(time.perf_counter() - began)
     last = losses[-max(1, steps // 10) :]
     return {"loss": round(statistics.mean(last), 4), "seconds_per_step": round(statistics.median(seconds), 3)}
+
+
+@torch.no_grad()
+def ask(
+    model: PheyeForConditionalGeneration, processor: PheyeProcessor, requests: Sequence[Request], folder: Path
+) -> list[dict]:
+    """A row for each request. Features of its images are kept in `folder`, for other models with the same eyes."""
+    folder.mkdir(exist_ok=True)
+    subjects: dict[Hashable, list[Request]] = {}
+    for request in requests:
+        subjects.setdefault(request.subject, []).append(request)
+    rows, groups = [], list(subjects.values())
+    for first in range(0, len(groups), BATCH):
+        together = groups[first : first + BATCH]
+        file = folder / f"{first:06d}.safetensors"
+        image = kept_image(file, model, processor, lambda together=together: [about[0].images() for about in together])
+        places = [place for place, about in enumerate(together) for _ in about]
+        image = {name: values[places] for name, values in image.items()}
+        asked = [request for about in together for request in about]
+        counts = counts_of(image, len(asked))
+        conversations = [request.messages(count) for request, count in zip(asked, counts, strict=True)]
+        found = generate(model, processor, conversations, image, {"max_new_tokens": TOKENS, "do_sample": False})
+        rows += [row(request, "answer", text, None) for request, (text, _) in zip(asked, found, strict=True)]
+    return sorted(rows, key=lambda row: row["id"])
 
 
 def once(folder: Path, settings: dict, run: Callable[[], tuple[dict, list[dict]]]) -> dict:

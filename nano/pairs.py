@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
-from ..answering.engine import answer_batches
-from ..answering.rows import Request, row
+from ..answering.rows import Request
 from ..common.command import Parser, at_least, exit_status
 from ..common.files import write_atomically
 from ..common.machine import machine
@@ -27,14 +26,13 @@ from . import words
 from .checkpoints import claim
 from .features import BATCH, FeatureStore
 from .held_out import SIGN, HeldOutPicture, held_out_pictures, interval, is_exact, requests_of, with_interval
-from .kept_training import add_options, once, opened, train, weights_of
+from .kept_training import add_options, ask, once, opened, train, weights_of
 from .pictures import scene
 from .questions import CAP_HEIGHTS, LEAST_PIXELS, NUMBERS, SIDES
 from .tables import table
 
 WHICH, READ = "which image has the word", "the sign of one image"  # kinds of question
 TILES = 3
-TOKENS = 16  # of an answer, at most
 
 REPORT = """# Two pictures in a prompt
 
@@ -93,20 +91,18 @@ def requests_of_pairs(pictures: list[HeldOutPicture]) -> list[Request]:
     requests = []
     for number in range(0, len(pictures) - 1, 2):
         pair = pictures[number : number + 2]
+        images = [picture.image for picture in pair]
         turns = turns_of([picture.word for picture in pair], random.Random(f"held out pair {number}"))
         for kind, (question, reference) in turns.items():
             fields = {"kind": kind, "reference": reference}
-            requests.append(Request(f"{number:05d}-{kind}", [picture.image for picture in pair], question, fields))
+            requests.append(Request(f"{number:05d}-{kind}", images, question, fields))
     return requests
 
 
-def ask(model: PheyeForConditionalGeneration, processor: PheyeProcessor, pictures: list[HeldOutPicture]) -> list[dict]:
-    """A row for each question about pairs of `pictures`, and for the sign of every second one alone."""
+def questions(pictures: list[HeldOutPicture]) -> list[Request]:
+    """Those about pairs of `pictures`, and that for the sign of every second one alone."""
     alone = [request for request in requests_of(pictures[::2], None) if request.fields["kind"] == SIGN]
-    options = {"batch_size": BATCH, "generate_kwargs": {"max_new_tokens": TOKENS, "do_sample": False}, "workers": 0}
-    batches = answer_batches(model, processor, [*requests_of_pairs(pictures), *alone], **options)
-    rows = [row(request, "answer", *result) for batch in batches for request, *result in batch]
-    return sorted(rows, key=lambda row: row["id"])
+    return [*requests_of_pairs(pictures), *alone]
 
 
 def build(folder: Path, seed: int, device: str) -> tuple[PheyeForConditionalGeneration, PheyeProcessor]:
@@ -133,7 +129,7 @@ def run(
         mixture = Mixture(read_mixture([str(data)], turns=None), 0, max_images=2)
         store = FeatureStore(output / "features", mixture, processor, BATCH, 0)
         found = {} if seed is None else train(trained, store, steps, rate, seed)
-        return found, ask(trained, processor, pictures)
+        return found, ask(trained, processor, questions(pictures), output / "asked")
 
     return once(output / ("before" if seed is None else f"after-{seed}"), settings, trained_and_asked)["rows"]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pheye.nano import canvases, draw_data
+from pheye.nano import canvases, draw_data, kept_training
 from pheye.nano.canvases import TITLES, on_canvas, write_report
 from pheye.nano.held_out import ASPECTS, held_out_pictures
 
@@ -39,7 +39,7 @@ def test_heights_are_those_in_the_crops():
 
 
 def test_ways_are_trained_once_and_asked_about_each_shape(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(canvases, "TOKENS", 2)
+    monkeypatch.setattr(kept_training, "TOKENS", 2)
     monkeypatch.setattr(canvases, "WAYS", {"stretched": None, "fila": "fila"})
     model = tmp_path / "model"
     tiny_model(text_config=tiny_text_config(max_position_embeddings=512)).save_pretrained(model)
@@ -70,12 +70,12 @@ def test_tables_say_where_each_way_reads(tmp_path):
             for number in range(10):
                 row = {"id": f"{own}-{number}", "shape": own, "views": 5, "pixels": 8.0 if own == "1:3" else 21.0}
                 rows.append({**row, "reference": "WORD", "answer": "WORT" if own == shape else "WORD"})
-        results.append({"way": way, "seed": 0, "seconds_per_step": 1.0, "seconds_per_question": 0.5, "rows": rows})
+        results.append({"way": way, "seed": 0, "seconds_per_step": 1.0, "rows": rows})
     write_report(results, {"steps": 1, "rate": 1, "model": "m", "count": 10}, "a machine", tmp_path)
     cells = cells_of(tmp_path / "canvases.md")
     by_shape, sizes, heights = cells[TITLES["stretched"]]
     everything, nothing = "100.0 (100.0 to 100.0)", "0.0 (0.0 to 0.0)"
-    assert by_shape == [everything, everything, nothing, everything, "75.0", "1.00", "0.50"]
+    assert by_shape == [everything, everything, nothing, everything, "75.0", "1.00"]
     assert sizes == ["21.0 in 5.0"] * 3 + ["8.0 in 5.0"]
     assert heights == ["100.0 (10)", "", "", "66.7 (30)"]
     [difference] = cells[f"{TITLES['fila']}, less stretched"]

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from pheye.nano import pairs
+from pheye.nano import kept_training, pairs
 from pheye.nano.features import FeatureStore, as_image
 from pheye.nano.held_out import SIGN, held_out_pictures
 from pheye.training.collator import PheyeCollator
@@ -59,7 +59,7 @@ def test_pairs_are_drawn_and_their_features_stand_for_them(model, tmp_path):
 
 
 def test_a_model_is_asked_before_and_after(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pairs, "TOKENS", 2)
+    monkeypatch.setattr(kept_training, "TOKENS", 2)
     command = ["--model", model, "--output", tmp_path, "--steps", 2, "--seeds", 1, "--count", 3, "--drawn", 16]
     command = [str(word) for word in command]
     assert pairs.main(command) == 0

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from pheye import PheyeForConditionalGeneration
+from pheye.answering.engine import answer_batches
+from pheye.answering.rows import Request
 from pheye.nano import checkpoints, features, kept_training, replay
 from pheye.nano.features import FeatureStore
 from pheye.training.collator import PheyeCollator
@@ -94,6 +96,26 @@ def test_a_step_in_parts_is_the_step_of_all_samples(folder, monkeypatch, canvase
     [(loss, after), (whole_loss, whole_after)] = steps
     assert loss == pytest.approx(whole_loss, rel=1e-3)
     assert (after - whole_after).norm() < 0.02 * (after - before).norm()  # some products are in bfloat16
+
+
+@pytest.mark.parametrize(("canvases", "seed"), [(None, 2), ([[1, 2], [2, 2], [2, 1]], 5)])
+def test_answers_from_features_are_those_from_pixels(tmp_path, monkeypatch, canvases, seed):
+    """With these seeds no answer depends on the digits that features lose in bfloat16."""
+    monkeypatch.setattr(kept_training, "BATCH", 2)
+    config = tiny_config(canvases=canvases, max_images=2)
+    model, processor = tiny_model(config, seed=seed), tiny_processor(config)
+    wide, high, square = (tiny_image(seed, *size) for seed, size in enumerate([(80, 40), (40, 80), (50, 50)]))
+    both = [wide, high]
+    images = [wide, both, square, both, wide]
+    requests = [Request(number, image, f"What is {number}?") for number, image in enumerate(images)]
+    options = {"generate_kwargs": {"max_new_tokens": kept_training.TOKENS, "do_sample": False}, "workers": 0}
+    batches = answer_batches(model, processor, requests, batch_size=1, **options)
+    expected = [{"id": request.id, "answer": text} for batch in batches for request, text, _, _ in batch]
+    assert len({row["answer"] for row in expected}) > 3  # so that mixing them up shows
+    assert kept_training.ask(model, processor, requests, tmp_path / "asked") == expected
+    assert len(list((tmp_path / "asked").iterdir())) == 2  # of three subjects, two together
+    monkeypatch.setattr(features, "save_features", None)  # nothing is encoded again
+    assert kept_training.ask(model, processor, requests, tmp_path / "asked") == expected
 
 
 def parameters_of(folder):
