@@ -667,7 +667,7 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
             outputs = self.get_image_features(pixel_values, high_res_pixel_values, image_grids, return_dict=True)
             return outputs.last_hidden_state, mask
         views = self.config.views_per_image if table is None else table.shape[1]
-        tokens, width = views * self.config.tokens_per_view, self.config.vision_config.hidden_size
+        tokens, width = self.tokens_read(views), self.config.vision_config.hidden_size
         if image_hidden_states.ndim != 3 or image_hidden_states.shape[1:] != (tokens, width):
             raise ValueError(
                 f"image_hidden_states has shape {tuple(image_hidden_states.shape)}, but this model reads (images, "
@@ -675,6 +675,10 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
             )
         # As if it had been encoded here.
         return image_hidden_states.to(next(self.view_encoding.parameters()).dtype), mask
+
+    def tokens_read(self, views: int) -> int:
+        """How many tokens the text reads of so many views."""
+        return views * self.config.tokens_per_view
 
     def _mask_of(self, table: torch.Tensor) -> torch.Tensor | None:
         there = table[..., IMAGE] >= 0  # (B, V)

@@ -26,6 +26,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .. import PheyeConfig, PheyeForConditionalGeneration
 from ..blocks_pheye import PheyeAttentionBlock, PheyeCrossAttentionBlock, PheyeImageCache
@@ -85,9 +86,14 @@ class Prefix(nn.Module):
     def device(self) -> torch.device:
         return self.pheye.device
 
-    def joined(self, input_ids, attention_mask, pixel_values) -> dict[str, torch.Tensor]:
+    def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        return self.pheye.get_image_features(pixel_values)
+
+    def joined(self, input_ids, attention_mask, pixel_values, image_hidden_states=None) -> dict[str, torch.Tensor]:
         """Embeddings (B, M + T, D) and their mask."""
-        prefix = self.pheye.get_image_features(pixel_values).last_hidden_state
+        prefix = image_hidden_states
+        if pixel_values is not None:
+            prefix = self.get_image_features(pixel_values).last_hidden_state
         embeddings = torch.cat([prefix, self.pheye.language_model.get_input_embeddings()(input_ids)], 1)
         mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], 1)
         return {"inputs_embeds": embeddings, "attention_mask": mask}
@@ -97,8 +103,10 @@ class Prefix(nn.Module):
         ignored = labels.new_full((len(labels), inputs["inputs_embeds"].shape[1] - labels.shape[1]), IGNORED)
         return self.pheye.language_model(**inputs, labels=torch.cat([ignored, labels], 1))
 
-    def generate(self, input_ids, attention_mask, pixel_values, **kwargs) -> GenerateDecoderOnlyOutput:
-        inputs = self.joined(input_ids, attention_mask, pixel_values)
+    def generate(
+        self, input_ids, attention_mask, pixel_values=None, image_hidden_states=None, **kwargs
+    ) -> GenerateDecoderOnlyOutput:
+        inputs = self.joined(input_ids, attention_mask, pixel_values, image_hidden_states)
         ids = self.pheye.language_model.generate(**inputs, **{**kwargs, "return_dict_in_generate": False})
         return GenerateDecoderOnlyOutput(sequences=torch.cat([input_ids, ids], 1))
 
@@ -353,9 +361,14 @@ class Monkey(nn.Module):
         return self.norm(self.block.to_out(attended))
 
 
+def resampled(model: PheyeForConditionalGeneration, resampler: nn.Module) -> PheyeForConditionalGeneration:
+    model.pheye.tokens_read = lambda views: QUERIES
+    return connected(model, resampler)
+
+
 def perceiver(model: PheyeForConditionalGeneration) -> PheyeForConditionalGeneration:
-    return connected(model, Perceiver(model.config))
+    return resampled(model, Perceiver(model.config))
 
 
 def monkey(model: PheyeForConditionalGeneration) -> PheyeForConditionalGeneration:
-    return connected(model, Monkey(model.config))
+    return resampled(model, Monkey(model.config))

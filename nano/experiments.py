@@ -53,6 +53,7 @@ TOKENS = 16  # of an answer
 ANSWERING = {"batch_size": 8, "generate_kwargs": {"max_new_tokens": TOKENS, "do_sample": False}}
 CURVE_PICTURES = 50  # the first of the held-out ones, for the curves
 TOGETHER, USES = 8, 4  # pictures whose features are kept in one file, and how often a run may use one
+ALIKE = 8  # batches whose samples are sorted by length
 COSTS = "seconds_per_step", "seconds_per_question"
 
 
@@ -156,7 +157,8 @@ def kept_batches(
     steps: int | None,
     batch_size: int,
 ) -> Iterator[dict]:
-    """The same with the features of pictures in place of pixels; none more than USES times within `steps`."""
+    """The same with the features of pictures in place of pixels; none more than USES times within `steps`. Texts of a
+    batch are alike in length and need little padding."""
     mixture = Mixture([Source(str(data), turns=None)], 0)
     count = len(mixture) - len(mixture) % TOGETHER
     if not count or USES * (count - count % batch_size) < batch_size * (steps or 1):
@@ -168,12 +170,14 @@ def kept_batches(
     generator = torch.Generator().manual_seed(seed)
     for _ in itertools.count():
         order = torch.randperm(count, generator=generator).tolist()
-        for first in range(0, count - batch_size + 1, batch_size):
-            indices = order[first : first + batch_size]
-            for number in {index // TOGETHER for index in indices}:
-                store.encode(number, model)
-            batch = store.batch(indices)
-            yield {**batch, "pixel_values": batch.pop("features").unflatten(0, (batch_size, -1))}
+        for first in range(0, count, ALIKE * batch_size):
+            drawn = sorted(order[first : first + ALIKE * batch_size], key=store.length)
+            for place in torch.randperm(len(drawn) // batch_size, generator=generator).tolist():
+                indices = drawn[place * batch_size : (place + 1) * batch_size]
+                for number in {index // TOGETHER for index in indices}:
+                    store.encode(number, model)
+                batch = store.batch(indices)
+                yield {**batch, "pixel_values": batch.pop("features").unflatten(0, (batch_size, -1))}
 
 
 def curve_point(
@@ -222,6 +226,8 @@ def run(
         return result
     model, processor = build(WAYS[name], seed, **parts)
     model.to(device)
+    if device == "cpu":
+        model.pheye.set_attn_implementation({"": "eager"})  # of the blocks: faster there, see `kept_training.PART`
     features = None
     if keep_features:
         features = folder.parent / f"features-{processor.image_processor.tiles_per_side}"

@@ -139,9 +139,13 @@ class FeatureStore:
         batch = {**inputs, "labels": labels, "features": torch.cat(features).float()}
         return batch if grids[0] is None else {**batch, "image_grids": torch.stack(grids)}
 
+    def length(self, index: int) -> int:
+        """Tokens of a sample's text."""
+        return len(self.collator.encode_sample(self.sample(index))[0])
+
     def batches(self, indices: list[int], rows: int) -> list[dict[str, torch.Tensor]]:
         """The same in batches of `rows` samples, of texts alike in length, which need little padding."""
-        ordered = sorted(indices, key=lambda index: len(self.collator.encode_sample(self.sample(index))[0]))
+        ordered = sorted(indices, key=self.length)
         return [self.batch(ordered[first : first + rows]) for first in range(0, len(ordered), rows)]
 
 
