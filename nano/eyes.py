@@ -376,6 +376,8 @@ def train(
     skipped = HARD if has_branch else 0  # eyes that read need no easy pictures
     alone = 0 if has_branch or branch == "none" else ALONE
     eyes.to(device)
+    if device == "cpu":
+        eyes.pheye.set_attn_implementation("eager")  # faster there in training, see `kept_training.PART`
     optimizers = optimizers_of(eyes, READING if start else 1.0)
     draws = load_checkpoint(output, eyes, optimizers)
     sums, steps, logged, saved = {}, 0, time.time(), time.time()
