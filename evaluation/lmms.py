@@ -190,8 +190,9 @@ class Pheye(lmms):
         with tqdm(total=len(requests), desc="Model Responding", unit=" images", disable=self._rank != 0) as bar:
             for indices in groups.values():
                 arguments, until = decoding(requests[indices[0]].args[1])
+                # In the order of the documents: in most tasks, those about one image follow each other, and a batch
+                # encodes equal images once.
                 asked = [self.request(index, requests[index]) for index in indices]
-                asked.sort(key=lambda request: -len(request.prompt))  # as in `answering.engine`
                 batches = answer_batches(self.model, self.processor, asked, self.batch_size, self.workers, arguments)
                 for batch in batches:
                     for request, text, error, _ in batch:

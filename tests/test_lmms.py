@@ -225,7 +225,7 @@ def test_answers_are_those_of_our_engine_in_the_order_of_the_requests(adapter, a
     assert record.getMessage().startswith(f"Document {BROKEN} of toy gets an empty answer: cannot identify image")
 
 
-def test_longest_prompts_come_first_in_batches_of_one_kind(adapter, monkeypatch):
+def test_documents_keep_their_order_in_batches_of_one_kind(adapter, monkeypatch):
     def batches(model, processor, requests, batch_size, workers, generate_kwargs):
         calls.append((batch_size, generate_kwargs["num_beams"], [request.id for request in requests]))
         yield [(request, f"answer {request.id}", None, None) for request in requests]
@@ -234,7 +234,7 @@ def test_longest_prompts_come_first_in_batches_of_one_kind(adapter, monkeypatch)
     monkeypatch.setattr(lmms, "answer_batches", batches)
     given = adapter(batch_size=7).generate_until(instances([{"num_beams": 1}, {"num_beams": 2}]))
     assert given == [f"answer {n}" for n in range(len(QUESTIONS))]
-    assert calls == [(7, 1, [2, 4, 0]), (7, 2, [1, 3])]
+    assert calls == [(7, 1, [0, 2, 4]), (7, 2, [1, 3])]
 
 
 def test_a_task_of_several_images_stops_before_the_first_answer(adapter, monkeypatch):
