@@ -44,16 +44,21 @@ def test_questions_about_one_image_are_answered_from_one_encoding(requests, fres
         seen.append(len(pixel_values))
         return encode(pixel_values, *others, **more)
 
-    model.model._encode_views = count
-    found = {}
-    for batch_size in (1, 4, 6):
-        seen.clear()
-        path = tmp_path / f"{batch_size}.jsonl"
+    def answers(requests: list[Request], batch_size: int) -> list[dict]:
+        path = tmp_path / f"{len(requests)}-{batch_size}.jsonl"
         options = {"batch_size": batch_size, "generate_kwargs": {"max_new_tokens": NEW}, "settings": {}}
-        found[batch_size] = read(answer(lambda: (model, processor), asked, path, **options))
-        assert sum(seen) == {1: 6, 4: 3, 6: 3}[batch_size]
-    assert found[1] == found[4] == found[6]
-    assert len({row["answer"] for row in found[1]}) == len(asked)  # so that mixing them up shows
+        return read(answer(lambda: (model, processor), requests, path, **options))
+
+    model.model._encode_views = count
+    found = []
+    for batch_size, encoded in ((1, 6), (4, 3), (6, 3)):
+        seen.clear()
+        found.append(answers(asked, batch_size))
+        assert sum(seen) == encoded
+    assert found[0] == found[1] == found[2]
+    assert len({row["answer"] for row in found[0]}) == len(asked)  # so that mixing them up shows
+    asked += [Request(number, [], prompt) for number, prompt in ((6, SHORT), (7, OTHER))]
+    assert answers(asked, 8)[:6] == found[0] and answers(asked, 8) == answers(asked, 1)
 
 
 def test_images_may_be_anything_that_the_processor_opens(start, requests, expected):
