@@ -57,7 +57,8 @@ LEAST_PIXELS = 7  # of a capital
 EASY_CAP_HEIGHT = 0.035  # least at first, of pages
 EASY, HARD = 300, 1500  # pictures up to which pages are easy, and from which on they are as hard as they will be
 ECHOES = 2  # times that a picture is used, its colours changed
-NOTHING_WEIGHT, NO_SHAPE_WEIGHT = 0.15, 0.01  # of columns without a letter and patches without a shape, most of all
+# Of columns without a letter, patches without a shape and kinds of shapes that a view lacks, most of all.
+NOTHING_WEIGHT, NO_SHAPE_WEIGHT, ZERO_WEIGHT = 0.15, 0.01, 0.1
 RATES = 3e-3, 1.5e-3  # of matrices by Muon, and of everything else by AdamW
 READING = 0.1  # of these rates, for a tower that reads already and LoRA: at all of them it would forget how to
 WARMUP = 100  # steps
@@ -206,7 +207,7 @@ def losses_of(outputs: tuple, letters: torch.Tensor, maps: torch.Tensor, counts:
         losses["branch"] = sum(label_losses(outputs[0].float(), letters, maps).values())
     if len(outputs) > 1:
         _, states, count_logits = outputs
-        losses["count"] = 0.1 * F.cross_entropy(count_logits.float().flatten(0, 1), counts.flatten().long())
+        losses["count"] = 0.3 * weighted(count_logits.float(), counts, ZERO_WEIGHT)
         losses |= label_losses(states.float(), letters, maps)
     return losses
 
@@ -249,12 +250,15 @@ def test_pictures(seed: int) -> list[tuple]:
 @torch.no_grad()
 def accuracies(eyes: Eyes, seed: int) -> dict[str, float]:
     """Shares of patches of crops with a letter at their middle column that are told right, in all words, in those that
-    cross a crop's border and those inside one; the letter also by its height. Off the states, and the branch's."""
+    cross a crop's border and those inside one; the letter also by its height. Off the states, and the branch's. And of
+    kinds of shapes that a picture has, the share whose number the global view tells right."""
     device = next(eyes.parameters()).device
     right: dict[str, list[np.ndarray]] = {}
     for pixels, labels, crosses, height in test_pictures(seed):
         with autocast(device.type):
-            branch, states, _ = eyes(*towers_pixels(*(array.to(device) for array in pixels)))
+            branch, states, counts = eyes(*towers_pixels(*(array.to(device) for array in pixels)))
+        is_there = labels.counts[0] > 0
+        right.setdefault("count", []).append((counts[0].argmax(-1).cpu().numpy() == labels.counts[0])[is_there])
         which = labels.which[1:].reshape(-1)  # of crops
         is_letter = which >= 0
         which = which[is_letter]
@@ -377,7 +381,7 @@ def train(
     alone = 0 if has_branch or branch == "none" else ALONE
     eyes.to(device)
     if device == "cpu":
-        eyes.pheye.set_attn_implementation("eager")  # faster there in training, see `kept_training.PART`
+        eyes.pheye.set_attn_implementation({"vision_config": "eager"})  # faster there, see `kept_training.PART`
     optimizers = optimizers_of(eyes, READING if start else 1.0)
     draws = load_checkpoint(output, eyes, optimizers)
     sums, steps, logged, saved = {}, 0, time.time(), time.time()
