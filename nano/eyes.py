@@ -57,8 +57,8 @@ LEAST_PIXELS = 7  # of a capital
 EASY_CAP_HEIGHT = 0.035  # least at first, of pages
 EASY, HARD = 300, 1500  # pictures up to which pages are easy, and from which on they are as hard as they will be
 ECHOES = 2  # times that a picture is used, its colours changed
-# Of columns without a letter, patches without a shape and kinds of shapes that a view lacks, most of all.
-NOTHING_WEIGHT, NO_SHAPE_WEIGHT, ZERO_WEIGHT = 0.15, 0.01, 0.1
+# Of columns without a letter, and of patches without a shape or a shape's centre, most of all.
+NOTHING_WEIGHT, NO_SHAPE_WEIGHT, NO_CENTRE_WEIGHT = 0.15, 0.01, 0.02
 RATES = 3e-3, 1.5e-3  # of matrices by Muon, and of everything else by AdamW
 READING = 0.1  # of these rates, for a tower that reads already and LoRA: at all of them it would forget how to
 WARMUP = 100  # steps
@@ -207,7 +207,7 @@ def losses_of(outputs: tuple, letters: torch.Tensor, maps: torch.Tensor, counts:
         losses["branch"] = sum(label_losses(outputs[0].float(), letters, maps).values())
     if len(outputs) > 1:
         _, states, count_logits = outputs
-        losses["count"] = 0.3 * weighted(count_logits.float(), counts, ZERO_WEIGHT)
+        losses["count"] = 0.1 * F.cross_entropy(count_logits.float().flatten(0, 1), counts.flatten().long())
         losses |= label_losses(states.float(), letters, maps)
     return losses
 
@@ -230,6 +230,8 @@ def label_losses(logits: torch.Tensor, letters: torch.Tensor, maps: torch.Tensor
             losses[name] = 0.3 * weighted(of_name, target.masked_fill(~has_letter, IGNORED), 1.0)
         elif name == "shape":
             losses[name] = 0.5 * weighted(of_name, target, NO_SHAPE_WEIGHT)
+        elif name == "centre":
+            losses[name] = 0.5 * weighted(of_name, target, NO_CENTRE_WEIGHT)
         else:
             losses[name] = 0.1 * weighted(of_name, target, 1.0)
     return losses
@@ -251,14 +253,15 @@ def test_pictures(seed: int) -> list[tuple]:
 def accuracies(eyes: Eyes, seed: int) -> dict[str, float]:
     """Shares of patches of crops with a letter at their middle column that are told right, in all words, in those that
     cross a crop's border and those inside one; the letter also by its height. Off the states, and the branch's. And of
-    kinds of shapes that a picture has, the share whose number the global view tells right."""
+    patches of all views with a shape's centre or said to have one, those that are told right, off the states."""
     device = next(eyes.parameters()).device
     right: dict[str, list[np.ndarray]] = {}
     for pixels, labels, crosses, height in test_pictures(seed):
         with autocast(device.type):
-            branch, states, counts = eyes(*towers_pixels(*(array.to(device) for array in pixels)))
-        is_there = labels.counts[0] > 0
-        right.setdefault("count", []).append((counts[0].argmax(-1).cpu().numpy() == labels.counts[0])[is_there])
+            branch, states, _ = eyes(*towers_pixels(*(array.to(device) for array in pixels)))
+        told = split_logits(states)[1]["centre"].argmax(-1).flatten().cpu().numpy()
+        centres = labels.maps[:, list(HEADS).index("centre")].reshape(-1)
+        right.setdefault("centre", []).append((told == centres)[(told > 0) | (centres > 0)])
         which = labels.which[1:].reshape(-1)  # of crops
         is_letter = which >= 0
         which = which[is_letter]

@@ -10,6 +10,7 @@ side by side, for the letter that covers most of the column there; for all else 
 Shapes: V views (the global view first), G patches along each side of a view.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ LONGEST_WORD, MOST_WORDS, MOST_SIGNS = 9, 2, 10  # that are told apart; beyond t
 # Maps asked at the middle column, beside `letters`, and how many classes each has.
 HEADS = {
     "before": CLASSES, "after": CLASSES, "place": LONGEST_WORD, "remaining": LONGEST_WORD, "word": MOST_WORDS,
-    "sign": MOST_SIGNS, "shape": 1 + len(KINDS) * len(COLOURS), "row": GRID, "column": GRID,
+    "sign": MOST_SIGNS, "shape": 1 + len(KINDS) * len(COLOURS), "row": GRID, "column": GRID, "centre": 1 + len(KINDS),
 }  # fmt: skip
 OF_LETTERS = list(HEADS)[:6]  # asked where there is a letter
 MIDDLE = POINTS // 2
@@ -62,11 +63,25 @@ def picture_labels(picture: Picture, tiles_per_side: int = TILES) -> PictureLabe
         view = view_labels(Picture(picture.image, picture.shapes), box)
         maps = np.zeros((len(HEADS), GRID, GRID), np.uint8)
         maps[:6] = asked[which[MIDDLE], 1:].transpose(2, 0, 1)
-        maps[6:] = view.maps[-3:]  # shape, row and column
+        maps[6:9] = view.maps[-3:]  # shape, row and column
+        maps[9] = centres(picture, box)
         shown = np.where((which[MIDDLE] >= 0) & (asked[which[MIDDLE], 0] != IGNORED), which[MIDDLE], -1)
         parts.append((asked[which, 0], maps, view.counts, shown))
     letters, maps, counts, which = (np.stack(part) for part in zip(*parts, strict=True))
     return PictureLabels(letters.astype(np.uint8), maps, counts.astype(np.uint8), which.astype(np.int16))
+
+
+def centres(picture: Picture, box: tuple[float, float, float, float]) -> np.ndarray:
+    """The kind of the shape whose centre is in each patch of a view (G, G), 0: none. By these one can count."""
+    left, top, right, bottom = box
+    found = np.zeros((GRID, GRID), np.uint8)
+    for shape in picture.shapes:
+        x, y = shape.centre
+        column = math.floor((x - left) * GRID / (right - left))
+        row = math.floor((y - top) * GRID / (bottom - top))
+        if 0 <= row < GRID and 0 <= column < GRID:
+            found[row, column] = 1 + KINDS.index(shape.kind)
+    return found
 
 
 def letter_rows(picture: Picture, is_visible: np.ndarray) -> np.ndarray:

@@ -228,8 +228,7 @@ def test_pictures_become_harder():
 
 
 class Knowing(torch.nn.Module):
-    """Eyes that answer from the labels, off the branch always wrong; they count what the global view shows, and see a
-    shape of each kind in each crop."""
+    """Eyes that answer from the labels, and off the branch always wrong."""
 
     def __init__(self, labels):
         super().__init__()
@@ -240,21 +239,22 @@ class Knowing(torch.nn.Module):
         for index, classes in enumerate(eyes.HEADS.values()):
             told.append(torch.nn.functional.one_hot(maps[..., index].clamp(max=classes - 1), classes))
         self.logits = torch.cat(told, -1).float()
-        counts = torch.from_numpy(labels.counts).long()
-        counts[1:] = 1
-        self.counts = torch.nn.functional.one_hot(counts, 1 + eyes.MOST_SHAPES).float()
 
     def forward(self, views, tiles):
-        return -self.logits, self.logits, self.counts
+        return -self.logits, self.logits, None
 
 
 def test_accuracies_are_shares_of_what_is_told_right(toy):
     [(_, labels, crosses, _)] = eyes.test_pictures(0)
-    labels.counts[0, 1] = 2
+    labels.maps[:, -1] = 0
+    labels.maps[0, -1, 5, 6], labels.maps[4, -1, 7, 8] = 1, 4
     found = eyes.accuracies(Knowing(labels), 0)
     for name in ("letter", "before", "after", "place", "remaining", "word", "sign"):
         assert found[name] == 1 and found[f"branch_{name}"] == 0
-    assert found["count"] == 1
+    assert found["centre"] == 1
+    told = Knowing(labels)
+    labels.maps[0, -1, 2, 3] = 2  # a third centre, of which these eyes do not know
+    assert eyes.accuracies(told, 0)["centre"] == pytest.approx(2 / 3, abs=1e-4)
     assert ("place_crossing" in found) == bool(crosses[np.unique(labels.which[1:])[1:]].any())
 
 
