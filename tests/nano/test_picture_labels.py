@@ -76,10 +76,7 @@ def test_letters_beyond_the_picture_are_no_part_of_their_words():
 
 
 def test_a_shapes_centre_is_in_one_patch_of_the_global_view_and_of_one_crop():
-    left, top = (
-        30 * PATCH,
-        14 * PATCH,
-    )  # in the crop's middle row and right column, of which the left upper corner cuts
+    left, top = 30 * PATCH, 14 * PATCH  # crops end at 16 and 32, so that four show a part of it
     shape = Shape("triangle", "red", corner_points((left, top, left + 7 * PATCH, top + 7 * PATCH)))
     labels = picture_labels(Picture(Image.new("RGB", (SIDE, SIDE)), shapes=[shape]))
     assert shape.centre == (33.5 * PATCH, 17.5 * PATCH)
@@ -87,7 +84,7 @@ def test_a_shapes_centre_is_in_one_patch_of_the_global_view_and_of_one_crop():
     kind = 1 + KINDS.index("triangle")
     assert np.argwhere(centres).tolist() == [[0, 17 // 3, 33 // 3], [1 + 2 * 3 + 1, 17 - GRID, 33 - 2 * GRID]]
     assert set(centres[centres > 0]) == {kind}
-    assert (labels.maps[:, list(HEADS).index("shape")] > 0).any((1, 2)).sum() == 5  # the others show a part of it
+    assert (labels.maps[:, list(HEADS).index("shape")] > 0).any((1, 2)).sum() == 5
 
 
 def test_words_of_more_than_nine_letters_have_no_place_beyond_the_ninth():
