@@ -58,7 +58,7 @@ EASY_CAP_HEIGHT = 0.035  # least at first, of pages
 EASY, HARD = 300, 1500  # pictures up to which pages are easy, and from which on they are as hard as they will be
 ECHOES = 2  # times that a picture is used, its colours changed
 # Of columns without a letter, and of patches without a shape or a shape's centre, most of all.
-NOTHING_WEIGHT, NO_SHAPE_WEIGHT, NO_CENTRE_WEIGHT = 0.15, 0.01, 0.02
+NOTHING_WEIGHT, NO_SHAPE_WEIGHT, NO_CENTRE_WEIGHT = 0.15, 0.01, 0.1
 RATES = 3e-3, 1.5e-3  # of matrices by Muon, and of everything else by AdamW
 READING = 0.1  # of these rates, for a tower that reads already and LoRA: at all of them it would forget how to
 WARMUP = 100  # steps
@@ -231,7 +231,7 @@ def label_losses(logits: torch.Tensor, letters: torch.Tensor, maps: torch.Tensor
         elif name == "shape":
             losses[name] = 0.5 * weighted(of_name, target, NO_SHAPE_WEIGHT)
         elif name == "centre":
-            losses[name] = 0.5 * weighted(of_name, target, NO_CENTRE_WEIGHT)
+            losses[name] = weighted(of_name, target, NO_CENTRE_WEIGHT)
         else:
             losses[name] = 0.1 * weighted(of_name, target, 1.0)
     return losses
