@@ -66,6 +66,7 @@ def answers(monkeypatch):
 
         given = []
         monkeypatch.setattr(engine, "generate", generate)
+        monkeypatch.setattr(engine, "encoded", lambda model, image_inputs: image_inputs)  # pixels, not features
         return given
 
     return answers
