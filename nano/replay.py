@@ -50,7 +50,7 @@ def train(
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     store = FeatureStore(output / "features", Mixture(read_mixture(data, turns=None), seed), processor, BATCH, seed)
-    done, began = load_checkpoint(output, trained, [optimizer]), time.time()
+    done, began = load_checkpoint(output, trained, [optimizer]), None
     steps = None if rounds is None else sum(1 for _ in schedule(rounds, seed))
 
     def passed(step: int) -> float:
@@ -60,6 +60,7 @@ def train(
     for step, (number, is_new, indices) in enumerate(itertools.islice(schedule(rounds, seed), done, None), done):
         if is_new:
             store.encode(number, trained)
+        began = began or time.time()  # so that the first step has a learning rate, however few the minutes
         optimizer.param_groups[0]["lr"] = learning_rate * rate_share(step, passed(step))
         losses[is_new].append(learn(trained, optimizer, store, indices))
         is_last = passed(step + 1) >= 1
