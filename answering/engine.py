@@ -7,7 +7,7 @@ line is whole, so the same call after a kill goes on where the rows end, with an
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +92,7 @@ def answer(
 def in_order(requests: Sequence[Request]) -> list[Request]:
     """The order in which requests are taken: those about one image together, so that it is encoded once; of these the
     longest prompts first, so that memory runs out early if at all, and little is padded."""
-    longest: dict[object, int] = {}
+    longest: dict[Hashable, int] = {}
     for request in requests:
         longest[request.subject] = max(longest.get(request.subject, 0), len(request.prompt))
     first = {subject: number for number, subject in enumerate(longest)}

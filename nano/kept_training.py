@@ -114,7 +114,8 @@ def train(model: PheyeForConditionalGeneration, store: FeatureStore, steps: int,
 def ask(
     model: PheyeForConditionalGeneration, processor: PheyeProcessor, requests: Sequence[Request], folder: Path
 ) -> list[dict]:
-    """A row for each request. Features of its images are kept in `folder`, for other models with the same eyes."""
+    """A row for each request; those of one `subject` have the same images. Features of these are kept in `folder`, for
+    other models with the same eyes."""
     folder.mkdir(exist_ok=True)
     subjects: dict[Hashable, list[Request]] = {}
     for request in requests:
