@@ -1,81 +1,181 @@
-"""What the branch brings where a crop's border passes through a word: ways that `nano.evaluate` scored, side by side.
+"""What the branch brings where a crop's border passes through a word: ways with and without one, trained and asked.
 
-    python -m pheye.nano.branches --output FOLDER --whole FOLDER FOLDER --tiles FOLDER FOLDER --none FOLDER FOLDER
+    python -m pheye.nano.branches --model nano-runs/base3 --data nano-runs/mixture.json --output OUTPUT
+        [--pictures 1200] [--rounds 120] [--seeds 2] [--count 1000] [--fine 300] [--ways whole none]
 
-takes what `nano.evaluate --fine 0` wrote, one folder a seed, of the same pictures; the first ones of each way share a
-seed, and so on. It writes FOLDER/branches.md. A word's score is the mean over the seeds, and intervals are over
-pictures.
+Each way begins with the same Pheye-nano, which has no branch. Eyes learn (`nano.eyes`) and stand before what the
+model has learnt (`nano.join`), and its blocks learn (`nano.replay`), with a seed on the same pictures. Then it reads
+held-out signs. OUTPUT gets a folder for each run and, from all of them, branches.md. A run that was killed goes on
+from its last checkpoint, and one that has a result is not done again.
 """
 
 import argparse
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..common.command import InputError, Parser, exit_status
+from .. import PheyeProcessor
+from ..common.command import Parser, at_least, default_device, exit_status
 from ..common.files import write_atomically
 from ..common.json_lines import read_rows
+from ..common.machine import machine
 from ..evaluation.tertiles import TERTILES
-from .configs import BRANCHES
-from .held_out import SIGN, character_error, interval, is_exact, percent, with_interval
+from . import eyes, replay
+from .checkpoints import LOG, claim
+from .configs import TILES
+from .held_out import (
+    FINE,
+    MAIN,
+    SIGN,
+    HeldOutPicture,
+    character_error,
+    held_out_pictures,
+    interval,
+    is_exact,
+    of_height,
+    percent,
+    requests_of,
+    with_interval,
+)
+from .join import join
+from .kept_training import ask, once, opened, weights_of
 from .tables import table
 
-TITLES = {"whole": "branch, sees the whole picture", "tiles": "branch, sees each tile alone", "none": "no branch"}
-PLACES = {"across": True, "inside": False}
+
+@dataclass(frozen=True)
+class Way:
+    """branch: one of `configs.BRANCHES`; more: pictures and rounds, over those of the others."""
+
+    title: str
+    branch: str
+    more: float = 1
+
+
+WAYS = {
+    "whole": Way("branch, sees the whole picture", "whole"),
+    "tiles": Way("branch, sees each tile alone", "tiles"),
+    "none": Way("no branch", "none"),
+    "longer": Way("no branch, two fifths more pictures", "none", 1.4),
+}
+PLACES = {"across": True, "inside": False}  # whether a border passes through the word
+PLACES_OF_EYES = {"across": "crossing", "inside": "inside"}  # by their names in the log of the eyes
 
 REPORT = """# The branch, and words across a crop's border
 
-`python -m pheye.nano.branches`; {seeds} seeds; {count} held-out pictures, in {across} of which a border of the crops
-passes through the word ([what that means](nano.md#words-across-a-crops-border)).
+`python -m pheye.nano.branches`; {pictures} pictures for the eyes and {rounds} rounds for the blocks, from {model};
+{seeds} seeds; {machine}. In {across} of {count} held-out pictures a border of the crops passes through the word ([what
+that means](nano.md#words-across-a-crops-border)). {fine} others have fine letters, of {fine_height} of the height. A
+score is the mean over the seeds. Intervals are over the pictures (bootstrap), not over trainings.
+
+## Words read exactly
+
+In %, and in characters wrong.
 
 {words}
 
-Differences of words read exactly, in points. `across, less inside` is the difference of both differences. Intervals
-are over the pictures (bootstrap), not over trainings.
+## Differences
+
+In points, of the same pictures. `across, less inside` is the difference of both differences.
 
 {differences}
+
+## Cost, and what the eyes know
+
+Minutes of training. The eyes' share is of patches of crops in {scenes} other pictures with a letter, in words across a
+border and inside: how often they tell the letter before it in the word.
+
+{costs}
 """
 
 
-def rows_of(folder: Path) -> list[dict]:
-    """The answers about signs in full pictures, as `nano.evaluate` wrote them.
-
-    Raises:
-        InputError: if there are none, or they do not say whether a border passes through the word.
-    """
-    path = folder / "answers-full.jsonl"
-    if not path.is_file():
-        raise InputError(f"{folder} has no answers-full.jsonl; give folders that nano.evaluate wrote.")
-    rows = [row for row in read_rows(path) if row["kind"] == SIGN]
-    if not all("crosses" in row for row in rows):
-        raise InputError(f"{path} does not say which words a border crosses; its model has no such crops.")
-    return sorted(rows, key=lambda row: row["id"])
+# --- Running ---
 
 
-def exact_of(runs: Sequence[list[dict]]) -> np.ndarray:
-    """Mean over seeds of whether each picture's word was read exactly."""
-    return np.mean([[is_exact(row) for row in rows] for rows in runs], axis=0)
+def run(
+    name: str,
+    seed: int,
+    output: Path,
+    *,
+    model: Path,
+    data: list[str],
+    pictures: int,
+    rounds: int,
+    tested: dict[str, list[HeldOutPicture]],
+    settings: dict,
+    device: str,
+) -> dict:
+    """Train one way with one seed, and let it read the sets `tested`."""
+    way, folder = WAYS[name], output / f"{name}-{seed}"
+    seen, base, read, asked = (folder / part for part in ("eyes", "base", "read", "asked"))
+
+    def trained_and_asked() -> tuple[dict, list[dict]]:
+        options = {"seed": seed, "device": device}
+        start, count = model / "model.safetensors", round(way.more * pictures)
+        eyes.train(seen, pictures=count, start=start, branch=way.branch, **options)
+        join(model, seen / eyes.WEIGHTS, base, way.branch)
+        replay.train(base, data, read, rounds=round(way.more * rounds), **options)
+        trained, processor = opened(read, device), PheyeProcessor.from_pretrained(read)
+        rows = []
+        asked.mkdir(exist_ok=True)
+        for letters, chosen in tested.items():
+            requests = [request for request in requests_of(chosen, None) if request.fields["kind"] == SIGN]
+            rows += [{**row, "letters": letters} for row in ask(trained, processor, requests, asked / letters)]
+        for features in (read / "features", asked):
+            shutil.rmtree(features)
+        known = read_rows(seen / LOG)[-1]
+        found = {"minutes": [spent(seen / LOG, "minutes"), spent(read / LOG, "seconds") / 60]}
+        found |= {
+            "parameters": trained.num_parameters(),
+            "eyes": {place: known[f"before_{name}"] for place, name in PLACES_OF_EYES.items()},
+        }
+        return found, rows
+
+    return {"way": name, "seed": seed, **once(folder, settings, trained_and_asked)}
 
 
-def words_table(ways: dict[str, list[list[dict]]]) -> list[str]:
-    names = ["way", *(f"{place}, read exactly (95 % interval)" for place in PLACES)]
+def spent(log: Path, field: str) -> float:
+    """The sum of what `field` counts in a log, which begins anew where a killed run goes on."""
+    counted = [row[field] for row in read_rows(log)]
+    return sum(one for one, after in zip(counted, [*counted[1:], 0], strict=True) if after <= one)
+
+
+# --- Tables ---
+
+
+def exact_of(runs: list[dict], chosen: Callable[[dict], bool]) -> np.ndarray:
+    """Mean over seeds of whether each word of the chosen ones was read exactly."""
+    return np.mean([[is_exact(row) for row in run["rows"] if chosen(row)] for run in runs], axis=0)
+
+
+def of_place(place: str, tertile: str | None = None) -> Callable[[dict], bool]:
+    """Whether a row is of a word across a border or inside a crop, and of a tertile if one is given."""
+    return lambda row: row["letters"] == MAIN and row["crosses"] == PLACES[place] and tertile in (None, row["tertile"])
+
+
+def is_fine(row: dict) -> bool:
+    return row["letters"] == FINE
+
+
+def words_table(ways: dict[str, list[dict]]) -> list[str]:
+    names = ["way", *(f"{place} (95 % interval)" for place in (*PLACES, "fine letters"))]
     names += [f"{place}, characters wrong" for place in PLACES]
     names += [f"{place}, {tertile}" for place in PLACES for tertile in TERTILES]
     lines = []
     for way, runs in ways.items():
-        exact = exact_of(runs)
-        chosen = {place: [row["crosses"] == crosses for row in runs[0]] for place, crosses in PLACES.items()}
-        cells = [with_interval(exact[where].mean(), interval(exact[where])) for where in chosen.values()]
-        for where in chosen.values():
-            errors = [character_error([row for row, is_in in zip(rows, where, strict=True) if is_in]) for rows in runs]
+        groups = [exact_of(runs, chosen) for chosen in (*map(of_place, PLACES), is_fine)]
+        cells = [with_interval(exact.mean(), interval(exact)) if len(exact) else "" for exact in groups]
+        for place in PLACES:
+            errors = [character_error(list(filter(of_place(place), run["rows"]))) for run in runs]
             cells.append(percent(np.mean(errors)))
-        for where in chosen.values():
+        for place in PLACES:
             for tertile in TERTILES:
-                is_in = [one and row["tertile"] == tertile for one, row in zip(where, runs[0], strict=True)]
-                cells.append(percent(exact[is_in].mean()) if any(is_in) else "")
-        lines.append([TITLES[way], *cells])
+                exact = exact_of(runs, of_place(place, tertile))
+                cells.append(percent(exact.mean()) if len(exact) else "")
+        lines.append([WAYS[way].title, *cells])
     return table(names, lines)
 
 
@@ -92,36 +192,75 @@ def across_less_inside(samples: np.ndarray) -> float:
     return across(samples) - inside(samples)
 
 
-def differences_table(ways: dict[str, list[list[dict]]]) -> list[str]:
-    crosses = np.array([row["crosses"] for row in ways["whole"][0]])
+def differences_table(ways: dict[str, list[dict]]) -> list[str]:
+    def is_main(row: dict) -> bool:
+        return row["letters"] == MAIN
+
+    crosses = np.array([row["crosses"] for row in ways["whole"][0]["rows"] if is_main(row)])
     lines = []
-    for other in list(ways)[1:]:
-        gain = exact_of(ways["whole"]) - exact_of(ways[other])
-        samples = np.stack([gain, crosses], axis=1)
-        found = (with_interval(one(samples), interval(samples, one)) for one in (across, inside, across_less_inside))
-        lines.append([f"{TITLES['whole']}, less {TITLES[other]}", *found])
-    return table(["difference", *(f"{name} (95 % interval)" for name in (*PLACES, "across, less inside"))], lines)
+    for other in ways:
+        if other == "whole":
+            continue
+        samples = np.stack([exact_of(ways["whole"], is_main) - exact_of(ways[other], is_main), crosses], axis=1)
+        cells = [with_interval(one(samples), interval(samples, one)) for one in (across, inside, across_less_inside)]
+        fine = exact_of(ways["whole"], is_fine) - exact_of(ways[other], is_fine)
+        cells.append(with_interval(fine.mean(), interval(fine)) if len(fine) else "")
+        lines.append([f"{WAYS['whole'].title}, less {WAYS[other].title}", *cells])
+    names = (*PLACES, "across, less inside", "fine letters")
+    return table(["difference", *(f"{name} (95 % interval)" for name in names)], lines)
 
 
-def compare(output: Path, **folders: list[Path]):
-    """Write the tables; `folders` are the command's options, by way.
+def costs_table(ways: dict[str, list[dict]]) -> list[str]:
+    lines = []
+    for way, runs in ways.items():
+        minutes = np.mean([run["minutes"] for run in runs], axis=0)
+        known = [percent(np.mean([run["eyes"][place] for run in runs])) for place in PLACES]
+        lines.append([WAYS[way].title, f"{runs[0]['parameters']:,}", *(f"{one:.0f}" for one in minutes), *known])
+    names = ["way", "parameters", "eyes, minutes", "blocks, minutes"]
+    return table([*names, *(f"letter before, {place}, %" for place in PLACES)], lines)
 
-    Raises:
-        InputError: if the folders are not of the same pictures.
-    """
-    ways = {way: [rows_of(folder) for folder in folders[way]] for way in BRANCHES}
-    asked = {tuple(row["id"] for row in rows) for runs in ways.values() for rows in runs}
-    if len(asked) > 1:
-        raise InputError("The folders hold answers about other pictures; give each evaluation the same --count.")
-    first = ways["whole"][0]
+
+# --- The command ---
+
+
+def branches(
+    output: Path,
+    *,
+    model: Path,
+    data: list[str],
+    ways: list[str],
+    pictures: int,
+    rounds: int,
+    seeds: int,
+    count: int,
+    fine: int,
+    device: str,
+):
+    """Run what has no result yet, and write the tables of all; the arguments are the command's options."""
+    settings = {"model": model, "data": data, "pictures": pictures, "rounds": rounds, "count": count, "fine": fine}
+    settings["weights"] = weights_of(model)
+    claim(output, **settings)
+    sets = {MAIN: count, FINE: fine}
+    tested = {
+        letters: held_out_pictures(number, letters=letters, tiles_per_side=TILES) for letters, number in sets.items()
+    }
+    options = {"model": model, "data": data, "pictures": pictures, "rounds": rounds, "tested": tested}
+    options |= {"settings": settings, "device": device}
+    found: dict[str, list[dict]] = {name: [] for name in ways}
+    for seed in range(seeds):
+        for name in ways:
+            found[name].append(run(name, seed, output, **options))
     text = REPORT.format(
-        seeds=len(ways["whole"]),
-        count=len(first),
-        across=sum(row["crosses"] for row in first),
-        words="\n".join(words_table(ways)),
-        differences="\n".join(differences_table(ways)),
+        **settings,
+        seeds=seeds,
+        across=sum(bool(picture.crosses) for picture in tested[MAIN]),
+        fine_height=of_height(FINE),
+        scenes=eyes.TEST_PICTURES,
+        machine=machine(device),
+        words="\n".join(words_table(found)),
+        differences="\n".join(differences_table(found) if "whole" in ways else ["(not run)"]),
+        costs="\n".join(costs_table(found)),
     )
-    output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "branches.md", [text.encode()])
     print(text)
 
@@ -131,15 +270,22 @@ def parse(argv: list[str] | None) -> dict:
     parser = Parser(
         prog="python -m pheye.nano.branches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a Pheye-nano without a branch")
+    parser.add_argument("--data", nargs="+", required=True, help="as the training command takes it")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    for way in BRANCHES:
-        parser.add_argument(f"--{way}", type=Path, nargs="+", required=True, metavar="FOLDER", help=TITLES[way])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: all)")
+    parser.add_argument("--pictures", type=at_least(1), default=1200, help="for the eyes (default: %(default)s)")
+    parser.add_argument("--rounds", type=at_least(1), default=120, help="for the blocks (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least(1), default=2, help="(default: %(default)s)")
+    parser.add_argument("--count", type=at_least(3), default=1000, help="held-out pictures (default: %(default)s)")
+    parser.add_argument("--fine", type=at_least(0), default=300, help="more, with fine letters (default: %(default)s)")
+    parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
     return vars(parser.parse_args(argv))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return exit_status(compare, **parse(argv))
+    return exit_status(branches, **parse(argv))
 
 
 if __name__ == "__main__":

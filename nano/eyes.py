@@ -392,6 +392,9 @@ def train(
     def passed() -> float:
         return (time.time() - began) / (60 * minutes) if pictures is None else draws * together / pictures
 
+    if pictures is not None and passed() >= 1:
+        return
+
     for arrays in drawn(draws, seed, skipped, together, workers):
         views, tiles, *labels, is_page = (array.to(device) for array in arrays)
         seen = skipped + draws * together  # pictures

@@ -1,58 +1,102 @@
-"""The table of ways with and without a branch, from answers of which one knows what comes out."""
+"""Ways with and without a branch: trained and asked, and the tables of answers of which one knows what comes out."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
-from pheye.nano import branches
-from pheye.nano.held_out import SIGN
+from pheye import PheyeForConditionalGeneration, PheyeProcessor
+from pheye.nano import branches, draw_data, eyes, features, kept_training
+from pheye.nano.held_out import FINE, MAIN, SIGN
 
 pytestmark = pytest.mark.once
 
+NANO = Path(__file__).parents[2] / "checkpoints" / "pheye-nano"
 
-def write(folder, reads, count=40, **fields):
+
+def rows(reads, count=40, letters=MAIN):
     """Answers of a way that reads the words for whose number and crossing `reads` holds."""
-    folder.mkdir()
-    rows = []
+    found = []
     for number in range(count):
         crosses = number % 2 == 0
         answer = "WORD" if reads(number, crosses) else "WORT"
-        row = {"id": f"{number:02}-{SIGN}", "kind": SIGN, "reference": "WORD", "answer": answer, "crosses": crosses}
-        rows.append({**row, "tertile": ("small", "medium", "large")[number % 3], **fields})
-    rows.append({"id": "00-shapes", "kind": "shapes", "reference": "two", "answer": "one"})
-    (folder / "answers-full.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder)
+        row = {"id": f"{number}-{SIGN}", "kind": SIGN, "reference": "WORD", "answer": answer, "crosses": crosses}
+        found.append({**row, "letters": letters, "tertile": ("small", "medium", "large")[number % 3]})
+    return found
 
 
-def test_the_table_says_where_the_branch_reads_better(tmp_path, capsys):
-    inside = [write(tmp_path / f"{name}{seed}", lambda _, crosses: not crosses) for name in "tn" for seed in (0, 1)]
-    whole = [write(tmp_path / "w0", lambda *_: True), write(tmp_path / "w1", lambda number, _: number < 20)]
-    options = ["--whole", *whole, "--tiles", *inside[:2], "--none", *inside[2:], "--output", str(tmp_path / "out")]
-    assert branches.main(options) == 0
-    text = (tmp_path / "out" / "branches.md").read_text()
-    assert "2 seeds; 40 held-out pictures, in 20 of which" in text
-    lines = {
-        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line
-    }
-    whole_way, none = lines["branch, sees the whole picture"], lines["no branch"]
-    assert whole_way[1].startswith("75.0 (") and whole_way[2].startswith("75.0 (")
-    assert none[1:5] == ["0.0 (0.0 to 0.0)", "100.0 (100.0 to 100.0)", "25.0", "0.0"]
-    assert whole_way[3:5] == ["6.2", "6.2"]  # a quarter of the words has one of four letters wrong
-    _, across, inside, both = lines["branch, sees the whole picture, less no branch"]
-    assert across.startswith("75.0 (") and inside.startswith("-25.0 (") and both.startswith("100.0 (")
+def result(reads, minutes=(1.0, 2.0)):
+    known = {"across": 0.5, "inside": 0.75}
+    answers = rows(reads) + rows(reads, 10, FINE)
+    return {"rows": answers, "minutes": minutes, "parameters": 7_000, "eyes": known}
 
 
-def test_folders_that_cannot_be_compared_are_refused(tmp_path, capsys):
-    good = write(tmp_path / "good", lambda *_: True)
-    cases = {
-        "has no answers-full": str(tmp_path),
-        "other pictures": write(tmp_path / "few", lambda *_: True, count=9),
-    }
-    for message, folder in cases.items():
-        options = ["--whole", good, "--tiles", folder, "--none", good, "--output", str(tmp_path / "out")]
-        assert branches.main(options) != 0
-        assert message in capsys.readouterr().err
-    path = tmp_path / "good" / "answers-full.jsonl"
-    path.write_text(path.read_text().replace('"crosses"', '"other"'))
-    with pytest.raises(ValueError, match="does not say which words a border crosses"):
-        branches.rows_of(tmp_path / "good")
+def cells(lines: list[str]) -> dict[str, list[str]]:
+    """Cells of a table by the first of their line."""
+    split = [line.strip("| ").split(" | ") for line in lines]
+    return {first: others for first, *others in split}
+
+
+def test_the_tables_say_where_the_branch_reads_better():
+    whole = [result(lambda *_: True), result(lambda number, _: number < 20, (3.0, 4.0))]
+    inside = [result(lambda _, crosses: not crosses)] * 2
+    ways = {"whole": whole, "tiles": inside, "none": inside, "longer": inside}
+    words = cells(branches.words_table(ways))
+    of_whole, of_none = words["branch, sees the whole picture"], words["no branch"]
+    assert [cell.split(" (")[0] for cell in of_whole[:3]] == ["75.0", "75.0", "100.0"]
+    assert of_whole[3:5] == ["6.2", "6.2"]  # a quarter of the words has one of four letters wrong
+    assert of_none[:2] == ["0.0 (0.0 to 0.0)", "100.0 (100.0 to 100.0)"] and of_none[3:5] == ["25.0", "0.0"]
+    assert of_none[5:] == ["0.0"] * 3 + ["100.0"] * 3
+    gain = cells(branches.differences_table(ways))["branch, sees the whole picture, less no branch"]
+    assert [cell.split(" (")[0] for cell in gain] == ["75.0", "-25.0", "100.0", "50.0"]
+    costs = cells(branches.costs_table(ways))["branch, sees the whole picture"]
+    assert costs == ["7,000", "2", "3", "50.0", "75.0"]
+
+
+def test_what_is_spent_is_the_sum_of_all_that_a_killed_run_took(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"minutes": one}) + "\n" for one in (2.0, 4.5, 1.0, 3.0)))
+    assert branches.spent(log, "minutes") == 7.5
+
+
+@pytest.fixture
+def few_pictures(monkeypatch):
+    """Eyes are tested on three pictures."""
+    monkeypatch.setattr(eyes, "TEST_PICTURES", 3)
+    eyes.test_pictures.cache_clear()
+    yield
+    eyes.test_pictures.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_way_is_trained_and_asked_once(tmp_path, few_pictures, monkeypatch, capsys):
+    start = tmp_path / "start"  # Pheye-nano without its branch
+    fields = {"high_res_vision_config": None, "high_res_fusion_layers": None, "dtype": torch.float32}
+    PheyeForConditionalGeneration.from_pretrained(NANO, **fields).save_pretrained(start)
+    PheyeProcessor.from_pretrained(NANO, high_res_tile_size=None).save_pretrained(start)
+    draw_data.write_data(tmp_path / "data", "tasks", 8, workers=1)
+    monkeypatch.setattr(kept_training, "TOKENS", 2)
+    monkeypatch.setattr(features, "ALONE", 1)
+    output = tmp_path / "out"
+    command = ["--model", start, "--data", tmp_path / "data" / "data.jsonl", "--output", output, "--ways", "whole"]
+    command += ["none", "--pictures", 2, "--rounds", 1, "--seeds", 1, "--count", 8, "--fine", 3]
+    command = [str(word) for word in command]
+    assert branches.main(command) == 0
+    for way in ("whole", "none"):
+        answered = [json.loads(line) for line in (output / f"{way}-0" / "answers.jsonl").open()]
+        assert [row["letters"] for row in answered] == [MAIN] * 8 + [FINE] * 3
+        assert not (output / f"{way}-0" / "asked").exists()  # gigabytes, of a whole run
+    text = (output / "branches.md").read_text()
+    assert text.count("| no branch |") == 2 and "sees the whole picture, less no branch |" in text
+    monkeypatch.setattr(eyes, "train", None)
+    assert branches.main(command) == 0 and (output / "branches.md").read_text() == text
+    assert branches.main([*command, "--rounds", "2"]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_eyes_that_have_seen_all_pictures_learn_no_more(tmp_path, few_pictures):
+    eyes.train(tmp_path / "run", pictures=1, branch="none")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    eyes.train(tmp_path / "run", pictures=1, branch="none")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
