@@ -24,8 +24,8 @@ from ..common.files import write_atomically
 from ..common.json_lines import read_rows
 from ..common.machine import machine
 from ..evaluation.tertiles import TERTILES
-from . import eyes, replay
 from .checkpoints import LOG, claim
+from .commands import begin, finish
 from .configs import TILES
 from .held_out import (
     FINE,
@@ -41,7 +41,6 @@ from .held_out import (
     requests_of,
     with_interval,
 )
-from .join import join
 from .kept_training import ask, once, opened, weights_of
 from .tables import table
 
@@ -85,8 +84,8 @@ In points, of the same pictures. `across, less inside` is the difference of both
 
 ## Cost, and what the eyes know
 
-Minutes of training. The eyes' share is of patches of crops in {scenes} other pictures with a letter, in words across a
-border and inside: how often they tell the letter before it in the word.
+Minutes of training. Of patches of crops with a letter, in words across a border and inside, the last columns have the
+share for which the eyes tell the letter before it in the word.
 
 {costs}
 """
@@ -115,9 +114,9 @@ def run(
     def trained_and_asked() -> tuple[dict, list[dict]]:
         options = {"seed": seed, "device": device}
         start, count = model / "model.safetensors", round(way.more * pictures)
-        eyes.train(seen, pictures=count, start=start, branch=way.branch, **options)
-        join(model, seen / eyes.WEIGHTS, base, way.branch)
-        replay.train(base, data, read, rounds=round(way.more * rounds), **options)
+        finish(begin("eyes", output=seen, start=start, branch=way.branch, pictures=count, **options))
+        finish(begin("join", model=model, eyes=seen / "eyes.safetensors", branch=way.branch, output=base))
+        finish(begin("replay", model=base, data=data, output=read, rounds=round(way.more * rounds), **options))
         trained, processor = opened(read, device), PheyeProcessor.from_pretrained(read)
         rows = []
         asked.mkdir(exist_ok=True)
@@ -255,7 +254,6 @@ def branches(
         seeds=seeds,
         across=sum(bool(picture.crosses) for picture in tested[MAIN]),
         fine_height=of_height(FINE),
-        scenes=eyes.TEST_PICTURES,
         machine=machine(device),
         words="\n".join(words_table(found)),
         differences="\n".join(differences_table(found) if "whole" in ways else ["(not run)"]),

@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -23,29 +22,12 @@ from ..common.command import InputError, Parser, at_least, default_device, exit_
 from ..common.files import RUN_FILE, write_atomically
 from ..common.json_lines import read_rows
 from .checkpoints import LOG, claim, log
+from .commands import begin, finish
 
 EYES_SHARE = 0.6  # of the minutes
 STAGES = {"instruct": 2 / 3, "tasks": 1 / 3}  # shares of the pictures
 PIECE_BYTES = 15_000_000
 PACKED = ("eyes", "model", LOG, RUN_FILE)  # what the command goes on from
-
-
-def begin(command: str, **options) -> subprocess.Popen:
-    """Start a command of this folder."""
-    arguments = [sys.executable, "-m", f"{__package__}.{command}"]
-    for name, value in options.items():
-        arguments += [f"--{name}", str(value)]
-    return subprocess.Popen(arguments)
-
-
-def finish(process: subprocess.Popen):
-    """Wait for a command's end.
-
-    Raises:
-        InputError: if it failed.
-    """
-    if process.wait():
-        raise InputError(f"{process.args[2]} failed; its error stands above.")
 
 
 def pack(output: Path):

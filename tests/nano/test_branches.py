@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
-from pheye.nano import branches, draw_data, eyes, features, kept_training
+from pheye.nano import branches, draw_data, eyes, kept_training
 from pheye.nano.held_out import FINE, MAIN, SIGN
 
 pytestmark = pytest.mark.once
@@ -70,26 +70,24 @@ def few_pictures(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_way_is_trained_and_asked_once(tmp_path, few_pictures, monkeypatch, capsys):
+def test_a_way_is_trained_and_asked_once(tmp_path, monkeypatch, capsys):
     start = tmp_path / "start"  # Pheye-nano without its branch
     fields = {"high_res_vision_config": None, "high_res_fusion_layers": None, "dtype": torch.float32}
     PheyeForConditionalGeneration.from_pretrained(NANO, **fields).save_pretrained(start)
     PheyeProcessor.from_pretrained(NANO, high_res_tile_size=None).save_pretrained(start)
     draw_data.write_data(tmp_path / "data", "tasks", 8, workers=1)
     monkeypatch.setattr(kept_training, "TOKENS", 2)
-    monkeypatch.setattr(features, "ALONE", 1)
     output = tmp_path / "out"
-    command = ["--model", start, "--data", tmp_path / "data" / "data.jsonl", "--output", output, "--ways", "whole"]
-    command += ["none", "--pictures", 2, "--rounds", 1, "--seeds", 1, "--count", 8, "--fine", 3]
+    command = ["--model", start, "--data", tmp_path / "data" / "data.jsonl", "--output", output, "--ways", "none"]
+    command += ["--pictures", 1, "--rounds", 1, "--seeds", 1, "--count", 8, "--fine", 3]
     command = [str(word) for word in command]
     assert branches.main(command) == 0
-    for way in ("whole", "none"):
-        answered = [json.loads(line) for line in (output / f"{way}-0" / "answers.jsonl").open()]
-        assert [row["letters"] for row in answered] == [MAIN] * 8 + [FINE] * 3
-        assert not (output / f"{way}-0" / "asked").exists()  # gigabytes, of a whole run
+    answered = [json.loads(line) for line in (output / "none-0" / "answers.jsonl").open()]
+    assert [row["letters"] for row in answered] == [MAIN] * 8 + [FINE] * 3
+    assert not (output / "none-0" / "asked").exists()  # gigabytes, of a whole run
     text = (output / "branches.md").read_text()
-    assert text.count("| no branch |") == 2 and "sees the whole picture, less no branch |" in text
-    monkeypatch.setattr(eyes, "train", None)
+    assert text.count("| no branch |") == 2 and "(not run)" in text
+    monkeypatch.setattr(branches, "begin", None)
     assert branches.main(command) == 0 and (output / "branches.md").read_text() == text
     assert branches.main([*command, "--rounds", "2"]) == 1
     assert "other settings" in capsys.readouterr().err

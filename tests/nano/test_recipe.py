@@ -9,7 +9,7 @@ import torch
 
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
 from pheye.common.json_lines import read_rows
-from pheye.nano import recipe
+from pheye.nano import commands, recipe
 
 from tiny import tiny_image
 
@@ -84,8 +84,8 @@ def test_what_is_packed_comes_in_small_pieces(tmp_path, monkeypatch):
     [(["--model", "nowhere"], "nowhere holds no model.safetensors"), (["--device", "none"], "pheye.nano.eyes failed")],
 )
 def test_a_sitting_that_cannot_be_held_says_why(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(recipe.subprocess.Popen, "wait", lambda process: 1)
-    monkeypatch.setattr(recipe.sys, "executable", "/bin/echo")
+    monkeypatch.setattr(commands.subprocess.Popen, "wait", lambda process: 1)
+    monkeypatch.setattr(commands.sys, "executable", "/bin/echo")
     arguments = ["--minutes", "1", "--model", str(NANO), "--output", str(tmp_path / "run"), *options]
     assert recipe.main(arguments) != 0
     assert message in capsys.readouterr().err
