@@ -14,7 +14,7 @@ ABOUT_NANO = """\
 It is **very small**, and trained on drawn pictures only. It **reads signs** with up to 9 capitals or digits in plain
 fonts, and knows **circles, squares, triangles and stars** in eight colours. It **cannot** read lower-case letters,
 or say what is on a photograph, and it knows nothing of the world: it answers any other question with something of the
-above. About one sign in twelve it gets wrong by a letter or more."""
+above. About one sign in twenty it gets wrong by a letter or more."""
 ABOUT_OTHERS = "Its answers may be wrong. It sees one picture and one question at a time, and was trained in English."
 QUESTIONS = "What is written on the sign?", "How many circles are there?", "What colour is the triangle?"
 TOGETHER = 2  # answers at once
