@@ -86,7 +86,7 @@ def test_kept_features_train_as_pictures_do(parts, tmp_path, capsys):
             losses[name, way] = json.loads((tmp_path / name / f"{way}-0" / "result.json").read_text())["loss"]
     for way in ("full", "prefix"):  # of eight of the nine pictures
         assert losses["kept", way] == pytest.approx(losses["new", way], rel=0.02), way
-    assert len({round(loss, 2) for loss in losses.values()}) > 1
+    assert losses["new", "full"] != losses["new", "prefix"]
     assert len(list((tmp_path / "kept" / "features-1").glob("*.safetensors"))) == 1
     assert "Features of pictures were kept" in (tmp_path / "kept" / "experiments.md").read_text()
     assert "Features of pictures were kept" not in (tmp_path / "new" / "experiments.md").read_text()
