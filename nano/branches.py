@@ -139,7 +139,7 @@ def run(
 def spent(log: Path, field: str) -> float:
     """The sum of what `field` counts in a log, which begins anew where a killed run goes on."""
     counted = [row[field] for row in read_rows(log)]
-    return sum(one for one, after in zip(counted, [*counted[1:], 0], strict=True) if after <= one)
+    return sum(one for one, after in zip(counted, [*counted[1:], 0], strict=True) if after < one)
 
 
 # --- Tables ---

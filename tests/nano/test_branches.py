@@ -56,7 +56,7 @@ def test_the_tables_say_where_the_branch_reads_better():
 
 def test_what_is_spent_is_the_sum_of_all_that_a_killed_run_took(tmp_path):
     log = tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps({"minutes": one}) + "\n" for one in (2.0, 4.5, 1.0, 3.0)))
+    log.write_text("".join(json.dumps({"minutes": one}) + "\n" for one in (2.0, 4.5, 4.5, 1.0, 3.0)))
     assert branches.spent(log, "minutes") == 7.5
 
 
