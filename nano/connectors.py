@@ -61,10 +61,9 @@ def connected(model: PheyeForConditionalGeneration, connector: nn.Module) -> Phe
 def keys_per_image(model: nn.Module) -> int:
     """How many tokens of an image the text reads, M."""
     config, like = model.pheye.config, next(model.parameters())
-    size = config.vision_config.image_size
     with torch.no_grad():
-        views = like.new_zeros(1, config.views_per_image, 3, size, size)
-        return model.pheye.get_image_features(views).last_hidden_state.shape[1]
+        states = like.new_zeros(config.views_per_image, config.tokens_per_view, config.vision_config.hidden_size)
+        return model.pheye.view_encoding(states).shape[1]
 
 
 # --- Before the text ---
@@ -86,27 +85,34 @@ class Prefix(nn.Module):
     def device(self) -> torch.device:
         return self.pheye.device
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-        return self.pheye.get_image_features(pixel_values)
+    def get_image_features(self, **image_inputs: torch.Tensor) -> BaseModelOutputWithPooling:
+        return self.pheye.get_image_features(**image_inputs)
 
-    def joined(self, input_ids, attention_mask, pixel_values, image_hidden_states=None) -> dict[str, torch.Tensor]:
+    def joined(self, input_ids, attention_mask, image_hidden_states=None, **image_inputs) -> dict[str, torch.Tensor]:
         """Embeddings (B, M + T, D) and their mask."""
         prefix = image_hidden_states
-        if pixel_values is not None:
-            prefix = self.get_image_features(pixel_values).last_hidden_state
+        if prefix is None:
+            prefix = self.get_image_features(**image_inputs).last_hidden_state
         embeddings = torch.cat([prefix, self.pheye.language_model.get_input_embeddings()(input_ids)], 1)
         mask = torch.cat([attention_mask.new_ones(prefix.shape[:2]), attention_mask], 1)
         return {"inputs_embeds": embeddings, "attention_mask": mask}
 
-    def forward(self, input_ids, attention_mask, pixel_values, labels):
-        inputs = self.joined(input_ids, attention_mask, pixel_values)
+    def forward(self, input_ids, attention_mask, labels, **image_inputs):
+        inputs = self.joined(input_ids, attention_mask, **image_inputs)
         ignored = labels.new_full((len(labels), inputs["inputs_embeds"].shape[1] - labels.shape[1]), IGNORED)
         return self.pheye.language_model(**inputs, labels=torch.cat([ignored, labels], 1))
 
     def generate(
-        self, input_ids, attention_mask, pixel_values=None, image_hidden_states=None, **kwargs
+        self,
+        input_ids,
+        attention_mask,
+        image_hidden_states=None,
+        pixel_values=None,
+        high_res_pixel_values=None,
+        **kwargs,
     ) -> GenerateDecoderOnlyOutput:
-        inputs = self.joined(input_ids, attention_mask, pixel_values, image_hidden_states)
+        images = {"pixel_values": pixel_values, "high_res_pixel_values": high_res_pixel_values}
+        inputs = self.joined(input_ids, attention_mask, image_hidden_states, **images)
         ids = self.pheye.language_model.generate(**inputs, **{**kwargs, "return_dict_in_generate": False})
         return GenerateDecoderOnlyOutput(sequences=torch.cat([input_ids, ids], 1))
 

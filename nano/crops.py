@@ -51,16 +51,22 @@ def with_places_changed(model: PheyeForConditionalGeneration) -> dict[str, torch
     return weights
 
 
+def set_lora(config: PheyeConfig):
+    """Give LoRA of the usual ranks to what has none."""
+    usual = PheyeConfig()
+    config.global_lora_rank = config.global_lora_rank or usual.global_lora_rank
+    config.local_lora_rank = config.local_lora_rank or usual.local_lora_rank
+
+
 def with_crops(
     model: PheyeForConditionalGeneration, tiles_per_side: int, with_lora: bool
 ) -> PheyeForConditionalGeneration:
     """`model` for `tiles_per_side` x `tiles_per_side` crops, with new vectors for them if it had another number of
     crops, and with places changed if it had one; LoRA that is new starts as nothing."""
-    config, usual = copy.deepcopy(model.config), PheyeConfig()
+    config = copy.deepcopy(model.config)
     config.tiles_per_side = tiles_per_side
     if with_lora:
-        config.global_lora_rank = config.global_lora_rank or usual.global_lora_rank
-        config.local_lora_rank = config.local_lora_rank or usual.local_lora_rank
+        set_lora(config)
     is_cut_now = model.config.tiles_per_side == 1 < tiles_per_side
     weights = with_places_changed(model) if is_cut_now else model.state_dict()
     if tiles_per_side != model.config.tiles_per_side:

@@ -2,16 +2,17 @@
 
     python -m pheye.nano.experiments --start nano-runs/stage2 --ways full k1 one_lora no_lora \
         --data nano-runs/tasks/data.jsonl --output nano-runs/views [--steps 500] [--seeds 2] [--count 500]
-    python -m pheye.nano.experiments --vision nano-runs/vision/vision --language nano-runs/language/language \
+    python -m pheye.nano.experiments --parts checkpoints/pheye-nano \
         --tiles_per_side 1 --lora_sets 0 --ways full fromage prefix --data nano-runs/one/data.jsonl \
         --output nano-runs/connectors [--minutes 30]
 
 Ways that differ in what the views go through begin with the blocks of `--start`, without its LoRA, and are the last
-stage; ways that differ in the blocks, or have none, begin with new parts, on pictures for as many crops (`draw_data
---stage tasks --tiles_per_side 1`). All take as many steps, or with `--minutes` steps for as long, with a seed on the
-same samples, and answer the same held-out questions. `--keep_features` encodes each picture once for all runs, where
-no LoRA trains, and uses it up to four times in a run. The output folder gets a result per run and, from all of them,
-experiments.md and its curves, experiments.png. A run that has a result is not done again.
+stage; ways that differ in the blocks, or have none, begin with new ones between the eyes and the language model of
+`--parts`, on pictures for as many crops (`draw_data --stage tasks --tiles_per_side 1`). All take as many steps, or
+with `--minutes` steps for as long, with a seed on the same samples, and answer the same held-out questions.
+`--keep_features` encodes each picture once for all runs, where no LoRA trains, and uses it up to four times in a run.
+The output folder gets a result per run and, from all of them, experiments.md and its curves, experiments.png. A run
+that has a result is not done again.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from .checkpoints import autocast, claim
 from .connectors import keys_per_image
 from .features import FeatureStore, features_as_pixels
 from .held_out import SHAPES, SIGN, HeldOutPicture, held_out_pictures, percent, requests_of, scores
+from .kept_training import weights_of
 from .tables import table
 from .ways import WAYS, build
 
@@ -208,30 +210,31 @@ def run(
     folder: Path,
     pictures: list[HeldOutPicture],
     *,
-    parts: dict,
+    built: dict,
     training: dict,
     keep_features: bool,
     workers: int,
     device: str,
 ) -> dict:
-    """Train one way with one seed on `parts` (arguments of `build`) as `training` (those of `train`) says, and ask it
-    about `pictures`; its result, also in a file, from which it is read the next time.
+    """Train one way with one seed, `built` by these arguments of `build`, as `training` (those of `train`) says, and
+    ask it about `pictures`; its result, also in a file, from which it is read the next time.
 
     Raises:
         InputError: if that file has the result of other settings, or the data are too few.
     """
-    path, settings = folder / "result.json", {**parts, **training, "count": len(pictures)}
+    path, settings = folder / "result.json", {**built, **training, "count": len(pictures)}
     settings["keep_features"] = keep_features
+    settings["weights"] = weights_of(built["start"] or built["parts"])
     if (result := read_record(path, settings, folder)) is not None:
         return result
-    model, processor = build(WAYS[name], seed, **parts)
+    model, processor = build(WAYS[name], seed, **built)
     model.to(device)
     if device == "cpu":
         model.pheye.set_attn_implementation({"": "eager"})  # of the blocks: faster there, see `kept_training.PART`
     features = None
     if keep_features:
         features = folder.parent / f"features-{processor.image_processor.tiles_per_side}"
-        claim(features, data=training["data"], vision=parts["vision"], start=parts["start"])
+        claim(features, data=training["data"], weights=settings["weights"])
     costs = {
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "keys": keys_per_image(model),
@@ -263,9 +266,9 @@ def asked(model: nn.Module, processor: PheyeProcessor, pictures: list[HeldOutPic
 REPORT = """# Pheye-nano in several ways
 
 `python -m pheye.nano.experiments`, {budget} of {batch} samples of {data} at a learning rate of {rate}, from {start};
-{lora} LoRA sets where the way says nothing else; {seeds} seeds (mean, and each), {count} held-out pictures with two
-questions each, k = {tiles}; {machine}. Signs are read if no character is wrong: all, and by tertile of letter height.
-The loss is the mean of the last tenth of the steps. Keys are the tokens of an image that the text reads.{kept}
+{lora} LoRA sets train where the way says nothing else; {seeds} seeds (mean, and each), {count} held-out pictures with
+two questions each, k = {tiles}; {machine}. Signs are read if no character is wrong: all, and by tertile of letter
+height. The loss is the mean of the last tenth of the steps. Keys are the tokens of an image that the text reads.{kept}
 
 {table}
 
@@ -327,7 +330,7 @@ def report(results: list[dict], device: str) -> str:
         batch=settings["batch_size"],
         data=f"{data.parent.name}/{data.name}",
         rate=settings["rate"],
-        start=f"the blocks of {Path(settings['start']).name}" if settings["start"] else "new parts",
+        start=start_of(settings),
         lora=settings["lora_sets"],
         kept=KEPT if settings["keep_features"] else "",
         tiles=settings["tiles_per_side"],
@@ -336,6 +339,12 @@ def report(results: list[dict], device: str) -> str:
         machine=machine(device),
         table="\n".join(table(COLUMNS, rows)),
     )
+
+
+def start_of(settings: dict) -> str:
+    if settings["start"]:
+        return f"the blocks of {Path(settings['start']).name}"
+    return f"new blocks between the eyes and the language model of {Path(settings['parts']).name}"
 
 
 def plot(results: list[dict], path: Path):
@@ -360,8 +369,7 @@ def experiments(
     output: Path,
     *,
     start: Path | None,
-    vision: Path | None,
-    language: Path | None,
+    parts: Path | None,
     tiles_per_side: int,
     lora_sets: int,
     data: Path,
@@ -378,12 +386,11 @@ def experiments(
     device: str,
 ):
     """Run what has no result yet and write table and curves of all; the arguments are the command's options."""
-    parts = {"start": start, "vision": vision, "language": language, "tiles_per_side": tiles_per_side}
-    parts["lora_sets"] = lora_sets
+    built = {"start": start, "parts": parts, "tiles_per_side": tiles_per_side, "lora_sets": lora_sets}
     training = {"data": data, "steps": steps, "minutes": minutes, "batch_size": batch_size, "rate": rate}
     training["score_every"] = score_every
     pictures = held_out_pictures(count, zoom=3 / tiles_per_side)
-    options = {"parts": parts, "training": training, "keep_features": keep_features}
+    options = {"built": built, "training": training, "keep_features": keep_features}
     options |= {"workers": workers, "device": device}
     results = [
         run(name, seed, output / f"{name}-{seed}", pictures, **options) for seed in range(seeds) for name in ways
@@ -399,9 +406,9 @@ def parse(argv: list[str] | None) -> dict:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--start", type=Path, metavar="FOLDER", help="a Pheye; its LoRA is left out")
-    parser.add_argument("--vision", type=Path, metavar="FOLDER", help="in place of --start, for new blocks")
-    parser.add_argument("--language", type=Path, metavar="FOLDER", help="the same")
+    begin = parser.add_mutually_exclusive_group(required=True)
+    begin.add_argument("--start", type=Path, metavar="FOLDER", help="a Pheye; its LoRA is left out")
+    begin.add_argument("--parts", type=Path, metavar="FOLDER", help="a Pheye whose blocks are left out")
     parser.add_argument(
         "--tiles_per_side", type=int, choices=[1, 2, 3], default=3, help="of ways that say nothing else"
     )
@@ -421,9 +428,7 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--workers", type=at_least(0), default=2, help="processes that open pictures")
     parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
     options = vars(parser.parse_args(argv))
-    start, needed = options["start"], (options["vision"], options["language"])
-    if (start is None) == (None in needed):
-        parser.error("give either --start, or both --vision and --language")
+    start = options["start"]
     if options["keep_features"] and (options["lora_sets"] or "one_lora" in (options["ways"] or WAYS)):
         parser.error(
             "--keep_features needs --lora_sets 0, and --ways without one_lora: features change while LoRA learns"

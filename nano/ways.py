@@ -1,20 +1,22 @@
 """Ways to join the two frozen parts that are compared: what views go through, blocks of several kinds, and what stands
 in the place of blocks."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
-from .. import PheyeForConditionalGeneration, PheyeImageProcessor, PheyeProcessor
+from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..training.trained import choose_trained
 from . import connectors
-from .crops import with_crops
+from .configs import EYES
+from .crops import set_lora, with_crops
 
 NO_LORA = {"global_lora_rank": 0, "local_lora_rank": 0}
+FROZEN = (*EYES, "language_model")  # parts of a Pheye that ways with new blocks have in common
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ WAYS = {
     "full": Way("blocks before every 2nd layer"),
     "k1": Way("k = 1", tiles_per_side=1),
     "one_lora": Way("one LoRA set for all views", lora_sets=1),
-    "no_lora": Way("no LoRA", lora_sets=0),
+    "no_lora": Way("LoRA does not train", lora_sets=0),
     "every4th": Way("blocks before every 4th layer", interval=4),
     "fromage": Way("FROMAGe-style: class tokens before the text", join=connectors.fromage),
     "prefix": Way(
@@ -60,34 +62,48 @@ def build(
     tiles_per_side: int,
     lora_sets: int,
     start: Path | None = None,
-    vision: Path | None = None,
-    language: Path | None = None,
+    parts: Path | None = None,
 ) -> tuple[nn.Module, PheyeProcessor]:
     """A model with its trained parts chosen, and its processor.
 
-    With `start`, a Pheye, it begins with the blocks of that one; otherwise with new ones between the parts `vision`
-    and `language`. `tiles_per_side` and `lora_sets` (0 to 2) are for ways that say nothing else.
+    With `start`, a Pheye, it begins with the blocks of that one, without its LoRA; otherwise with new blocks between
+    the eyes and the language model of `parts`, a Pheye whose LoRA stays. `tiles_per_side` and `lora_sets` that train
+    (0 to 2) are for ways that say nothing else.
     """
     torch.manual_seed(seed)
     tiles_per_side = way.tiles_per_side or tiles_per_side
     lora_sets = lora_sets if way.lora_sets is None else way.lora_sets
-    tokenizer = PheyeProcessor.from_pretrained(start).tokenizer if start else AutoTokenizer.from_pretrained(language)
-    processor = PheyeProcessor(PheyeImageProcessor(tiles_per_side=tiles_per_side), tokenizer)
+    processor = PheyeProcessor.from_pretrained(start or parts)
+    processor.image_processor.tiles_per_side = tiles_per_side
     if start:
         learnt = PheyeForConditionalGeneration.from_pretrained(start, dtype=torch.float32, **NO_LORA)
         model = with_crops(learnt, tiles_per_side, with_lora=lora_sets > 0)
     else:
-        model = PheyeForConditionalGeneration.from_pretrained_parts(
-            vision,
-            language,
-            dtype=torch.float32,
-            tiles_per_side=tiles_per_side,
-            cross_attention_interval=way.interval,
-            **({} if lora_sets else NO_LORA),
-        )
+        whole = PheyeForConditionalGeneration.from_pretrained(parts, dtype=torch.float32)
+        model = with_new_blocks(whole, tiles_per_side, way.interval, with_lora=lora_sets > 0)
     if lora_sets == 1:
         model.pheye.global_lora = model.pheye.local_lora
     if way.join is not None:
         model = way.join(model)
-    choose_trained(model, train=["language_model"] if way.trains_language_model else None)
+    has_lora = any("_lora." in name for name, _ in model.named_parameters())
+    choose_trained(
+        model,
+        train=["language_model"] if way.trains_language_model else None,
+        freeze=["_lora."] if has_lora and not lora_sets else None,
+    )
     return model, processor
+
+
+def with_new_blocks(
+    model: PheyeForConditionalGeneration, tiles_per_side: int, interval: int, with_lora: bool
+) -> PheyeForConditionalGeneration:
+    """The eyes and the language model of `model`, and between them what has learnt nothing: blocks before every
+    `interval`-th layer, and a view encoding for `tiles_per_side` x `tiles_per_side` crops."""
+    config = copy.deepcopy(model.config)
+    config.tiles_per_side, config.cross_attention_interval = tiles_per_side, interval
+    if with_lora:
+        set_lora(config)
+    new = PheyeForConditionalGeneration(config)
+    kept = {name: weight for name, weight in model.state_dict().items() if name.split(".")[1] in FROZEN}
+    new.load_state_dict({**new.state_dict(), **kept})
+    return new.eval()

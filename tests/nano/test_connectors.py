@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM
 
+from pheye import PheyeForConditionalGeneration
 from pheye.nano.connectors import DEPTH, QUERIES, CasaBlock, Monkey, Perceiver, SmallCapLayer, keys_per_image
 from pheye.nano.ways import WAYS, build
 
@@ -23,8 +23,12 @@ PIXELS = torch.randn(2, 2, 3, 224, 224, generator=torch.Generator().manual_seed(
 
 
 def made(name: str, parts, is_random: bool = True, lora_sets: int = 0) -> nn.Module:
-    model, _ = build(WAYS[name], seed=0, tiles_per_side=1, lora_sets=lora_sets, **parts)
+    model, _ = build(WAYS[name], seed=0, tiles_per_side=1, lora_sets=lora_sets, parts=parts)
     return (randomize(model) if is_random else model).eval()
+
+
+def language_model(parts) -> nn.Module:
+    return PheyeForConditionalGeneration.from_pretrained(parts).pheye.language_model.eval()
 
 
 def logits(model: nn.Module, ids: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor | None = None):
@@ -104,8 +108,7 @@ def test_the_answer_depends_on_every_view(name, parts):
 
 @torch.no_grad()
 def test_how_a_way_begins(parts):
-    ids, alone = tiny_text(), AutoModelForCausalLM.from_pretrained(parts["language"]).eval()
-    expected = alone(ids).logits
+    ids, expected = tiny_text(), language_model(parts)(tiny_text()).logits
     change = {
         name: (logits(made(name, parts, is_random=False), ids, PIXELS) - expected).std() / expected.std()
         for name in ("full", *ALL)
@@ -127,7 +130,7 @@ def test_keys_per_image(parts):
         "monkey": 257,
     }.items():
         assert keys_per_image(made(name, parts)) == keys
-    model, _ = build(WAYS["fromage"], seed=0, tiles_per_side=2, lora_sets=0, **parts)
+    model, _ = build(WAYS["fromage"], seed=0, tiles_per_side=2, lora_sets=0, parts=parts)
     assert keys_per_image(model) == 5
 
 
@@ -180,8 +183,7 @@ def test_small_cap_stands_between_self_attention_and_mlp(parts):
 @torch.no_grad()
 def test_small_cap_without_an_image_is_the_language_model(parts):
     model, ids = made("small_cap", parts, is_random=False), tiny_text()
-    alone = AutoModelForCausalLM.from_pretrained(parts["language"]).eval()
-    assert torch.allclose(model(input_ids=ids).logits, alone(ids).logits, atol=1e-5)
+    assert torch.allclose(model(input_ids=ids).logits, language_model(parts)(ids).logits, atol=1e-5)
 
 
 @torch.no_grad()

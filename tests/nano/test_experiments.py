@@ -19,7 +19,7 @@ pytestmark = pytest.mark.once
 
 
 def command_for(parts, data, output) -> list[str]:
-    command = ["--vision", parts["vision"], "--language", parts["language"], "--data", data, "--output", output]
+    command = ["--parts", parts, "--data", data, "--output", output]
     command += ["--workers", 0, "--batch_size", 2, "--seeds", 1, "--count", 3]
     return [str(word) for word in command]
 

@@ -4,16 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from pheye import PheyeForConditionalGeneration
 from pheye.nano.ways import WAYS, build
 
-from tiny import tiny_model, tiny_processor
+from tiny import randomize, tiny_model, tiny_processor
 
 pytestmark = pytest.mark.once
 
 
 def test_each_way_differs_as_it_says(parts):
     names = ("full", "k1", "one_lora", "no_lora", "every4th", "prefix", "frozen_prefix")
-    models = {name: build(WAYS[name], seed=0, tiles_per_side=3, lora_sets=2, **parts)[0] for name in names}
+    models = {name: build(WAYS[name], seed=0, tiles_per_side=3, lora_sets=2, parts=parts)[0] for name in names}
     assert models["full"].config.cross_attention_layers == (1, 3) and models["full"].config.views_per_image == 10
     assert models["k1"].config.views_per_image == 2 and models["every4th"].config.cross_attention_layers == (3,)
     assert models["one_lora"].pheye.global_lora is models["one_lora"].pheye.local_lora
@@ -29,7 +30,7 @@ def test_each_way_differs_as_it_says(parts):
 @torch.no_grad()
 def test_one_lora_set_sees_every_view_alike(parts):
     for name in ("full", "one_lora"):
-        model, _ = build(WAYS[name], seed=0, tiles_per_side=3, lora_sets=2, **parts)
+        model, _ = build(WAYS[name], seed=0, tiles_per_side=3, lora_sets=2, parts=parts)
         for key, parameter in model.named_parameters():
             if "_lora." in key:
                 nn.init.normal_(parameter)
@@ -41,7 +42,7 @@ def test_one_lora_set_sees_every_view_alike(parts):
 
 def test_the_same_seed_gives_the_same_start(parts):
     first, again, other = (
-        build(WAYS["full"], seed, tiles_per_side=3, lora_sets=2, **parts)[0].state_dict() for seed in (0, 0, 1)
+        build(WAYS["full"], seed, tiles_per_side=3, lora_sets=2, parts=parts)[0].state_dict() for seed in (0, 0, 1)
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
@@ -50,7 +51,7 @@ def test_the_same_seed_gives_the_same_start(parts):
 def test_the_command_says_how_many_lora_sets_and_crops_unless_the_way_does(parts):
     asked = {"seed": 0, "tiles_per_side": 2, "lora_sets": 0}
     for name, views, has_lora in (("full", 5, False), ("one_lora", 5, True), ("k1", 2, False)):
-        model, processor = build(WAYS[name], **asked, **parts)
+        model, processor = build(WAYS[name], **asked, parts=parts)
         assert model.config.views_per_image == processor.image_processor.tiles_per_side**2 + 1 == views
         assert any("_lora." in key for key, _ in model.named_parameters()) == has_lora
 
@@ -75,8 +76,39 @@ def test_ways_of_looking_begin_with_blocks_that_learnt(tiles_per_side, tmp_path)
         assert torch.equal(vectors, learnt) == (vectors.shape == learnt.shape)
 
 
+@pytest.mark.parametrize("lora_sets", [0, 2])
+def test_ways_with_new_blocks_have_eyes_that_learnt(lora_sets, parts_with_branch):
+    whole = PheyeForConditionalGeneration.from_pretrained(parts_with_branch).state_dict()
+    for name in ("full", "frozen_prefix", "small_cap", "perceiver"):
+        model, _ = build(WAYS[name], seed=0, tiles_per_side=1, lora_sets=lora_sets, parts=parts_with_branch)
+        learns = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+        found = {key.replace(".layer.", "."): value for key, value in model.state_dict().items()}
+        for key, value in whole.items():
+            part = key.split(".")[1]
+            is_kept = part not in ("view_encoding", "cross_attention_blocks")
+            if part != "cross_attention_blocks" or name == "full":
+                assert is_kept == (key in found and torch.equal(found[key], value)), (name, key)
+        assert {key.split(".")[1] for key in learns if "_lora." in key and learns[key]} == (
+            {"global_lora", "local_lora"} if lora_sets else set()
+        )
+    assert model.config.cross_attention_layers == (1, 3)  # and not before every layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["full", "frozen_prefix", "casa"])
+def test_ways_with_a_branch_see_through_it(name, parts_with_branch):
+    model, processor = build(WAYS[name], seed=0, tiles_per_side=1, lora_sets=0, parts=parts_with_branch)
+    randomize(model).eval()
+    inputs = processor(images=torch.rand(3, 60, 50), text="What?", return_tensors="pt")
+    other = {**inputs, "high_res_pixel_values": inputs["high_res_pixel_values"] + 1}
+    seen, changed = (model(**one, labels=inputs["input_ids"]).logits for one in (inputs, other))
+    assert not torch.allclose(seen[0, -1], changed[0, -1])
+    ids = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    assert getattr(ids, "sequences", ids)[0, -1] == seen[0, -1].argmax()
+
+
 def test_the_prefix_model_says_what_its_forward_pass_predicts(parts):
-    model, processor = build(WAYS["prefix"], seed=0, tiles_per_side=3, lora_sets=2, **parts)
+    model, processor = build(WAYS["prefix"], seed=0, tiles_per_side=3, lora_sets=2, parts=parts)
     model.eval()
     inputs = processor(images=torch.rand(3, 60, 50), text="What?", return_tensors="pt")
     with torch.no_grad():
