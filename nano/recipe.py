@@ -3,10 +3,10 @@
     python -m pheye.nano.recipe --output FOLDER --minutes 13 [--model checkpoints/pheye-nano] [--workers 16]
 
 runs the commands of README.md one after the other: vision tower, LoRA, branch and fusion blocks learn (`nano.eyes`),
-then stand before what the model has learnt (`nano.join`), and its blocks learn (`nano.replay`) from pictures that were
-drawn meanwhile (`nano.draw_data`). FOLDER/model is the new model. The same command again goes on from there.
-FOLDER/packed has what it needs for that in a few files of 15 MB at most, for a machine that gives little back:
-`cat packed/run.tar.* | tar --extract` in a new folder makes it FOLDER.
+then LoRA of the global view alone (`nano.global_view`). They stand before what the model has learnt (`nano.join`), and
+its blocks learn (`nano.replay`) from pictures that were drawn meanwhile (`nano.draw_data`). FOLDER/model is the new
+model. The same command again goes on from there. FOLDER/packed has what it needs for that in a few files of 15 MB at
+most, for a machine that gives little back: `cat packed/run.tar.* | tar --extract` in a new folder makes it FOLDER.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from ..common.json_lines import read_rows
 from .checkpoints import LOG, claim, log
 from .commands import begin, finish
 
-EYES_SHARE = 0.6  # of the minutes
+EYES_SHARE, GLOBAL_VIEW_SHARE = 0.5, 0.15  # of the minutes
 STAGES = {"instruct": 2 / 3, "tasks": 1 / 3}  # shares of the pictures
 PIECE_BYTES = 15_000_000
 PACKED = ("eyes", "model", LOG, RUN_FILE)  # what the command goes on from
@@ -56,8 +56,10 @@ def sit(output: Path, minutes: float, model: Path, pictures: int, workers: int, 
         raise InputError(f"{model} holds no model.safetensors; give the folder of a Pheye-nano.")
     claim(output, model=model, pictures=pictures, together=together)
     sitting = len(read_rows(output / LOG)) if (output / LOG).exists() else 0
-    drawn, base, read, new = (output / name for name in ("pictures", "base", "read", "model"))
-    for folder in (drawn, base, read):  # of an earlier sitting: its features are not what better eyes give
+    eyes, counting, drawn, base, read, new = (
+        output / name for name in ("eyes", "global_view", "pictures", "base", "read", "model")
+    )
+    for folder in (counting, drawn, base, read):  # of an earlier sitting: its features are not what better eyes give
         shutil.rmtree(folder, ignore_errors=True)
     drawing = [
         begin(
@@ -70,10 +72,12 @@ def sit(output: Path, minutes: float, model: Path, pictures: int, workers: int, 
         )
         for stage, share in STAGES.items()
     ]
-    settings = {"start": start, "together": together, "workers": workers, "device": device}
-    finish(begin("eyes", output=output / "eyes", minutes=EYES_SHARE * minutes, **settings))
+    settings = {"workers": workers, "device": device}
+    finish(begin("eyes", output=eyes, start=start, minutes=EYES_SHARE * minutes, together=together, **settings))
     pack(output)
-    finish(begin("join", model=new if sitting else model, eyes=output / "eyes" / "eyes.safetensors", output=base))
+    options = {"start": eyes / "eyes.safetensors", "minutes": GLOBAL_VIEW_SHARE * minutes}
+    finish(begin("global_view", output=counting, **options, **settings))
+    finish(begin("join", model=new if sitting else model, eyes=counting / "eyes.safetensors", output=base))
     for process in drawing:
         finish(process)
     sources = {stage: {"path": f"{stage}/data.jsonl", "turns": None} for stage in STAGES}

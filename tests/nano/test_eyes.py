@@ -5,29 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, ConvNextConfig
+from safetensors.torch import load_file, save_file
 
-from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor
+from pheye import PheyeForConditionalGeneration, PheyeImageProcessor
 from pheye.common.command import InputError
-from pheye.nano import backbones, eyes, picture_labels
+from pheye.nano import eyes, picture_labels, probes
+from pheye.nano.backbones import TILE
+from pheye.nano.configs import EYES
+from pheye.nano.labels import CLASSES
 
-from tiny import tiny_text_config
+from toy_eyes import toy_config
 
 pytestmark = pytest.mark.once
-
-
-def toy_config(branch: str = "whole") -> PheyeConfig:
-    kinds = {"whole": ConvNextConfig, "tiles": backbones.TileConvNextConfig}
-    sizes = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "layer_scale_init_value": 0.0}
-    return PheyeConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=2, patch_size=14
-        ),
-        text_config=tiny_text_config(),
-        high_res_vision_config=kinds[branch](**sizes) if branch in kinds else None,
-        tiles_per_side=3,
-    )
 
 
 @pytest.fixture
@@ -65,13 +54,13 @@ def batch(index: int = 0) -> list[torch.Tensor]:
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_eyes_learn_a_picture_by_heart(is_alone, toy):
     torch.manual_seed(0)
-    model = eyes.Eyes(eyes.nano_config())
+    model = probes.Eyes(eyes.nano_config())
     views, tiles, letters, maps, counts, _ = batch()
-    views, tiles = eyes.towers_pixels(views, tiles)
+    views, tiles = probes.towers_pixels(views, tiles)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     losses = []
     for _ in range(6):
-        found = eyes.losses_of(model(None if is_alone else views, tiles), letters, maps, counts)
+        found = probes.losses_of(model(None if is_alone else views, tiles), letters, maps, counts)
         loss = sum(found.values())
         loss.backward()
         losses.append(loss.item())
@@ -99,7 +88,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(toy, draws, tmp_path,
     assert json.loads((tmp_path / "stopped" / "log.jsonl").read_text())["step"] == 1
     draws(2)
     eyes.train(tmp_path / "stopped", 1e9, echoes=1)
-    whole, stopped = (load_file(tmp_path / run / eyes.WEIGHTS) for run in ("whole", "stopped"))
+    whole, stopped = (load_file(tmp_path / run / probes.WEIGHTS) for run in ("whole", "stopped"))
     assert whole.keys() == stopped.keys()
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     with pytest.raises(InputError, match="other settings: echoes was 1 and is now 3"):
@@ -114,21 +103,21 @@ def test_it_stops_when_its_minutes_are_over_and_scores_held_out_pictures(toy, tm
 
 def test_a_pheye_with_these_weights_has_the_states_that_were_trained(toy, tmp_path):
     torch.manual_seed(0)
-    model = eyes.Eyes(eyes.nano_config()).eval()
+    model = probes.Eyes(eyes.nano_config()).eval()
     torch.nn.init.normal_(model.pheye.fusion_blocks[0].mlp_out.weight, std=0.1)
-    without_lora = model(*eyes.towers_pixels(*batch()[:2]))[1]
+    without_lora = model(*probes.towers_pixels(*batch()[:2]))[1]
     for name, parameter in model.named_parameters():
         if "_lora." in name and name.endswith(".B"):
             torch.nn.init.normal_(parameter, std=0.1)
-    eyes.save(tmp_path, model, (), 1)
-    weights = load_file(tmp_path / eyes.WEIGHTS)
+    probes.save(tmp_path, model, (), 1)
+    weights = load_file(tmp_path / probes.WEIGHTS)
     assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
     whole = PheyeForConditionalGeneration(eyes.nano_config()).eval()
     lacking = whole.load_state_dict(weights, strict=False)
     assert not lacking.unexpected_keys
-    assert not {name.split(".")[1] for name in lacking.missing_keys} & set(eyes.EYES)
-    assert eyes.begin_with(model, tmp_path / eyes.WEIGHTS)
-    views, tiles = eyes.towers_pixels(*batch()[:2])
+    assert not {name.split(".")[1] for name in lacking.missing_keys} & set(EYES)
+    assert probes.begin_with(model, tmp_path / probes.WEIGHTS)
+    views, tiles = probes.towers_pixels(*batch()[:2])
     with torch.no_grad():
         expected = model.heads(whole.pheye.encode_views(views, tiles).last_hidden_state[:, 1:])
         assert torch.equal(model(views, tiles)[1], expected)
@@ -141,40 +130,40 @@ def test_each_branch_trains_as_many_pictures_as_one_says(branch, toy, tmp_path):
     entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert entry["pictures"] == 2 and ("branch_letter" in entry) == (branch != "none")
     whole = PheyeForConditionalGeneration(eyes.nano_config(branch))
-    lacking = whole.load_state_dict(load_file(tmp_path / eyes.WEIGHTS), strict=False)
+    lacking = whole.load_state_dict(load_file(tmp_path / probes.WEIGHTS), strict=False)
     assert not lacking.unexpected_keys
-    assert not {name.split(".")[1] for name in lacking.missing_keys} & set(eyes.EYES)
+    assert not {name.split(".")[1] for name in lacking.missing_keys} & set(EYES)
     with pytest.raises(InputError, match="branch was"):
         eyes.train(tmp_path, pictures=3, echoes=1, branch={"whole": "none"}.get(branch, "whole"))
 
 
 def test_a_start_may_lack_the_branch_but_not_the_tower(toy, tmp_path):
-    model = eyes.Eyes(eyes.nano_config())
+    model = probes.Eyes(eyes.nano_config())
     parts = model.parts()
     tower = {name: 1 + weight for name, weight in parts.items() if "vision_tower" in name}
-    eyes.save_file(tower, tmp_path / "tower.safetensors")
-    assert not eyes.begin_with(model, tmp_path / "tower.safetensors")
+    save_file(tower, tmp_path / "tower.safetensors")
+    assert not probes.begin_with(model, tmp_path / "tower.safetensors")
     assert all(torch.equal(model.parts()[name], tower.get(name, weight)) for name, weight in parts.items())
-    eyes.save_file({"pheye.other": torch.ones(1)}, tmp_path / "other.safetensors")
+    save_file({"pheye.other": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(
         InputError, match="lacks weights of fusion_blocks, global_lora, high_res_tower, local_lora, vision_tower"
     ):
-        eyes.begin_with(model, tmp_path / "other.safetensors")
+        probes.begin_with(model, tmp_path / "other.safetensors")
     name = next(iter(tower))
-    eyes.save_file({key: weight for key, weight in tower.items() if key != name}, tmp_path / "part.safetensors")
+    save_file({key: weight for key, weight in tower.items() if key != name}, tmp_path / "part.safetensors")
     with pytest.raises(InputError, match="vision_tower"):
-        eyes.begin_with(model, tmp_path / "part.safetensors")
+        probes.begin_with(model, tmp_path / "part.safetensors")
     lora = {key: 1 + weight for key, weight in parts.items() if "_lora." in key}
-    eyes.save_file({**tower, **lora}, tmp_path / "lora.safetensors")
-    assert not eyes.begin_with(model, tmp_path / "lora.safetensors")
+    save_file({**tower, **lora}, tmp_path / "lora.safetensors")
+    assert not probes.begin_with(model, tmp_path / "lora.safetensors")
     assert all(torch.equal(model.parts()[key], weight) for key, weight in lora.items())
-    eyes.save_file({**tower, name: torch.ones(7)}, tmp_path / "larger.safetensors")
+    save_file({**tower, name: torch.ones(7)}, tmp_path / "larger.safetensors")
     with pytest.raises(InputError, match=rf"{name} is \(7,\)"):
-        eyes.begin_with(model, tmp_path / "larger.safetensors")
+        probes.begin_with(model, tmp_path / "larger.safetensors")
 
 
 def test_a_tower_that_reads_learns_at_a_tenth_of_the_rates(toy):
-    model = eyes.Eyes(eyes.nano_config())
+    model = probes.Eyes(eyes.nano_config())
     rates = {
         id(parameter): group["full_lr"]
         for optimizer in eyes.optimizers_of(model, eyes.READING)
@@ -193,9 +182,9 @@ def test_a_tower_that_reads_learns_at_a_tenth_of_the_rates(toy):
 
 def test_the_towers_see_what_the_processor_gives():
     picture, _ = eyes.picture_of(0, 0, True, 0.0)
-    processor = PheyeImageProcessor(tiles_per_side=picture_labels.TILES, high_res_tile_size=eyes.TILE)
+    processor = PheyeImageProcessor(tiles_per_side=picture_labels.TILES, high_res_tile_size=TILE)
     expected = processor(picture.image, return_tensors="pt")
-    views, tiles = eyes.towers_pixels(*(torch.from_numpy(array)[None] for array in eyes.pixels_of(picture)))
+    views, tiles = probes.towers_pixels(*(torch.from_numpy(array)[None] for array in probes.pixels_of(picture)))
     assert torch.allclose(views, expected["pixel_values"], atol=1e-5)
     assert torch.allclose(tiles, expected["high_res_pixel_values"], atol=1e-5)
 
@@ -205,11 +194,11 @@ def test_views_and_tiles_get_the_same_colours_and_scenes_keep_theirs():
     views, tiles = colour.expand(6, 10, 4, 4, 3), colour.expand(6, 9, 8, 8, 3)
     is_page = torch.arange(6) < 5
     given = eyes.prepared(views, tiles, is_page, torch.Generator().manual_seed(1), 0.5)
-    plain = eyes.towers_pixels(views, tiles)
+    plain = probes.towers_pixels(views, tiles)
     assert torch.equal(given[0][5], plain[0][5]) and torch.equal(given[1][5], plain[1][5])
     statistics = (
-        (eyes.OPENAI_CLIP_MEAN, eyes.OPENAI_CLIP_STD),
-        (eyes.IMAGENET_DEFAULT_MEAN, eyes.IMAGENET_DEFAULT_STD),
+        (probes.OPENAI_CLIP_MEAN, probes.OPENAI_CLIP_STD),
+        (probes.IMAGENET_DEFAULT_MEAN, probes.IMAGENET_DEFAULT_STD),
     )
     shown = [
         (255 * (pixels[:, 0, :, 0, 0] * torch.tensor(std) + torch.tensor(mean))).round()
@@ -233,10 +222,10 @@ class Knowing(torch.nn.Module):
     def __init__(self, labels):
         super().__init__()
         self.answer = torch.nn.Parameter(torch.zeros(1))
-        letters = torch.from_numpy(labels.letters).flatten(2).transpose(1, 2).long().clamp(max=eyes.CLASSES - 1)
+        letters = torch.from_numpy(labels.letters).flatten(2).transpose(1, 2).long().clamp(max=CLASSES - 1)
         maps = torch.from_numpy(labels.maps).flatten(2).transpose(1, 2).long()
-        told = [torch.nn.functional.one_hot(letters, eyes.CLASSES).flatten(2)]
-        for index, classes in enumerate(eyes.HEADS.values()):
+        told = [torch.nn.functional.one_hot(letters, CLASSES).flatten(2)]
+        for index, classes in enumerate(picture_labels.HEADS.values()):
             told.append(torch.nn.functional.one_hot(maps[..., index].clamp(max=classes - 1), classes))
         self.logits = torch.cat(told, -1).float()
 
@@ -261,11 +250,11 @@ def test_accuracies_are_shares_of_what_is_told_right(toy):
 def test_drawing_is_a_function_of_the_number(toy):
     one, other = (eyes.Drawn(0, eyes.HARD)[5] for _ in range(2))
     assert all(np.array_equal(first, second) for first, second in zip(one, other, strict=True))
-    first = next(eyes.drawn(5, 0, eyes.HARD, 1, 0))
+    first = next(eyes.drawn(5, eyes.Drawn(0, eyes.HARD), 1, 0))
     assert all(np.array_equal(array[0].numpy(), known) for array, known in zip(first, one, strict=True))
 
 
 def test_the_learning_rate_warms_up_and_falls_at_the_end():
-    share = eyes.learning_rate_share
-    assert share(0, 0.0) == 1 / eyes.WARMUP and share(10**6, 0.5) == 1 and share(10**6, 1.01) == 0
-    assert share(10**6, 1 - eyes.FALL / 2) == pytest.approx(0.5)
+    share = probes.learning_rate_share
+    assert share(0, 0.0) == 1 / probes.WARMUP and share(10**6, 0.5) == 1 and share(10**6, 1.01) == 0
+    assert share(10**6, 1 - probes.FALL / 2) == pytest.approx(0.5)

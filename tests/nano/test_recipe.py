@@ -56,6 +56,8 @@ def test_a_sitting_goes_on_where_the_one_before_ended(tmp_path, monkeypatch):
     unpack(tmp_path / "first", tmp_path / "second")
     assert recipe.main([*options, str(tmp_path / "second")]) == 0
     assert [row["sitting"] for row in read_rows(tmp_path / "second" / "log.jsonl")] == [1, 2]
+    counting = tmp_path / "second" / "global_view" / "eyes.safetensors"
+    assert [options["eyes"] for command, options in began if command == "join"][1] == counting
     models = [options["model"] for command, options in began if command == "join"]
     assert models == [NANO, tmp_path / "second" / "model"]
     eyes = [options for command, options in began if command == "eyes"]
