@@ -52,7 +52,7 @@ def naming(image, before: str = "") -> Iterator[None]:
     except ImageError as error:
         raise ValueError(name + str(error).removeprefix("The image")) from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {error}. {how_to_reduce()}") from error
+        raise ValueError(f"{name} is too large: {str(error).rstrip('.')}. {how_to_reduce()}") from error
     except FileNotFoundError as error:
         raise ValueError(f"{name} is no image: there is no such file.") from error
     except MemoryError as error:

@@ -111,18 +111,19 @@ def write_rows(
     settings: dict,
     batch_size: int,
     ordered: Sequence[Request] | None = None,
-    **facts,
+    facts: dict | None = None,
 ) -> Path:
     """Write the row of each request, those that are not written yet, and join what all processes wrote.
 
     Args:
         rows_of: given model, processor and requests, gives their rows, some at a time.
-        settings: what the rows depend on; facts: what else is recorded of the run.
+        settings: what the rows depend on.
         batch_size: how many neighbours go to one process.
         ordered: the requests in the order in which they are taken, if it is another.
+        facts: what else is recorded of the run.
     """
     state = process_state()
-    facts = {"versions": versions(), **facts, "batch_size": batch_size, "processes": state.num_processes}
+    facts = {"versions": versions(), **(facts or {}), "batch_size": batch_size, "processes": state.num_processes}
     run.start(state, settings, facts)
     try:
         write_rest(load, requests, run, state, rows_of, batch_size, ordered or requests)

@@ -90,7 +90,7 @@ def readings(names: Sequence[str], letters: str, count: int, output: Path) -> li
         rows_of,
         settings,
         batch_size=1,
-        readers=reader_versions(names),
+        facts={"readers": reader_versions(names)},
     )
     asked = {request.id for request in requests}
     return [row for row in read_rows(path) if row["id"] in asked]  # an earlier run may have had more

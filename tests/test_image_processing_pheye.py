@@ -798,7 +798,7 @@ def test_a_decompression_bomb_is_refused_with_its_remedy(tmp_path, monkeypatch):
     tiny_image().save(path)
     assert pixels(path).shape == (1, 5, 3, 32, 32)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"bomb.png.*too large.*6300 pixels.*MAX_IMAGE_PIXELS"):
+    with pytest.raises(ValueError, match=r"bomb.png.*too large.*6300 pixels[^.]*\. Reduce.*MAX_IMAGE_PIXELS"):
         pixels(path)
     with pytest.raises(ValueError, match="MAX_IMAGE_PIXELS"):
         pixels(path.read_bytes())
