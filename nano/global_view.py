@@ -27,6 +27,7 @@ from ..vision_pheye import run_with
 from . import pictures
 from .checkpoints import autocast, claim, load_checkpoint, log
 from .configs import nano_config
+from .labels import MOST_SHAPES
 from .muon import set_learning_rates
 from .picture_labels import HEADS, picture_labels
 from .probes import (
@@ -49,9 +50,8 @@ from .probes import (
 
 SIZES = 350, 900  # of a scene in pixels, shortest and longest side: the global view shows 224
 SIGNS, SHAPES = (2, 7), (0, 6)
-# What counts of the losses: numbers of shapes, off the first token and off each shape's patches, their centres, and
-# among these patches without one.
-COUNT, ALIKE, CENTRE, NO_CENTRE = 1.0, 1.0, 2.0, 0.02
+# What counts of the losses: numbers of shapes, their centres, and among these patches without one.
+COUNT, CENTRE, NO_CENTRE = 1.0, 2.0, 0.02
 RATES = 1e-3, 2e-3  # of LoRA, and of the linear layers
 ALONE = 100  # steps at first in which only the linear layers learn
 SAVE_EVERY = 2  # minutes, and of the log
@@ -87,30 +87,23 @@ def losses_of(logits: torch.Tensor, of_counts: torch.Tensor, letters, maps, coun
     """Those of `nano.eyes`, of views (B, 1, ...), with other weights of what is counted."""
     letters, maps = letters.flatten(0, 1), maps.flatten(0, 1)
     losses = label_losses(logits.float(), letters, maps)
-    of_name = split_logits(logits.float())[1]
-    for name, weight, nothing in (("centre", CENTRE, NO_CENTRE), ("alike", ALIKE, 0.0)):
-        losses[name] = weight * weighted(of_name[name], maps[:, list(HEADS).index(name)], nothing)
+    centres, target = split_logits(logits.float())[1]["centre"], maps[:, list(HEADS).index("centre")]
+    losses["centre"] = CENTRE * weighted(centres, target, NO_CENTRE)
     losses["count"] = COUNT * F.cross_entropy(of_counts.float().flatten(0, 1), counts.flatten().long())
     return losses
 
 
 @torch.no_grad()
 def counted(eyes: Eyes, seed: int, device: str) -> dict[str, float]:
-    """Of held-out scenes, by the number of shapes of a kind: shares of kinds whose number the first token tells right,
-    and of the shapes' patches that do."""
-    right: dict[str, list[bool]] = {}
+    """Shares of kinds of shape in held-out scenes whose number is told right, by that number."""
+    right: dict[int, list[bool]] = {number: [] for number in range(MOST_SHAPES + 1)}
     for index in range(TEST_PICTURES):
-        views, tiles, _, maps, counts = (torch.from_numpy(one)[None] for one in Scenes(seed, held_out=True)[index])
+        views, tiles, *_, counts = (torch.from_numpy(array)[None] for array in Scenes(seed, held_out=True)[index])
         with autocast(device):
-            logits, of_counts = logits_of(eyes, *towers_pixels(views.to(device), tiles.to(device)))
-        of_patches = split_logits(logits)[1]["alike"]
-        alike = maps[:, :, list(HEADS).index("alike")]
-        for name, told, known in (("count", of_counts, counts), ("alike", of_patches, alike[alike > 0])):
-            told = told.argmax(-1).cpu().flatten()
-            told = told[alike.flatten() > 0] if name == "alike" else told
-            for answer, number in zip(told.tolist(), known.flatten().tolist(), strict=True):
-                right.setdefault(f"{name}_{number}", []).append(answer == number)
-    return {name: round(float(np.mean(found)), 4) for name, found in sorted(right.items())}
+            _, of_counts = logits_of(eyes, *towers_pixels(views.to(device), tiles.to(device)))
+        for told, number in zip(of_counts.argmax(-1).flatten().tolist(), counts.flatten().tolist(), strict=True):
+            right[number].append(told == number)
+    return {f"count_{number}": round(float(np.mean(found)), 4) for number, found in right.items() if found}
 
 
 def train(output: Path, start: Path, minutes: float, seed: int, together: int, workers: int, device: str):

@@ -18,7 +18,7 @@ import numpy as np
 from ..canvases_pheye import crop_boxes
 from .configs import TILES
 from .fonts import CHARACTERS
-from .labels import CLASSES, GRID, IGNORED, MOST_SHAPES, NOTHING, SPACE, covered_points, view_labels, visible_shares
+from .labels import CLASSES, GRID, IGNORED, NOTHING, SPACE, covered_points, view_labels, visible_shares
 from .pictures import COLOURS, KINDS, Picture
 
 POINTS = 5  # columns of a patch that are asked for their letter
@@ -30,7 +30,6 @@ LONGEST_WORD, MOST_WORDS, MOST_SIGNS = 9, 2, 10  # that are told apart; beyond t
 HEADS = {
     "before": CLASSES, "after": CLASSES, "place": LONGEST_WORD, "remaining": LONGEST_WORD, "word": MOST_WORDS,
     "sign": MOST_SIGNS, "shape": 1 + len(KINDS) * len(COLOURS), "row": GRID, "column": GRID, "centre": 1 + len(KINDS),
-    "alike": 1 + MOST_SHAPES,
 }  # fmt: skip
 OF_LETTERS = list(HEADS)[:6]  # asked where there is a letter
 MIDDLE = POINTS // 2
@@ -66,7 +65,6 @@ def picture_labels(picture: Picture, tiles_per_side: int = TILES) -> PictureLabe
         maps[:6] = asked[which[MIDDLE], 1:].transpose(2, 0, 1)
         maps[6:9] = view.maps[-3:]  # shape, row and column
         maps[9] = centres(picture, box)
-        maps[10] = alike(picture, maps[6])
         shown = np.where((which[MIDDLE] >= 0) & (asked[which[MIDDLE], 0] != IGNORED), which[MIDDLE], -1)
         parts.append((asked[which, 0], maps, view.counts, shown))
     letters, maps, counts, which = (np.stack(part) for part in zip(*parts, strict=True))
@@ -84,15 +82,6 @@ def centres(picture: Picture, box: tuple[float, float, float, float]) -> np.ndar
         if 0 <= row < GRID and 0 <= column < GRID:
             found[row, column] = 1 + KINDS.index(shape.kind)
     return found
-
-
-def alike(picture: Picture, shapes: np.ndarray) -> np.ndarray:
-    """Of patches (G, G) labelled with their shapes: how many of its kind the whole picture has, 0: there is none."""
-    counts = [0] * (1 + len(KINDS) * len(COLOURS))
-    for number, kind in enumerate(KINDS):
-        count = min(MOST_SHAPES, sum(shape.kind == kind for shape in picture.shapes))
-        counts[1 + number * len(COLOURS) : 1 + (number + 1) * len(COLOURS)] = [count] * len(COLOURS)
-    return np.array(counts, np.uint8)[shapes]
 
 
 def letter_rows(picture: Picture, is_visible: np.ndarray) -> np.ndarray:

@@ -151,7 +151,7 @@ def split_logits(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Te
 
 
 def label_losses(logits: torch.Tensor, letters: torch.Tensor, maps: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is asked of letters or shapes counts where there is one, rows and columns everywhere."""
+    """What is asked of letters counts where there is one, rows and columns everywhere."""
     letter_logits, others = split_logits(logits)
     losses = {"letter": 3 * weighted(letter_logits, letters.flatten(2).transpose(1, 2), NOTHING_WEIGHT)}
     middle = letters[:, POINTS // 2]
@@ -164,8 +164,6 @@ def label_losses(logits: torch.Tensor, letters: torch.Tensor, maps: torch.Tensor
             losses[name] = 0.5 * weighted(of_name, target, NO_SHAPE_WEIGHT)
         elif name == "centre":
             losses[name] = weighted(of_name, target, NO_CENTRE_WEIGHT)
-        elif name == "alike":
-            losses[name] = 0.3 * weighted(of_name, target, 0.0)
         else:
             losses[name] = 0.1 * weighted(of_name, target, 1.0)
     return losses

@@ -235,15 +235,14 @@ class Knowing(torch.nn.Module):
 
 def test_accuracies_are_shares_of_what_is_told_right(toy):
     [(_, labels, crosses, _)] = eyes.test_pictures(0)
-    centre = list(picture_labels.HEADS).index("centre")
-    labels.maps[:, centre] = 0
-    labels.maps[0, centre, 5, 6], labels.maps[4, centre, 7, 8] = 1, 4
+    labels.maps[:, -1] = 0
+    labels.maps[0, -1, 5, 6], labels.maps[4, -1, 7, 8] = 1, 4
     found = eyes.accuracies(Knowing(labels), 0)
     for name in ("letter", "before", "after", "place", "remaining", "word", "sign"):
         assert found[name] == 1 and found[f"branch_{name}"] == 0
     assert found["centre"] == 1
     told = Knowing(labels)
-    labels.maps[0, centre, 2, 3] = 2  # a third centre, of which these eyes do not know
+    labels.maps[0, -1, 2, 3] = 2  # a third centre, of which these eyes do not know
     assert eyes.accuracies(told, 0)["centre"] == pytest.approx(2 / 3, abs=1e-4)
     assert ("place_crossing" in found) == bool(crosses[np.unique(labels.which[1:])[1:]].any())
 

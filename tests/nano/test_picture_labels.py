@@ -87,24 +87,6 @@ def test_a_shapes_centre_is_in_one_patch_of_the_global_view_and_of_one_crop():
     assert (labels.maps[:, list(HEADS).index("shape")] > 0).any((1, 2)).sum() == 5
 
 
-def test_each_patch_of_a_shape_tells_how_many_of_its_kind_the_whole_picture_has():
-    def at(kind: str, colour: str, left: int, top: int) -> Shape:
-        left, top = left * PATCH, top * PATCH
-        return Shape(kind, colour, corner_points((left, top, left + 6 * PATCH, top + 6 * PATCH)))
-
-    shapes = [at("triangle", "red", 0, 0), at("triangle", "blue", 20, 20), at("star", "red", 40, 40)]
-    labels = picture_labels(Picture(Image.new("RGB", (SIDE, SIDE)), shapes=shapes))
-    shape, alike = (labels.maps[:, list(HEADS).index(name)] for name in ("shape", "alike"))
-    assert ((alike > 0) == (shape > 0)).all() and set(alike[1][shape[1] > 0]) == {
-        2
-    }  # the first crop shows one of them
-    assert set(alike[0, :8, :8][shape[0, :8, :8] > 0]) == {2} and set(alike[9][shape[9] > 0]) == {1}
-    many = picture_labels(
-        Picture(Image.new("RGB", (SIDE, SIDE)), shapes=[at("star", "red", 7 * i, 0) for i in range(6)])
-    )
-    assert many.maps[0, list(HEADS).index("alike")].max() == 5
-
-
 def test_words_of_more_than_nine_letters_have_no_place_beyond_the_ninth():
     labels = picture_labels(picture(written("ABCDEFGHIJ", 0, 2, line=0)))
     assert middle(labels, "place", 1)[2, 8:10].tolist() == [8, IGNORED]
