@@ -27,7 +27,6 @@ from ..vision_pheye import run_with
 from . import pictures
 from .checkpoints import autocast, claim, load_checkpoint, log
 from .configs import nano_config
-from .labels import MOST_SHAPES
 from .muon import set_learning_rates
 from .picture_labels import HEADS, picture_labels
 from .probes import (
@@ -50,8 +49,9 @@ from .probes import (
 
 SIZES = 350, 900  # of a scene in pixels, shortest and longest side: the global view shows 224
 SIGNS, SHAPES = (2, 7), (0, 6)
-# What counts of the losses: numbers of shapes, their centres, and among these patches without one.
-COUNT, CENTRE, NO_CENTRE = 1.0, 2.0, 0.02
+# What counts of the losses: numbers of shapes off the first token and off shapes' patches, shapes' centres, and among
+# these patches without one.
+COUNT, PATCH_COUNT, CENTRE, NO_CENTRE = 1.0, 1.0, 2.0, 0.02
 RATES = 1e-3, 2e-3  # of LoRA, and of the linear layers
 ALONE = 100  # steps at first in which only the linear layers learn
 SAVE_EVERY = 2  # minutes, and of the log
@@ -74,13 +74,29 @@ class Scenes(Dataset):
 
 
 def logits_of(eyes: Eyes, views: torch.Tensor, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Global views (B, 1, 3, H, W) and tiles to logits of labels (B, N, labels) and counts (B, kinds, counts)."""
+    """Global views (B, 1, 3, H, W) and tiles to logits of labels (B, N, labels), and of counts off each token, the
+    first one's first (B, 1 + N, kinds, counts)."""
     tower, count = eyes.pheye.vision_tower, eyes.pheye.config.views_per_image
     with torch.no_grad(), branch_precision(tiles.device.type):
         maps = [one.unflatten(0, (-1, count))[:, 0] for one in eyes.pheye.encode_high_res(tiles)]
     states = run_with(len(views), tower, views.flatten(0, 1), **{CALL: ViewCall(tower, maps)}).last_hidden_state
-    counts = eyes.count_heads(states[:, 0]).unflatten(1, (len(pictures.KINDS), -1))
-    return eyes.heads(states[:, 1:]), counts
+    return eyes.heads(states[:, 1:]), eyes.count_heads(states).unflatten(-1, (len(pictures.KINDS), -1))
+
+
+def counts_of(of_counts: torch.Tensor, maps: torch.Tensor, counts: torch.Tensor) -> dict[str, tuple]:
+    """Logits (rows, counts) and numbers (rows,) off the first token and off patches with a shape, a row for each kind.
+
+    Args:
+        of_counts: those of `logits_of`.
+        maps: (B, heads, G, G).
+        counts: (B, kinds).
+    """
+    has_shape = maps[:, list(HEADS).index("shape")].flatten(1) > 0  # (B, N)
+    of_patches = counts[:, None].expand(-1, has_shape.shape[1], -1)
+    return {
+        "count": (of_counts[:, 0].flatten(0, 1), counts.flatten().long()),
+        "patch_count": (of_counts[:, 1:][has_shape].flatten(0, 1), of_patches[has_shape].flatten().long()),
+    }
 
 
 def losses_of(logits: torch.Tensor, of_counts: torch.Tensor, letters, maps, counts) -> dict[str, torch.Tensor]:
@@ -89,21 +105,27 @@ def losses_of(logits: torch.Tensor, of_counts: torch.Tensor, letters, maps, coun
     losses = label_losses(logits.float(), letters, maps)
     centres, target = split_logits(logits.float())[1]["centre"], maps[:, list(HEADS).index("centre")]
     losses["centre"] = CENTRE * weighted(centres, target, NO_CENTRE)
-    losses["count"] = COUNT * F.cross_entropy(of_counts.float().flatten(0, 1), counts.flatten().long())
+    found = counts_of(of_counts.float(), maps, counts.flatten(0, 1))
+    for name, weight in (("count", COUNT), ("patch_count", PATCH_COUNT)):
+        told, known = found[name]
+        losses[name] = weight * F.cross_entropy(told, known, reduction="sum") / max(1, len(known))
     return losses
 
 
 @torch.no_grad()
 def counted(eyes: Eyes, seed: int, device: str) -> dict[str, float]:
-    """Shares of kinds of shape in held-out scenes whose number is told right, by that number."""
-    right: dict[int, list[bool]] = {number: [] for number in range(MOST_SHAPES + 1)}
+    """Of held-out scenes, by the number of shapes of a kind: how often it is told right, off the first token and off
+    shapes' patches."""
+    right: dict[str, list[np.ndarray]] = {}
     for index in range(TEST_PICTURES):
-        views, tiles, *_, counts = (torch.from_numpy(array)[None] for array in Scenes(seed, held_out=True)[index])
+        views, tiles, _, maps, counts = (torch.from_numpy(one)[None] for one in Scenes(seed, held_out=True)[index])
         with autocast(device):
             _, of_counts = logits_of(eyes, *towers_pixels(views.to(device), tiles.to(device)))
-        for told, number in zip(of_counts.argmax(-1).flatten().tolist(), counts.flatten().tolist(), strict=True):
-            right[number].append(told == number)
-    return {f"count_{number}": round(float(np.mean(found)), 4) for number, found in right.items() if found}
+        for name, (told, known) in counts_of(of_counts.cpu(), maps[:, 0], counts[:, 0]).items():
+            for number in known.unique().tolist():
+                is_right = told.argmax(-1)[known == number] == number
+                right.setdefault(f"{name}_{number}", []).append(is_right.numpy())
+    return {name: round(float(np.concatenate(found).mean()), 4) for name, found in sorted(right.items())}
 
 
 def train(output: Path, start: Path, minutes: float, seed: int, together: int, workers: int, device: str):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pheye.nano import eyes, global_view, probes
+from pheye.nano.picture_labels import HEADS
 
 from tiny import randomize
 from toy_eyes import toy_config
@@ -40,7 +41,22 @@ def test_the_global_view_alone_is_seen_as_among_all_views(toy, tmp_path):
     _, labels, counts = model(views, tiles)
     found = global_view.logits_of(model, views[:, :1], tiles)
     torch.testing.assert_close(found[0], labels[::10], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found[1], counts[::10], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1][:, 0], counts[::10], rtol=1e-4, atol=1e-4)
+
+
+def test_patches_with_a_shape_are_asked_for_all_counts():
+    of_counts = torch.randn(2, 5, 4, 6)
+    maps = torch.zeros(2, len(HEADS), 2, 2, dtype=torch.uint8)
+    maps[1, list(HEADS).index("shape"), 0, 1] = 7
+    counts = torch.tensor([[0, 0, 0, 0], [1, 0, 2, 5]])
+    found = global_view.counts_of(of_counts, maps, counts)
+    assert torch.equal(found["count"][0], of_counts[:, 0].reshape(8, 6)) and found["count"][1].tolist()[4:] == [
+        1,
+        0,
+        2,
+        5,
+    ]
+    assert torch.equal(found["patch_count"][0], of_counts[1, 2]) and found["patch_count"][1].tolist() == [1, 0, 2, 5]
 
 
 def test_only_its_lora_changes(toy, tmp_path):
@@ -51,6 +67,7 @@ def test_only_its_lora_changes(toy, tmp_path):
         assert global_view.main([str(word) for word in command]) == 0
         *_, entry = map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines())
         assert entry["step"] == steps and entry["pictures"] == 2 * steps and 0 <= entry["count_0"] <= 1
+        assert any(name.startswith("patch_count_") for name in entry)
     before, after = load_file(start), load_file(tmp_path / "out" / probes.WEIGHTS)
     assert before.keys() == after.keys()
     changed = {name.split(".")[1] for name in before if not torch.equal(before[name].bfloat16(), after[name])}
