@@ -282,3 +282,25 @@ def test_names_on_the_architecture_page_are_in_the_files_beside_them():
     for name, source in named:
         name = name.split(".")[-1]
         assert re.search(rf"\b{name}\b", (page.parent / source).read_text()), (name, source)
+
+
+def test_scores_on_the_card_and_in_the_readme_are_those_of_the_results():
+    results = (ROOT / "benchmarks" / "results" / "nano.md").read_text()
+    fine = results.split("## Fine letters")[1]
+    card, readme = ((ROOT / path).read_text() for path in ("checkpoints/pheye-nano/README.md", "README.md"))
+    shares = {}
+    for question in ("what is written on the sign", "shapes, all questions", "how many", "is there", "what colour"):
+        [row] = [line for line in results.splitlines() if line.startswith(f"| {question} |")]
+        assert row in card.splitlines()
+        shares[question] = round(float(re.search(r"\| ([\d.]+) % \(", row)[1]))
+    signs, shapes = shares["what is written on the sign"], shares["shapes, all questions"]
+    small = re.search(r"\| full \| (([\d.]+) \([\d. to]+\))", fine)
+    for text in (
+        f"| unseen words, read exactly | {signs} % |",
+        f"| the same, finer letters | {round(float(small[2]))} % |",
+        f"| questions about shapes | {shapes} % |",
+        f"it reads {small[1].replace(' (', ' % (')}.",
+    ):
+        assert text in card
+    assert f"| What is written on the sign? | {signs} % |" in readme
+    assert f"| questions about shapes | {shapes} % |" in readme
