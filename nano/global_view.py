@@ -2,11 +2,10 @@
 
     python -m pheye.nano.global_view --start checkpoints/pheye-nano/model.safetensors --output FOLDER --minutes 20
 
-No crop shows a shape whole that its border cuts; the global view does. As only this one is encoded, a picture takes a
-seventh of the time that it takes in `nano.eyes`, and since only its LoRA changes, crops are seen as before. The labels
-are those of `nano.eyes`, read off by linear layers that are thrown away afterwards: letters too, lest they be
-forgotten. The same command again goes on from its last checkpoint for as many minutes more. FOLDER/eyes.safetensors is
-what `nano.join` takes.
+No crop shows a shape whole that its border cuts; the global view does. Only this one is encoded, so a minute has ten
+times as many pictures as one of `nano.eyes`, and only its LoRA changes, so crops are seen as before. The labels are
+those of `nano.eyes`, letters too, lest they be forgotten, and the numbers of shapes. The same command again goes on
+from its last checkpoint for as many minutes more. FOLDER/eyes.safetensors is what `nano.join` takes.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import Dataset
 
@@ -143,24 +143,24 @@ def train(output: Path, start: Path, minutes: float, seed: int, together: int, w
     eyes.to(device).requires_grad_(False)
     if device == "cpu":
         eyes.pheye.set_attn_implementation({"vision_config": "eager"})  # faster there, see `kept_training.PART`
-    learnt = [eyes.pheye.global_lora, eyes.heads, eyes.count_heads]
-    groups = zip(learnt, (RATES[0], RATES[1], RATES[1]), strict=True)
-    lora, *heads = (AdamW(part.requires_grad_(True).parameters(), lr=rate, betas=(0.9, 0.98)) for part, rate in groups)
-    for optimizer in (lora, *heads):
-        optimizer.param_groups[0]["full_lr"] = optimizer.param_groups[0]["lr"]
-    draws = load_checkpoint(output, eyes, (lora, *heads))
+    learnt = eyes.pheye.global_lora, nn.ModuleList([eyes.heads, eyes.count_heads])
+    lora, heads = optimizers = [
+        AdamW([{"params": list(part.requires_grad_(True).parameters()), "full_lr": rate}], lr=rate, betas=(0.9, 0.98))
+        for part, rate in zip(learnt, RATES, strict=True)
+    ]
+    draws = load_checkpoint(output, eyes, optimizers)
     sums, steps, saved = {}, 0, time.time()
     for arrays in drawn(draws, Scenes(seed), together, workers):
         views, tiles, *labels = (array.to(device) for array in arrays)
         passed = (time.time() - began) / (60 * minutes)
-        set_learning_rates(heads, learning_rate_share(draws, passed))
+        set_learning_rates((heads,), learning_rate_share(draws, passed))
         set_learning_rates((lora,), learning_rate_share(draws - ALONE, passed) if draws >= ALONE else 0.0)
         with autocast(device):
             logits = logits_of(eyes, *towers_pixels(views, tiles))
         losses = losses_of(*logits, *labels)
         sum(losses.values()).backward()
-        torch.nn.utils.clip_grad_norm_(eyes.parameters(), 1.0)
-        for optimizer in (lora, *heads):
+        nn.utils.clip_grad_norm_(eyes.parameters(), 1.0)
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         for name, value in losses.items():
@@ -168,7 +168,7 @@ def train(output: Path, start: Path, minutes: float, seed: int, together: int, w
         draws, steps = draws + 1, steps + 1
         is_over = time.time() - began > 60 * minutes
         if is_over or time.time() - saved > 60 * SAVE_EVERY:
-            save(output, eyes, (lora, *heads), draws)
+            save(output, eyes, optimizers, draws)
             entry = {"pictures": draws * together, "step": draws, **spent(began), **means(sums, steps)}
             log(output, entry | (counted(eyes, seed, device) if is_over else {}))
             sums, steps, saved = {}, 0, time.time()
