@@ -87,11 +87,11 @@ def train(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98))
     source = batches(processor, seed, data, steps, batch_size, workers)
-    reading = nullcontext
+    reading, of_images = nullcontext, processor.image_processor.model_input_names
     if features is not None:
         source = kept_batches(model, processor, seed, data, features, steps, batch_size)
-        reading = partial(features_as_pixels, model.pheye)
-    names = ("input_ids", "attention_mask", "labels", *processor.image_processor.model_input_names)
+        reading, of_images = partial(features_as_pixels, model.pheye), ["pixel_values"]
+    names = ("input_ids", "attention_mask", "labels", *of_images)
     seconds, losses, curve = [], [], []
     model.train()
     bar = tqdm(total=steps, unit=" steps")

@@ -2,6 +2,7 @@
 in the place of blocks."""
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +86,11 @@ def build(
         model.pheye.global_lora = model.pheye.local_lora
     if way.join is not None:
         model = way.join(model)
-    has_lora = any("_lora." in name for name, _ in model.named_parameters())
+    frozen = [r"\.fusion_blocks\."] if lora_sets else [r"\.fusion_blocks\.", "_lora"]
     choose_trained(
         model,
         train=["language_model"] if way.trains_language_model else None,
-        freeze=["_lora."] if has_lora and not lora_sets else None,
+        freeze=[part for part in frozen if any(re.search(part, name) for name, _ in model.named_parameters())],
     )
     return model, processor
 

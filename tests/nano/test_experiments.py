@@ -75,7 +75,9 @@ def test_minutes_in_place_of_steps_go_round_the_samples(parts, tmp_path, monkeyp
     assert "steps for 0.01 minutes of 2 samples" in (tmp_path / "out" / "experiments.md").read_text()
 
 
-def test_kept_features_train_as_pictures_do(parts, tmp_path, capsys):
+@pytest.mark.parametrize("eyes", ["parts", "parts_with_branch"])
+def test_kept_features_train_as_pictures_do(eyes, request, tmp_path):
+    parts = request.getfixturevalue(eyes)
     data = draw_data.write_data(tmp_path / "data", "tasks", 9, workers=1, tiles_per_side=1)
     options = ["--tiles_per_side", "1", "--lora_sets", "0", "--batch_size", "8", "--steps"]
     losses = {}
