@@ -42,9 +42,7 @@ from .probes import (
     pixels_of,
     save,
     spent,
-    split_logits,
     towers_pixels,
-    weighted,
 )
 
 SIZES = 350, 900  # of a scene in pixels, shortest and longest side: the global view shows 224
@@ -102,9 +100,7 @@ def counts_of(of_counts: torch.Tensor, maps: torch.Tensor, counts: torch.Tensor)
 def losses_of(logits: torch.Tensor, of_counts: torch.Tensor, letters, maps, counts) -> dict[str, torch.Tensor]:
     """Those of `nano.eyes`, of views (B, 1, ...), with other weights of what is counted."""
     letters, maps = letters.flatten(0, 1), maps.flatten(0, 1)
-    losses = label_losses(logits.float(), letters, maps)
-    centres, target = split_logits(logits.float())[1]["centre"], maps[:, list(HEADS).index("centre")]
-    losses["centre"] = CENTRE * weighted(centres, target, NO_CENTRE)
+    losses = label_losses(logits.float(), letters, maps, centre=CENTRE, no_centre=NO_CENTRE)
     found = counts_of(of_counts.float(), maps, counts.flatten(0, 1))
     for name, weight in (("count", COUNT), ("patch_count", PATCH_COUNT)):
         told, known = found[name]

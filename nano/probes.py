@@ -150,8 +150,15 @@ def split_logits(logits: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Te
     return letters.unflatten(-1, (POINTS, CLASSES)), dict(zip(HEADS, others, strict=True))
 
 
-def label_losses(logits: torch.Tensor, letters: torch.Tensor, maps: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is asked of letters counts where there is one, rows and columns everywhere."""
+def label_losses(
+    logits: torch.Tensor,
+    letters: torch.Tensor,
+    maps: torch.Tensor,
+    centre: float = 1.0,
+    no_centre: float = NO_CENTRE_WEIGHT,
+) -> dict[str, torch.Tensor]:
+    """What is asked of letters counts where there is one, rows and columns everywhere. `centre` and `no_centre` weigh
+    the loss of shapes' centres, and in it the patches without one."""
     letter_logits, others = split_logits(logits)
     losses = {"letter": 3 * weighted(letter_logits, letters.flatten(2).transpose(1, 2), NOTHING_WEIGHT)}
     middle = letters[:, POINTS // 2]
@@ -163,7 +170,7 @@ def label_losses(logits: torch.Tensor, letters: torch.Tensor, maps: torch.Tensor
         elif name == "shape":
             losses[name] = 0.5 * weighted(of_name, target, NO_SHAPE_WEIGHT)
         elif name == "centre":
-            losses[name] = weighted(of_name, target, NO_CENTRE_WEIGHT)
+            losses[name] = centre * weighted(of_name, target, no_centre)
         else:
             losses[name] = 0.1 * weighted(of_name, target, 1.0)
     return losses
