@@ -56,10 +56,13 @@ def presence_question(kind: str, shapes: list[Shape]) -> Turn:
     return f"Is there {with_article(kind)}?", "yes" if any(shape.kind == kind for shape in shapes) else "no"
 
 
+COLOUR = "What colour is the "
+
+
 def colour_question(kind: str, shapes: list[Shape]) -> Turn | None:
     """None unless there is exactly one shape of this kind."""
     colours = [shape.colour for shape in shapes if shape.kind == kind]
-    return (f"What colour is the {kind}?", colours[0]) if len(colours) == 1 else None
+    return (f"{COLOUR}{kind}?", colours[0]) if len(colours) == 1 else None
 
 
 def shape_questions(rng: random.Random, picture: Picture, count: int = SHAPE_QUESTIONS) -> list[Turn]:
@@ -83,8 +86,9 @@ def sign_question(picture: Picture) -> Turn:
 def stage_picture(stage: str, rng: random.Random, tiles_per_side: int = 3) -> tuple[Picture, list[Turn]]:
     """A picture for a stage with its turns: a caption, or the question for the signs and several about shapes.
 
-    A caption stands alone, for it would give away the answers to the questions that follow. With fewer tiles pictures
-    are smaller and letters larger, so that crops look the same.
+    What would give away answers to the questions that follow stands where none does: a caption alone, and colours last,
+    as only a shape that is the one of its kind is asked for its colour. With fewer tiles pictures are smaller and
+    letters larger, so that crops look the same.
     """
     least, most = WHOLE_CAP_HEIGHT if tiles_per_side == 1 else CAP_HEIGHTS[0], CAP_HEIGHTS[1]
     picture = scene(
@@ -99,4 +103,4 @@ def stage_picture(stage: str, rng: random.Random, tiles_per_side: int = 3) -> tu
         return picture, [(CAPTION_INSTRUCTION, caption(picture))]
     turns = [sign_question(picture), *shape_questions(rng, picture)]
     rng.shuffle(turns)
-    return picture, turns
+    return picture, sorted(turns, key=lambda turn: turn[0].startswith(COLOUR))

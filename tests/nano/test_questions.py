@@ -62,6 +62,16 @@ def test_captions_stand_alone():
             assert CAPTION_INSTRUCTION not in asked or len(asked) == 1
 
 
+def test_colours_are_asked_for_last_lest_they_tell_how_many_there_are():
+    numbers = 0
+    for seed in range(20):
+        _, turns = questions.stage_picture("tasks", random.Random(seed))
+        asked = [question.startswith(questions.COLOUR) for question, _ in turns]
+        assert asked == sorted(asked)
+        numbers += sum(asked)
+    assert numbers > 10
+
+
 @pytest.mark.parametrize("stage", ["describe", "instruct", "tasks"])
 def test_pictures_of_a_stage_have_as_many_shapes_and_signs_as_it_says(stage):
     drawn = [questions.stage_picture(stage, random.Random(seed))[0] for seed in range(60)]
