@@ -7,6 +7,7 @@ from .pictures import KINDS, Picture, Shape, scene
 
 SIGN = "What is written on the sign?"
 SIGNS = "What is written on the signs?"
+COLOUR = "What colour is the "  # begins a question
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MOST_SHAPES = {"describe": 2, "instruct": 5, "tasks": 5}  # on a picture, by stage
 MOST_SIGNS = {"describe": 1, "instruct": 10, "tasks": 1}  # or as many as find room
@@ -56,9 +57,6 @@ def presence_question(kind: str, shapes: list[Shape]) -> Turn:
     return f"Is there {with_article(kind)}?", "yes" if any(shape.kind == kind for shape in shapes) else "no"
 
 
-COLOUR = "What colour is the "
-
-
 def colour_question(kind: str, shapes: list[Shape]) -> Turn | None:
     """None unless there is exactly one shape of this kind."""
     colours = [shape.colour for shape in shapes if shape.kind == kind]
@@ -86,9 +84,9 @@ def sign_question(picture: Picture) -> Turn:
 def stage_picture(stage: str, rng: random.Random, tiles_per_side: int = 3) -> tuple[Picture, list[Turn]]:
     """A picture for a stage with its turns: a caption, or the question for the signs and several about shapes.
 
-    What would give away answers to the questions that follow stands where none does: a caption alone, and colours last,
-    as only a shape that is the one of its kind is asked for its colour. With fewer tiles pictures are smaller and
-    letters larger, so that crops look the same.
+    A caption stands alone, for it would give away the answers to the questions that follow. Colours are asked for
+    last: only a shape that is the one of its kind is asked for its colour, which would tell how many there are. With
+    fewer tiles pictures are smaller and letters larger, so that crops look the same.
     """
     least, most = WHOLE_CAP_HEIGHT if tiles_per_side == 1 else CAP_HEIGHTS[0], CAP_HEIGHTS[1]
     picture = scene(
