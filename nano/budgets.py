@@ -12,7 +12,6 @@ folder for each run and, from all of them, budgets.md and budgets.png. A run tha
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from ..training.vision_budgets import label_by_score
 from ..visor_pheye import PheyeRouter
 from .budget_tables import kind_of, scores_of, write_report
 from .checkpoints import claim
+from .connectors import views_apart
 from .features import BATCH, FeatureStore, kept_image
 from .held_out import FINE, MAIN, HeldOutPicture, held_out_pictures, requests_of
 from .kept_training import add_options, once, opened, train, weights_of
@@ -71,19 +71,7 @@ def build(way: Way, folder: Path, seed: int, device: str) -> PheyeForConditional
     fields |= {"router_size": ROUTER_SIZE} if way.has_router else {}
     # The weights of a block over the image, 2570 x 2570, do not fit a cache (`kept_training.PART`).
     model = opened(folder, device, seed, attn_implementation="sdpa", **fields)
-    if not way.is_joined:
-        for block in model.pheye.self_attention_blocks:
-            block.forward = within_views(block.forward, model.config.views_per_image)
-    return model
-
-
-def within_views(forward: Callable, views: int) -> Callable:
-    """A block's `forward` on each view by itself."""
-
-    def apart(states: torch.Tensor, mask: None = None) -> torch.Tensor:
-        return forward(states.unflatten(1, (views, -1)).flatten(0, 1)).unflatten(0, (-1, views)).flatten(1, 2)
-
-    return apart
+    return model if way.is_joined else views_apart(model)
 
 
 # --- Asking ---

@@ -1,4 +1,4 @@
-"""Other ways to join the two frozen parts and to compress an image, those of the paper's appendix B and one since.
+"""Other ways to join the two frozen parts and to compress an image: those of the paper's appendix B, and some since.
 
 Every way reads what Pheye's own blocks read, the states of all views behind the view encoding, with LoRA or without;
 so ways differ in the join alone. Each function below takes a new Pheye and gives the model that joins its way.
@@ -303,6 +303,25 @@ def casa(model: PheyeForConditionalGeneration) -> PheyeForConditionalGeneration:
     pheye, layers = with_blocks(model, CasaBlock).pheye, model.pheye.decoder_layers()
     for number, layer in enumerate(model.config.cross_attention_layers):
         layers[layer] = CasaLayer(layers[layer], functools.partial(run_casa, pheye, number))
+    return model
+
+
+# --- Blocks over the image ---
+
+
+def within_views(forward: Callable, views: int) -> Callable:
+    """A block's `forward` on each view by itself."""
+
+    def apart(states: torch.Tensor, mask: None = None) -> torch.Tensor:
+        return forward(states.unflatten(1, (views, -1)).flatten(0, 1)).unflatten(0, (-1, views)).flatten(1, 2)
+
+    return apart
+
+
+def views_apart(model: PheyeForConditionalGeneration) -> PheyeForConditionalGeneration:
+    """Blocks over the image in which tokens of different views do not see each other."""
+    for block in model.pheye.self_attention_blocks:
+        block.forward = within_views(block.forward, model.config.views_per_image)
     return model
 
 

@@ -28,12 +28,13 @@ class Way:
     tiles_per_side: int | None = None  # by default those of the command
     lora_sets: int | None = None  # by default those of the command
     interval: int = 2
+    refines: str | None = None  # the image, before every block but the first: its `self_attention_kind`
     join: Callable[[PheyeForConditionalGeneration], nn.Module] | None = None  # of `connectors`
     trains_language_model: bool = False
 
     @property
     def needs_new_blocks(self) -> bool:
-        return self.join is not None or self.interval != 2
+        return self.join is not None or self.interval != 2 or self.refines is not None
 
 
 WAYS = {
@@ -51,6 +52,11 @@ WAYS = {
     "usual_start": Way("blocks without the near-zero start", join=connectors.usual_start),
     "tanh_gate": Way("blocks with Flamingo's tanh gates", join=connectors.tanh_gate),
     "casa": Way("blocks whose text attends to text, too (CASA)", join=connectors.casa),
+    "refined": Way("blocks, and blocks over the image between them (VISOR)", refines="block"),
+    "refined_apart": Way(
+        "the same, in which each view sees itself alone", refines="block", join=connectors.views_apart
+    ),
+    "refined_jointly": Way("blocks, and layers over image and text between them (VISOR)", refines="joint"),
     "perceiver": Way("Perceiver resampler, 6 layers, before the blocks", join=connectors.perceiver),
     "monkey": Way("Monkey resampler, before the blocks", join=connectors.monkey),
 }
@@ -81,7 +87,7 @@ def build(
         model = with_crops(learnt, tiles_per_side, with_lora=lora_sets > 0)
     else:
         whole = PheyeForConditionalGeneration.from_pretrained(parts, dtype=torch.float32)
-        model = with_new_blocks(whole, tiles_per_side, way.interval, with_lora=lora_sets > 0)
+        model = with_new_blocks(whole, tiles_per_side, way, with_lora=lora_sets > 0)
     if lora_sets == 1:
         model.pheye.global_lora = model.pheye.local_lora
     if way.join is not None:
@@ -96,12 +102,17 @@ def build(
 
 
 def with_new_blocks(
-    model: PheyeForConditionalGeneration, tiles_per_side: int, interval: int, with_lora: bool
+    model: PheyeForConditionalGeneration, tiles_per_side: int, way: Way, with_lora: bool
 ) -> PheyeForConditionalGeneration:
-    """The eyes and the language model of `model`, and between them what has learnt nothing: blocks before every
-    `interval`-th layer, and a view encoding for `tiles_per_side` x `tiles_per_side` crops."""
+    """The eyes and the language model of `model`, and between them what has learnt nothing: blocks as `way` says, and a
+    view encoding for `tiles_per_side` x `tiles_per_side` crops."""
     config = copy.deepcopy(model.config)
-    config.tiles_per_side, config.cross_attention_interval = tiles_per_side, interval
+    config.tiles_per_side, config.cross_attention_interval = tiles_per_side, way.interval
+    if way.refines:
+        # A joint layer has no block before it; the one before a block has none.
+        layers = [layer - (way.refines == "joint") for layer in config.cross_attention_layers[1:]]
+        config.self_attention_kind = way.refines
+        config.self_attention_layers, config.self_attention_budgets = layers, [layers]
     if with_lora:
         set_lora(config)
     new = PheyeForConditionalGeneration(config)

@@ -17,8 +17,10 @@ pytestmark = pytest.mark.once
 
 PREFIXES = ["fromage", "prefix", "frozen_prefix"]
 OTHER_BLOCKS = ["small_cap", "usual_start", "tanh_gate", "casa"]
+REFINING = {"refined": "self_attention_blocks", "refined_apart": "self_attention_blocks"}
+REFINING["refined_jointly"] = "joint_attention"  # and the parts that train
 RESAMPLERS = ["perceiver", "monkey"]
-ALL = [*PREFIXES, *OTHER_BLOCKS, *RESAMPLERS]
+ALL = [*PREFIXES, *OTHER_BLOCKS, *REFINING, *RESAMPLERS]
 PIXELS = torch.randn(2, 2, 3, 224, 224, generator=torch.Generator().manual_seed(1))  # k = 1: two views
 
 
@@ -62,6 +64,8 @@ def test_gradients_reach_what_the_way_trains_and_nothing_else(name, parts):
         trains.append("pheye.cross_attention_blocks.")
     if name == "prefix":
         trains.append("pheye.language_model.")
+    if name in REFINING:
+        trains.append(f"pheye.{REFINING[name]}.")
     for key, parameter in model.named_parameters():
         assert parameter.requires_grad == key.startswith(tuple(trains)), key
         assert (parameter.grad is not None) == parameter.requires_grad, key
@@ -114,7 +118,7 @@ def test_how_a_way_begins(parts):
         for name in ("full", *ALL)
     }
     assert change["tanh_gate"] < 1e-6  # closed: the language model alone
-    for name in ("full", "small_cap", "casa", "perceiver", "monkey"):  # near zero
+    for name in ("full", "small_cap", "casa", *REFINING, *RESAMPLERS):  # near zero
         assert 0 < change[name] < 0.06, name
     for name in ("usual_start", *PREFIXES):
         assert change[name] > 0.3, name
