@@ -16,11 +16,13 @@ import itertools
 import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import PhiForCausalLM, PreTrainedTokenizerFast
 
@@ -131,8 +133,12 @@ def batch_of(processor: PheyeProcessor, seed: int, step: int) -> tuple[torch.Ten
         rows = [encode(processor, lesson(rng, most_shapes)) for _ in range(SORTED * BATCH)]
     else:
         rows = sorted_rows(processor, seed, step // SORTED)[step % SORTED * BATCH :][:BATCH]
+    return padded(rows, processor.tokenizer.pad_token_id)
+
+
+def padded(rows: list[tuple[list[int], list[int]]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels (B, T) of texts."""
     length = max(len(ids) for ids, _ in rows)
-    padding = processor.tokenizer.pad_token_id
     ids = [ids + [padding] * (length - len(ids)) for ids, _ in rows]
     labels = [labels + [IGNORED] * (length - len(labels)) for _, labels in rows]
     return torch.tensor(ids), torch.tensor(labels)
@@ -156,6 +162,18 @@ def batches(processor: PheyeProcessor, seed: int, steps: range, workers: int) ->
     return itertools.islice(made, steps.start % SORTED, steps.start % SORTED + len(steps))
 
 
+def learn(model: nn.Module, optimizers: Sequence[Optimizer], ids: torch.Tensor, labels: torch.Tensor) -> float:
+    """A step on texts (B, T); its loss."""
+    with autocast(ids.device.type):
+        loss = model(input_ids=ids, labels=labels).loss
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
 def train(output: Path, steps: int, seed: int = 0, workers: int = 0, device: str = "cpu"):
     """Train for `steps` steps, go on from the last checkpoint if there is one, and save model and tokenizer."""
     claim(output, seed=seed)
@@ -168,15 +186,7 @@ def train(output: Path, steps: int, seed: int = 0, workers: int = 0, device: str
     order = range(load_checkpoint(output, model, optimizers), steps)
     for step, tensors in zip(order, batches(processor, seed, order, workers), strict=True):
         set_learning_rates(optimizers, min(1.0, (step + 1) / WARMUP) * (1 - step / steps))
-        ids, labels = (tensor.to(device) for tensor in tensors)
-        with autocast(device):
-            loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        losses.append(learn(model, optimizers, *(tensor.to(device) for tensor in tensors)))
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             log(output, {"step": step + 1, "loss": round(sum(losses) / len(losses), 4)})
             losses = []

@@ -1,11 +1,14 @@
 """Two pictures in a prompt: whether Pheye-nano learns to tell them apart.
 
-    python -m pheye.nano.pairs --model checkpoints/pheye-nano --output OUTPUT [--steps 300] [--seeds 2] [--count 300]
+    python -m pheye.nano.pairs --model checkpoints/pheye-nano --output OUTPUT [--lessons 500] [--steps 300] [--seeds 2]
+        [--count 300]
 
 A model that has seen one picture at a time learns from pairs with a sign each: in which image is this word, and what
-is written on the sign of the other? Then it is asked about held-out pairs, and about single pictures as before.
-Features of pictures are kept in OUTPUT, and used up to four times, as `nano.replay` does. OUTPUT gets the pairs, a
-folder for each run and, from all of them, pairs.md. A run that has a result is not done again.
+is written on the sign of the other? First its language model reads such texts, in which the signs are told, for as
+many steps as --lessons says. Then blocks and view encoding learn from pictures. It is asked about held-out pairs, and
+about single pictures as before. Features of pictures are kept in OUTPUT, and used up to four times, as `nano.replay`
+does. OUTPUT gets the pairs, the model that has read, a folder for each run and, from all of them, pairs.md. A run that
+has a result is not done again.
 """
 
 import argparse
@@ -19,27 +22,30 @@ import numpy as np
 from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..answering.rows import Request
 from ..common.command import Parser, at_least, exit_status
-from ..common.files import write_atomically
+from ..common.files import appear_whole, write_atomically
 from ..common.machine import machine
+from ..training.collator import encode
 from ..training.mixture import Mixture, read_mixture
-from . import words
-from .checkpoints import claim
+from . import language, words
+from .checkpoints import claim, rate_share
 from .features import BATCH, FeatureStore
 from .held_out import SIGN, HeldOutPicture, held_out_pictures, interval, is_exact, requests_of, with_interval
 from .kept_training import add_options, ask, once, opened, train, weights_of
+from .muon import optimizers_for, set_learning_rates
 from .pictures import scene
 from .questions import CAP_HEIGHTS, LEAST_PIXELS, NUMBERS, SIDES
 from .tables import table
 
 WHICH, READ = "which image has the word", "the sign of one image"  # kinds of question
 TILES = 3
+TEXTS, OLD_TEXTS = 24, 0.2  # of a step of lessons, and the share of those that `nano.language` has
 
 REPORT = """# Two pictures in a prompt
 
-`python -m pheye.nano.pairs`; {steps} steps from {model}, learning rate {rate}; {count} held-out pairs; {machine}.
-Answers that are exactly right, in %, mean over {seeds} seeds. A guess has 50 % of the first question. Intervals are
-over the pairs (bootstrap), not over trainings. `before` is the model without this training, whose prompt may hold two
-pictures, too.
+`python -m pheye.nano.pairs`; {lessons} steps of texts and {steps} of pictures from {model}, learning rate of pictures
+{rate}; {count} held-out pairs; {machine}. Answers that are exactly right, in %, mean over {seeds} seeds. A guess has
+50 % of the first question. Intervals are over the pairs (bootstrap), not over trainings. `before` is the model without
+this training, whose prompt may hold two pictures, too.
 
 {scores}
 """
@@ -110,9 +116,50 @@ def build(folder: Path, seed: int, device: str) -> tuple[PheyeForConditionalGene
     return opened(folder, device, seed, max_images=2), PheyeProcessor.from_pretrained(folder, max_images=2)
 
 
+# --- Texts ---
+
+
+def lesson(rng: random.Random) -> list[dict[str, str]]:
+    """Messages with one or both questions about two signs that are told."""
+    signs: list[str] = []
+    while len(signs) < 2:
+        word = words.word(rng, False)
+        signs += [word] if word not in signs else []
+    told = " ".join(f"Image {NUMBERS[place + 1]}: a sign that says {sign}." for place, sign in enumerate(signs))
+    turns = list(turns_of(signs, rng).values())
+    rng.shuffle(turns)
+    return language.messages_of(turns[: rng.randint(1, 2)], told)
+
+
+def read(model: PheyeForConditionalGeneration, processor: PheyeProcessor, steps: int):
+    """Let the language model of `model` read such texts, and those of `nano.language` so that it forgets nothing."""
+    learner, rng = model.pheye.language_model.requires_grad_(True).train(), random.Random("texts of pairs")
+    optimizers = optimizers_for(learner, learner.base_model.layers, 1e-3, 5e-4)
+    for step in range(steps):
+        set_learning_rates(optimizers, rate_share(step, step / steps))
+        texts = [language.conversation(rng) if rng.random() < OLD_TEXTS else lesson(rng) for _ in range(TEXTS)]
+        batch = language.padded([encode(processor, text) for text in texts], processor.tokenizer.pad_token_id)
+        language.learn(learner, optimizers, *(tensor.to(model.device) for tensor in batch))
+    learner.requires_grad_(False).eval()
+
+
+def write_reader(folder: Path, model: Path, lessons: int, device: str) -> Path:
+    """`folder`, with the model in the folder `model` whose language model has read."""
+    if not folder.exists():
+        reader, processor = build(model, 0, device)
+        read(reader, processor, lessons)
+        with appear_whole(folder, force=False) as unfinished:
+            reader.save_pretrained(unfinished)
+            processor.save_pretrained(unfinished)
+    return folder
+
+
+# --- The command ---
+
+
 def run(
+    folder: Path,
     seed: int | None,
-    output: Path,
     *,
     model: Path,
     data: Path,
@@ -127,11 +174,11 @@ def run(
     def trained_and_asked() -> tuple[dict, list[dict]]:
         trained, processor = build(model, seed or 0, device)
         mixture = Mixture(read_mixture([str(data)], turns=None), 0, max_images=2)
-        store = FeatureStore(output / "features", mixture, processor, BATCH, 0)
+        store = FeatureStore(folder.parent / "features", mixture, processor, BATCH, 0)
         found = {} if seed is None else train(trained, store, steps, rate, seed)
-        return found, ask(trained, processor, questions(pictures), output / "asked")
+        return found, ask(trained, processor, questions(pictures), folder.parent / "asked")
 
-    return once(output / ("before" if seed is None else f"after-{seed}"), settings, trained_and_asked)["rows"]
+    return once(folder, settings, trained_and_asked)["rows"]
 
 
 def scores_table(ways: dict[str, list[list[dict]]]) -> list[str]:
@@ -145,15 +192,30 @@ def scores_table(ways: dict[str, list[list[dict]]]) -> list[str]:
     return table(["", *(f"{title} (95 % interval)" for title in kinds.values())], lines)
 
 
-def pairs(output: Path, *, model: Path, steps: int, rate: float, seeds: int, count: int, drawn: int, device: str):
+def pairs(
+    output: Path,
+    *,
+    model: Path,
+    lessons: int,
+    steps: int,
+    rate: float,
+    seeds: int,
+    count: int,
+    drawn: int,
+    device: str,
+):
     """Run what has no result yet, and write the table; the arguments are the command's options."""
-    settings = {"model": model, "steps": steps, "rate": rate, "count": count, "drawn": drawn}
+    settings = {"model": model, "lessons": lessons, "steps": steps, "rate": rate, "count": count, "drawn": drawn}
     settings["weights"] = weights_of(model)
     claim(output, **settings)
     data = write_pairs(output / "pairs", drawn)
-    options = {"model": model, "data": data, "steps": steps, "rate": rate, "settings": settings, "device": device}
+    options = {"data": data, "steps": steps, "rate": rate, "settings": settings, "device": device}
     options["pictures"] = held_out_pictures(2 * count)
-    ways = {"before": [run(None, output, **options)], "after": [run(seed, output, **options) for seed in range(seeds)]}
+    ways = {"before": [run(output / "before", None, model=model, **options)]}
+    if lessons:
+        model = write_reader(output / "reader", model, lessons, device)
+        ways["after texts"] = [run(output / "after-texts", None, model=model, **options)]
+    ways["after"] = [run(output / f"after-{seed}", seed, model=model, **options) for seed in range(seeds)]
     scores = "\n".join(scores_table(ways))
     text = REPORT.format(**settings, scores=scores, seeds=seeds, machine=machine(device))
     write_atomically(output / "pairs.md", [text.encode()])
@@ -166,6 +228,12 @@ def parse(argv: list[str] | None) -> dict:
         prog="python -m pheye.nano.pairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, 300)
+    parser.add_argument(
+        "--lessons",
+        type=at_least(0),
+        default=500,
+        help="steps of texts, for the language model (default: %(default)s)",
+    )
     parser.add_argument("--count", type=at_least(3), default=300, help="held-out pairs (default: %(default)s)")
     parser.add_argument(
         "--drawn", type=at_least(BATCH), default=900, help="pairs to learn from (default: %(default)s)"

@@ -104,7 +104,7 @@ def build(
 def with_new_blocks(
     model: PheyeForConditionalGeneration, tiles_per_side: int, way: Way, with_lora: bool
 ) -> PheyeForConditionalGeneration:
-    """The eyes and the language model of `model`, and between them what has learnt nothing: blocks as `way` says, and a
+    """The eyes and the language model of `model`, and between them what has learnt nothing: blocks of this way, and a
     view encoding for `tiles_per_side` x `tiles_per_side` crops."""
     config = copy.deepcopy(model.config)
     config.tiles_per_side, config.cross_attention_interval = tiles_per_side, way.interval

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -23,6 +24,34 @@ def model(tmp_path_factory):
     tiny_model(text_config=tiny_text_config(max_position_embeddings=1024)).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return folder
+
+
+def test_lessons_tell_both_signs_and_ask_for_one():
+    seen = set()
+    for seed in range(30):
+        said = pairs.lesson(random.Random(seed))
+        told = re.match(
+            r"Image one: a sign that says (\w+)\. Image two: a sign that says (\w+)\. ", said[0]["content"]
+        )
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            text, reply = question["content"].removeprefix(told.group()), answer["content"]
+            if text.startswith("What"):
+                assert reply == told[1 if text.endswith("image one?") else 2]
+            else:
+                assert told[1 if reply == "one" else 2] in text
+            seen.add((len(said), text.split()[0]))
+    assert seen == {(2, "What"), (2, "In"), (4, "What"), (4, "In")}
+
+
+def test_only_the_language_model_reads(model, monkeypatch):
+    monkeypatch.setattr(pairs, "TEXTS", 2)
+    reader, processor = pairs.build(model, 0, "cpu")
+    trained = {name for name, parameter in reader.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.clone() for name, parameter in reader.named_parameters()}
+    pairs.read(reader, processor, 2)
+    changed = {name for name, value in reader.named_parameters() if not torch.equal(value, before[name])}
+    assert changed and all("language_model" in name for name in changed)
+    assert trained == {name for name, parameter in reader.named_parameters() if parameter.requires_grad}
 
 
 def test_answers_fit_the_questions():
@@ -60,16 +89,18 @@ def test_pairs_are_drawn_and_their_features_stand_for_them(model, tmp_path):
 
 def test_a_model_is_asked_before_and_after(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kept_training, "TOKENS", 2)
-    command = ["--model", model, "--output", tmp_path, "--steps", 2, "--seeds", 1, "--count", 3, "--drawn", 16]
+    monkeypatch.setattr(pairs, "TEXTS", 2)
+    command = ["--model", model, "--output", tmp_path, "--lessons", 1, "--steps", 2, "--seeds", 1, "--count", 3]
+    command += ["--drawn", 16]
     command = [str(word) for word in command]
     assert pairs.main(command) == 0
-    for name in ("before", "after-0"):
+    for name in ("before", "after-texts", "after-0"):
         rows = [json.loads(line) for line in (tmp_path / name / "answers.jsonl").open()]
         kinds = [row["kind"] for row in rows]
         assert [kinds.count(kind) for kind in (pairs.WHICH, pairs.READ, SIGN)] == [3, 3, 3]
     assert "loss" in json.loads((tmp_path / "after-0" / "result.json").read_text())
     text = (tmp_path / "pairs.md").read_text()
-    assert text.count("| before |") == text.count("| after |") == 1
+    assert all(text.count(f"| {name} |") == 1 for name in ("before", "after texts", "after"))
     monkeypatch.setattr(pairs, "train", None)
     assert pairs.main(command) == 0 and (tmp_path / "pairs.md").read_text() == text
     assert pairs.main([*command, "--rate", "1"]) == 1
