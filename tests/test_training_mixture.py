@@ -13,6 +13,7 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 
 from pheye.training.formats import Source
 from pheye.training.mixture import CAPTION_INSTRUCTIONS, Mixture, MixtureSampler, Stream, epoch_rows, read_mixture
+from pheye.training.train import read_sources
 
 from toy_data import (
     by_id,
@@ -56,6 +57,14 @@ def test_a_mixture_file_and_plain_paths_become_sources(folder):
         Source(f"{folder}/own.jsonl", "n", prompt="P"),
         Source("x.json", "x", prompt="D"),
     ]
+
+
+def test_all_turns_are_shown_where_that_is_the_default(folder):
+    """None is a value of `turns`, all of them, and not the lack of one."""
+    path = write_json(folder, llava_rows(1))
+    (folder / "mixture.json").write_text(json.dumps({"sources": [{"path": path, "name": "own", "turns": 2}]}))
+    assert [source.turns for source in read_mixture([path, folder / "mixture.json"], turns=None)] == [None, 2]
+    assert [read_sources([path], all_turns=is_all)[0].turns for is_all in (True, False)] == [None, 1]
 
 
 def test_data_in_json_are_not_taken_for_a_mixture(folder):

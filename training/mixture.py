@@ -58,7 +58,6 @@ def read_mixture(paths: list[str], **defaults) -> list[Source]:
     A mixture is {"sources": [{field of Source: value, ...}, ...]}, or {"sources": {name: {field: value}, ...}}; its
     relative paths begin at the file. `defaults` hold for the fields that a source leaves out.
     """
-    defaults = {field: value for field, value in defaults.items() if value is not None}
     sources = []
     for path in map(str, paths):
         mixture = load_mixture(path)
