@@ -1,6 +1,6 @@
 """Two pictures in a prompt: whether Pheye-nano learns to tell them apart.
 
-    python -m pheye.nano.pairs --model checkpoints/pheye-nano --output OUTPUT [--lessons 500] [--steps 300] [--seeds 2]
+    python -m pheye.nano.pairs --model checkpoints/pheye-nano --output OUTPUT [--lessons 500] [--steps 800] [--seeds 2]
         [--count 300]
 
 A model that has seen one picture at a time learns from pairs with a sign each: in which image is this word, and what
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..answering.rows import Request
@@ -28,6 +29,7 @@ from ..training.collator import encode
 from ..training.mixture import Mixture, read_mixture
 from . import language, words
 from .checkpoints import claim, rate_share
+from .crops import SPREAD
 from .features import BATCH, FeatureStore
 from .held_out import SIGN, HeldOutPicture, held_out_pictures, interval, is_exact, requests_of, with_interval
 from .kept_training import add_options, ask, once, opened, train, weights_of
@@ -116,6 +118,12 @@ def build(folder: Path, seed: int, device: str) -> tuple[PheyeForConditionalGene
     return opened(folder, device, seed, max_images=2), PheyeProcessor.from_pretrained(folder, max_images=2)
 
 
+@torch.no_grad()
+def tell_apart(model: PheyeForConditionalGeneration):
+    """A vector for the second picture as large as those of new crops: Pheye's begins at zero, and stayed there."""
+    model.pheye.view_encoding.image_embedding.weight[1].normal_(std=SPREAD)
+
+
 # --- Texts ---
 
 
@@ -175,7 +183,10 @@ def run(
         trained, processor = build(model, seed or 0, device)
         mixture = Mixture(read_mixture([str(data)], turns=None), 0, max_images=2)
         store = FeatureStore(folder.parent / "features", mixture, processor, BATCH, 0)
-        found = {} if seed is None else train(trained, store, steps, rate, seed)
+        found = {}
+        if seed is not None:
+            tell_apart(trained)
+            found = train(trained, store, steps, rate, seed)
         return found, ask(trained, processor, questions(pictures), folder.parent / "asked")
 
     return once(folder, settings, trained_and_asked)["rows"]
@@ -227,7 +238,8 @@ def parse(argv: list[str] | None) -> dict:
     parser = Parser(
         prog="python -m pheye.nano.pairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_options(parser, 300)
+    add_options(parser, 800)
+    parser.set_defaults(rate=7e-4)
     parser.add_argument(
         "--lessons",
         type=at_least(0),
@@ -236,7 +248,7 @@ def parse(argv: list[str] | None) -> dict:
     )
     parser.add_argument("--count", type=at_least(3), default=300, help="held-out pairs (default: %(default)s)")
     parser.add_argument(
-        "--drawn", type=at_least(BATCH), default=900, help="pairs to learn from (default: %(default)s)"
+        "--drawn", type=at_least(BATCH), default=1900, help="pairs to learn from (default: %(default)s)"
     )
     return vars(parser.parse_args(argv))
 
