@@ -42,6 +42,7 @@ WAYS = {
     "k1": Way("k = 1", tiles_per_side=1),
     "one_lora": Way("one LoRA set for all views", lora_sets=1),
     "no_lora": Way("LoRA does not train", lora_sets=0),
+    "every_layer": Way("blocks before every layer", interval=1),
     "every4th": Way("blocks before every 4th layer", interval=4),
     "fromage": Way("FROMAGe-style: class tokens before the text", join=connectors.fromage),
     "prefix": Way(

@@ -13,10 +13,12 @@ pytestmark = pytest.mark.once
 
 
 def test_each_way_differs_as_it_says(parts):
-    names = ("full", "k1", "one_lora", "no_lora", "every4th", "prefix", "frozen_prefix")
+    names = ("full", "k1", "one_lora", "no_lora", "every_layer", "every4th", "prefix", "frozen_prefix")
     models = {name: build(WAYS[name], seed=0, tiles_per_side=3, lora_sets=2, parts=parts)[0] for name in names}
     assert models["full"].config.cross_attention_layers == (1, 3) and models["full"].config.views_per_image == 10
-    assert models["k1"].config.views_per_image == 2 and models["every4th"].config.cross_attention_layers == (3,)
+    assert models["k1"].config.views_per_image == 2
+    assert models["every_layer"].config.cross_attention_layers == (0, 1, 2, 3)
+    assert models["every4th"].config.cross_attention_layers == (3,)
     assert models["one_lora"].pheye.global_lora is models["one_lora"].pheye.local_lora
     assert models["full"].pheye.global_lora is not models["full"].pheye.local_lora
     for name, model in models.items():
