@@ -8,7 +8,13 @@ from transformers import TrainingArguments
 from pheye.common.files import differences
 from pheye.training import train
 from pheye.training.formats import Source
-from pheye.training.options import FREE, WITHOUT_EFFECT, PheyeTrainingArguments, settings_that_matter
+from pheye.training.options import (
+    FREE,
+    WITHOUT_EFFECT,
+    DataArguments,
+    PheyeTrainingArguments,
+    settings_that_matter,
+)
 
 COMMON = ["--model", "m", "--data", "d.json", "--output", "out", "--use_cpu", "true", "--bf16", "false"]
 
@@ -101,6 +107,17 @@ def test_the_same_options_with_hyphens():
     for one, other in zip(with_underscores, with_hyphens, strict=True):
         assert vars(one).keys() == vars(other).keys() and str(one) == str(other)
     assert with_hyphens[2].all_turns and with_hyphens[3].eval_data == ["e.json"]
+
+
+def test_every_option_about_data_reaches_the_sources():
+    given = {"image_folder": "f", "image_sources": "any", "subset": "s", "split": "t", "streaming": True}
+    given |= {"image_column": "i", "question_column": "q", "answers_column": "a", "prompt": "P", "caption": True}
+    names = {option.name for option in dataclasses.fields(DataArguments)}
+    assert names == {*given, "all_turns", "stage"}
+    words = [word for name, value in given.items() for word in (f"--{name}", *([value] if value is not True else []))]
+    _, _, data, _ = train.parse([*COMMON, *words, "--all_turns"])
+    [source] = train.read_sources(["x"], **vars(data))
+    assert source == Source("x", "x-s", turns=None, **given)
 
 
 def test_evaluation_chooses_when_where_that_is_left_open():
