@@ -157,6 +157,14 @@ def usual_start(model: PheyeForConditionalGeneration) -> PheyeForConditionalGene
     return with_blocks(model, PheyeCrossAttentionBlock, is_near_zero=False)
 
 
+def small_outputs(model: PheyeForConditionalGeneration) -> PheyeForConditionalGeneration:
+    """Pheye's blocks, which begin as torch's linears do but for those that end in the text: these begin near zero."""
+    for module in usual_start(model).pheye.cross_attention_blocks.modules():
+        if getattr(module, "ends_residual", False):
+            model._init_weights(module)
+    return model
+
+
 class TanhGatedBlock(PheyeCrossAttentionBlock):
     """Pheye's block with Flamingo's gates: what attention and MLP add is multiplied by tanh of a number that begins at
     0. Both begin as torch's linears do, since near-zero ones behind closed gates would hardly learn (our choice)."""

@@ -51,6 +51,7 @@ WAYS = {
     "frozen_prefix": Way("LLaVA-style prefix; its language model is frozen", join=connectors.llava),
     "small_cap": Way("SmallCap-style: cross-attention inside every layer", interval=1, join=connectors.small_cap),
     "usual_start": Way("blocks without the near-zero start", join=connectors.usual_start),
+    "small_outputs": Way("blocks that begin near zero in their outputs alone", join=connectors.small_outputs),
     "tanh_gate": Way("blocks with Flamingo's tanh gates", join=connectors.tanh_gate),
     "casa": Way("blocks whose text attends to text, too (CASA)", join=connectors.casa),
     "refined": Way("blocks, and blocks over the image between them (VISOR)", refines="block"),

@@ -16,7 +16,7 @@ from tiny import randomize, tiny_model, tiny_text
 pytestmark = pytest.mark.once
 
 PREFIXES = ["fromage", "prefix", "frozen_prefix"]
-OTHER_BLOCKS = ["small_cap", "usual_start", "tanh_gate", "casa"]
+OTHER_BLOCKS = ["small_cap", "usual_start", "small_outputs", "tanh_gate", "casa"]
 REFINING = {"refined": "self_attention_blocks", "refined_apart": "self_attention_blocks"}
 REFINING["refined_jointly"] = "joint_attention"  # and the parts that train
 RESAMPLERS = ["perceiver", "monkey"]
@@ -122,6 +122,7 @@ def test_how_a_way_begins(parts):
         assert 0 < change[name] < 0.06, name
     for name in ("usual_start", *PREFIXES):
         assert change[name] > 0.3, name
+    assert change["full"] < change["small_outputs"] < change["usual_start"] / 2
 
 
 def test_keys_per_image(parts):
