@@ -1,7 +1,8 @@
 """A new, untrained Pheye from a pretrained vision transformer and a pretrained language model, saved ready to train.
 
     python examples/new_model.py --vision FOLDER_OR_ID --language_model FOLDER_OR_ID --output FOLDER
-                                 [--tiles_per_side 3] [--interval 4] [--no_lora] [--high_res FOLDER_OR_ID]
+                                 [--tiles_per_side 3] [--interval 4] [--initializer_range 0.01] [--no_lora]
+                                 [--high_res FOLDER_OR_ID]
 
 What trains is what the paper trains: the cross-attention blocks, both LoRA sets and the encoding of the views. With
 `--high_res`, a backbone such as ConvNeXt, so do the fusion blocks of its high-resolution branch.
@@ -25,6 +26,7 @@ def main():
     parser.add_argument("--output", required=True)
     parser.add_argument("--tiles_per_side", type=int, default=3)
     parser.add_argument("--interval", type=int, default=4)
+    parser.add_argument("--initializer_range", type=float, default=0.01, help="of the blocks; narrow models need more")
     parser.add_argument("--no_lora", action="store_true", help="leave the vision transformer as it is")
     parser.add_argument("--high_res", help="a backbone with stages, for a high-resolution branch")
     arguments = parser.parse_args()
@@ -35,6 +37,7 @@ def main():
         high_res=arguments.high_res,
         tiles_per_side=arguments.tiles_per_side,
         cross_attention_interval=arguments.interval,
+        initializer_range=arguments.initializer_range,
         **({"global_lora_rank": 0, "local_lora_rank": 0} if arguments.no_lora else {}),
     )
     pretrained = ("vision_tower", "language_model", "high_res_tower")

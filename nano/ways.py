@@ -28,13 +28,14 @@ class Way:
     tiles_per_side: int | None = None  # by default those of the command
     lora_sets: int | None = None  # by default those of the command
     interval: int = 2
+    initializer_range: float | None = None  # of blocks; by default that of the parts
     refines: str | None = None  # the image, before every block but the first: its `self_attention_kind`
     join: Callable[[PheyeForConditionalGeneration], nn.Module] | None = None  # of `connectors`
     trains_language_model: bool = False
 
     @property
     def needs_new_blocks(self) -> bool:
-        return self.join is not None or self.interval != 2 or self.refines is not None
+        return self.join is not None or self.interval != 2 or bool(self.refines or self.initializer_range)
 
 
 WAYS = {
@@ -51,6 +52,7 @@ WAYS = {
     "frozen_prefix": Way("LLaVA-style prefix; its language model is frozen", join=connectors.llava),
     "small_cap": Way("SmallCap-style: cross-attention inside every layer", interval=1, join=connectors.small_cap),
     "usual_start": Way("blocks without the near-zero start", join=connectors.usual_start),
+    "wide_start": Way("blocks with an initializer_range of 0.04", initializer_range=0.04),
     "small_outputs": Way("blocks that begin near zero in their outputs alone", join=connectors.small_outputs),
     "tanh_gate": Way("blocks with Flamingo's tanh gates", join=connectors.tanh_gate),
     "casa": Way("blocks whose text attends to text, too (CASA)", join=connectors.casa),
@@ -110,6 +112,7 @@ def with_new_blocks(
     view encoding for `tiles_per_side` x `tiles_per_side` crops."""
     config = copy.deepcopy(model.config)
     config.tiles_per_side, config.cross_attention_interval = tiles_per_side, way.interval
+    config.initializer_range = way.initializer_range or config.initializer_range
     if way.refines:
         # A joint layer has no block before it; the one before a block has none.
         layers = [layer - (way.refines == "joint") for layer in config.cross_attention_layers[1:]]

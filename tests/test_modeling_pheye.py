@@ -136,9 +136,11 @@ def test_initial_state_is_that_of_the_paper():
             assert not update.B.any()
             bound = math.sqrt(3) * math.sqrt(2 / 6 / update.A[0].numel())  # Kaiming uniform, a = sqrt(5)
             assert 0.8 * bound < update.A.abs().max() <= bound
-    shallow = tiny_config(text_config=tiny_text_config(hidden_size=256))
-    block = PheyeModel(shallow).cross_attention_blocks[0]
-    assert block.mlp_out.weight.std().item() == pytest.approx(0.01 / math.sqrt(2 * 36), rel=0.05)
+    for spread in (0.01, 0.04):
+        shallow = tiny_config(text_config=tiny_text_config(hidden_size=256), initializer_range=spread)
+        block = PheyeModel(shallow).cross_attention_blocks[0]
+        assert block.mlp_in.weight.std().item() == pytest.approx(spread, rel=0.05)
+        assert block.mlp_out.weight.std().item() == pytest.approx(spread / math.sqrt(2 * 36), rel=0.05)
 
 
 def test_fresh_model_answers_almost_as_its_language_model():

@@ -181,7 +181,8 @@ class PheyePreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear):
             depth = max(self.config.text_config.num_hidden_layers, 36)
             scale = math.sqrt(2 * depth) if getattr(module, "ends_residual", False) else 1
-            init.normal_(module.weight, std=0 if getattr(module, "starts_at_zero", False) else 0.01 / scale)
+            spread = 0 if getattr(module, "starts_at_zero", False) else self.config.initializer_range / scale
+            init.normal_(module.weight, std=spread)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0 if getattr(module, "starts_at_zero", False) else 0.02)
