@@ -8,6 +8,7 @@ from .backbones import TileConvNextConfig
 VIEW = 224  # pixels along each side
 TILES = 3  # crops along each side of a picture
 VOCABULARY = 633  # tokens that the texts give
+INITIALIZER_RANGE = 0.04  # of new blocks, four times the paper's: widths are a tenth of the paper's
 EYES = (
     "vision_tower",
     "global_lora",

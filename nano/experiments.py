@@ -43,6 +43,7 @@ from ..training.collator import PheyeCollator
 from ..training.formats import Source
 from ..training.mixture import Mixture
 from .checkpoints import autocast, claim
+from .configs import INITIALIZER_RANGE
 from .connectors import keys_per_image
 from .features import FeatureStore, features_as_pixels
 from .held_out import SHAPES, SIGN, HeldOutPicture, held_out_pictures, percent, requests_of, scores
@@ -344,7 +345,10 @@ def report(results: list[dict], device: str) -> str:
 def start_of(settings: dict) -> str:
     if settings["start"]:
         return f"the blocks of {Path(settings['start']).name}"
-    return f"new blocks between the eyes and the language model of {Path(settings['parts']).name}"
+    return (
+        f"new blocks, with an initializer_range of {settings['initializer_range']}, between the eyes and the language "
+        f"model of {Path(settings['parts']).name}"
+    )
 
 
 def plot(results: list[dict], path: Path):
@@ -372,6 +376,7 @@ def experiments(
     parts: Path | None,
     tiles_per_side: int,
     lora_sets: int,
+    initializer_range: float,
     data: Path,
     ways: list[str],
     steps: int | None,
@@ -387,6 +392,7 @@ def experiments(
 ):
     """Run what has no result yet and write table and curves of all; the arguments are the command's options."""
     built = {"start": start, "parts": parts, "tiles_per_side": tiles_per_side, "lora_sets": lora_sets}
+    built["initializer_range"] = initializer_range
     training = {"data": data, "steps": steps, "minutes": minutes, "batch_size": batch_size, "rate": rate}
     training["score_every"] = score_every
     pictures = held_out_pictures(count, zoom=3 / tiles_per_side)
@@ -413,6 +419,9 @@ def parse(argv: list[str] | None) -> dict:
         "--tiles_per_side", type=int, choices=[1, 2, 3], default=3, help="of ways that say nothing else"
     )
     parser.add_argument("--lora_sets", type=int, choices=[0, 1, 2], default=2, help="the same (default: %(default)s)")
+    parser.add_argument(
+        "--initializer_range", type=float, default=INITIALIZER_RANGE, help="of new blocks (default: %(default)s)"
+    )
     parser.add_argument("--data", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="by default all that can be")

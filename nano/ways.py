@@ -13,7 +13,7 @@ from torch import nn
 from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..training.trained import choose_trained
 from . import connectors
-from .configs import EYES
+from .configs import EYES, INITIALIZER_RANGE
 from .crops import set_lora, with_crops
 
 NO_LORA = {"global_lora_rank": 0, "local_lora_rank": 0}
@@ -28,7 +28,7 @@ class Way:
     tiles_per_side: int | None = None  # by default those of the command
     lora_sets: int | None = None  # by default those of the command
     interval: int = 2
-    initializer_range: float | None = None  # of blocks; by default that of the parts
+    initializer_range: float | None = None  # of blocks; by default that of the command
     refines: str | None = None  # the image, before every block but the first: its `self_attention_kind`
     join: Callable[[PheyeForConditionalGeneration], nn.Module] | None = None  # of `connectors`
     trains_language_model: bool = False
@@ -51,8 +51,8 @@ WAYS = {
     ),
     "frozen_prefix": Way("LLaVA-style prefix; its language model is frozen", join=connectors.llava),
     "small_cap": Way("SmallCap-style: cross-attention inside every layer", interval=1, join=connectors.small_cap),
-    "usual_start": Way("blocks without the near-zero start", join=connectors.usual_start),
-    "wide_start": Way("blocks with an initializer_range of 0.04", initializer_range=0.04),
+    "usual_start": Way("blocks that begin as torch's linears", join=connectors.usual_start),
+    "paper_start": Way("blocks that begin as the paper's", initializer_range=0.01),
     "small_outputs": Way("blocks that begin near zero in their outputs alone", join=connectors.small_outputs),
     "tanh_gate": Way("blocks with Flamingo's tanh gates", join=connectors.tanh_gate),
     "casa": Way("blocks whose text attends to text, too (CASA)", join=connectors.casa),
@@ -72,14 +72,15 @@ def build(
     *,
     tiles_per_side: int,
     lora_sets: int,
+    initializer_range: float = INITIALIZER_RANGE,
     start: Path | None = None,
     parts: Path | None = None,
 ) -> tuple[nn.Module, PheyeProcessor]:
     """A model with its trained parts chosen, and its processor.
 
     With `start`, a Pheye, it begins with the blocks of that one, without its LoRA; otherwise with new blocks between
-    the eyes and the language model of `parts`, a Pheye whose LoRA stays. `tiles_per_side` and `lora_sets` that train
-    (0 to 2) are for ways that say nothing else.
+    the eyes and the language model of `parts`, a Pheye whose LoRA stays. `tiles_per_side`, `lora_sets` that train
+    (0 to 2) and `initializer_range` of new blocks are for ways that say nothing else.
     """
     torch.manual_seed(seed)
     tiles_per_side = way.tiles_per_side or tiles_per_side
@@ -91,6 +92,7 @@ def build(
         model = with_crops(learnt, tiles_per_side, with_lora=lora_sets > 0)
     else:
         whole = PheyeForConditionalGeneration.from_pretrained(parts, dtype=torch.float32)
+        whole.config.initializer_range = way.initializer_range or initializer_range
         model = with_new_blocks(whole, tiles_per_side, way, with_lora=lora_sets > 0)
     if lora_sets == 1:
         model.pheye.global_lora = model.pheye.local_lora
@@ -112,7 +114,6 @@ def with_new_blocks(
     view encoding for `tiles_per_side` x `tiles_per_side` crops."""
     config = copy.deepcopy(model.config)
     config.tiles_per_side, config.cross_attention_interval = tiles_per_side, way.interval
-    config.initializer_range = way.initializer_range or config.initializer_range
     if way.refines:
         # A joint layer has no block before it; the one before a block has none.
         layers = [layer - (way.refines == "joint") for layer in config.cross_attention_layers[1:]]
