@@ -16,26 +16,22 @@ import itertools
 import math
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import PhiForCausalLM, PreTrainedTokenizerFast
 
 from ..common.command import Parser, at_least, default_device, exit_status
 from ..image_processing_pheye import PheyeImageProcessor
-from ..processing_pheye import CAPTION_INSTRUCTION, PheyeProcessor
-from ..training.collator import IGNORED, encode
-from ..training.mixture import CAPTION_INSTRUCTIONS
-from . import pictures, questions, words
-from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
+from ..processing_pheye import PheyeProcessor
+from ..training.collator import encode
+from .checkpoints import claim, load_checkpoint, log, save_checkpoint
 from .configs import language_config
 from .muon import optimizers_for, set_learning_rates
-from .pictures import Picture, Shape
+from .texts import MOST_SHAPES, conversation, learn, lesson, padded
 
 VOCABULARY = 1024  # at most; the texts have fewer words
 TOKENIZER_TEXTS = 5000
@@ -44,58 +40,8 @@ END = "<|endoftext|>"
 BATCH, WARMUP = 16, 50
 SORTED = 4  # steps whose texts are sorted by length
 LESSON = 100  # steps of short texts about up to one shape; then as many about up to two, and so on to MOST_SHAPES
-MOST_SHAPES = max(questions.MOST_SHAPES.values())
 SAVE_EVERY = 250
-TOLD = 0.9  # share of the texts that give the answer away
 LOG_EVERY = 50
-
-
-def imagined(rng: random.Random, signs: int, most_shapes: int = MOST_SHAPES) -> Picture:
-    """What a picture with so many signs has in it, without the picture; without signs it has shapes."""
-    picture = Picture(image=None)
-    for _ in range(rng.randint(0 if signs else 1, most_shapes)):
-        place = (rng.random(), rng.random())
-        picture.shapes.append(Shape(rng.choice(pictures.KINDS), rng.choice(list(pictures.COLOURS)), [place]))
-    for line in range(signs):
-        text = words.sign_text(rng, held_out=False)
-        picture.signs.append(text)
-        picture.letters.append(pictures.Letter(text[0], [(0.0, float(line))] * 4, line, 0))
-    return picture
-
-
-def messages_of(turns: list[questions.Turn], told: str = "") -> list[dict[str, str]]:
-    """Turns as messages; what is told stands before the first question."""
-    said = [text for turn in turns for text in turn]
-    said[0] = f"{told} {said[0]}".lstrip()
-    return [
-        {"role": role, "content": text} for role, text in zip(("user", "assistant") * len(turns), said, strict=True)
-    ]
-
-
-def lesson(rng: random.Random, most_shapes: int) -> list[dict[str, str]]:
-    """One question about one to `most_shapes` shapes that are told, and its answer."""
-    turns = []
-    while not turns:  # nobody asks for the colour of a kind that is not there once
-        picture = imagined(rng, signs=0, most_shapes=most_shapes)
-        turns = questions.shape_questions(rng, picture, count=1)
-    return messages_of(turns, questions.caption(picture))
-
-
-def conversation(rng: random.Random) -> list[dict[str, str]]:
-    """Messages about an imagined picture."""
-    if rng.random() < 0.3:
-        picture = imagined(rng, signs=1 if rng.random() < 0.4 else rng.randint(2, 8))
-        instruction = rng.choice((CAPTION_INSTRUCTION, *CAPTION_INSTRUCTIONS))
-        turns = [(instruction, questions.caption(picture))]
-    else:
-        picture = imagined(rng, signs=rng.choice((0, 0, 0, 1, 2, 3)))
-        turns = [questions.sign_question(picture)] if picture.signs else []
-        turns += questions.shape_questions(rng, picture)
-        rng.shuffle(turns)
-    told = ""
-    if rng.random() < TOLD:
-        told = ". ".join(picture.signs) if picture.signs and rng.random() < 0.25 else questions.caption(picture)
-    return messages_of(turns, told)
 
 
 def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
@@ -136,14 +82,6 @@ def batch_of(processor: PheyeProcessor, seed: int, step: int) -> tuple[torch.Ten
     return padded(rows, processor.tokenizer.pad_token_id)
 
 
-def padded(rows: list[tuple[list[int], list[int]]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels (B, T) of texts."""
-    length = max(len(ids) for ids, _ in rows)
-    ids = [ids + [padding] * (length - len(ids)) for ids, _ in rows]
-    labels = [labels + [IGNORED] * (length - len(labels)) for _, labels in rows]
-    return torch.tensor(ids), torch.tensor(labels)
-
-
 class Groups(Dataset):
     """The texts of SORTED steps at a time, so that a process which makes them sorts them once."""
 
@@ -160,18 +98,6 @@ def batches(processor: PheyeProcessor, seed: int, steps: range, workers: int) ->
     loader = DataLoader(Groups(processor, seed), batch_size=None, sampler=groups, num_workers=workers)
     made = itertools.chain.from_iterable(loader)
     return itertools.islice(made, steps.start % SORTED, steps.start % SORTED + len(steps))
-
-
-def learn(model: nn.Module, optimizers: Sequence[Optimizer], ids: torch.Tensor, labels: torch.Tensor) -> float:
-    """A step on texts (B, T); its loss."""
-    with autocast(ids.device.type):
-        loss = model(input_ids=ids, labels=labels).loss
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return loss.item()
 
 
 def train(output: Path, steps: int, seed: int = 0, workers: int = 0, device: str = "cpu"):

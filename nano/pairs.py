@@ -27,7 +27,7 @@ from ..common.files import appear_whole, write_atomically
 from ..common.machine import machine
 from ..training.collator import encode
 from ..training.mixture import Mixture, read_mixture
-from . import language, words
+from . import texts, words
 from .checkpoints import claim, rate_share
 from .crops import SPREAD
 from .features import BATCH, FeatureStore
@@ -40,7 +40,7 @@ from .tables import table
 
 WHICH, READ = "which image has the word", "the sign of one image"  # kinds of question
 TILES = 3
-TEXTS, OLD_TEXTS = 24, 0.2  # of a step of lessons, and the share of those that `nano.language` has
+TEXTS, OLD_TEXTS = 24, 0.2  # of a step of lessons, and the share of those of `nano.language`
 
 REPORT = """# Two pictures in a prompt
 
@@ -136,7 +136,7 @@ def lesson(rng: random.Random) -> list[dict[str, str]]:
     told = " ".join(f"Image {NUMBERS[place + 1]}: a sign that says {sign}." for place, sign in enumerate(signs))
     turns = list(turns_of(signs, rng).values())
     rng.shuffle(turns)
-    return language.messages_of(turns[: rng.randint(1, 2)], told)
+    return texts.messages_of(turns[: rng.randint(1, 2)], told)
 
 
 def read(model: PheyeForConditionalGeneration, processor: PheyeProcessor, steps: int):
@@ -145,9 +145,9 @@ def read(model: PheyeForConditionalGeneration, processor: PheyeProcessor, steps:
     optimizers = optimizers_for(learner, learner.base_model.layers, 1e-3, 5e-4)
     for step in range(steps):
         set_learning_rates(optimizers, rate_share(step, step / steps))
-        texts = [language.conversation(rng) if rng.random() < OLD_TEXTS else lesson(rng) for _ in range(TEXTS)]
-        batch = language.padded([encode(processor, text) for text in texts], processor.tokenizer.pad_token_id)
-        language.learn(learner, optimizers, *(tensor.to(model.device) for tensor in batch))
+        chosen = [texts.conversation(rng) if rng.random() < OLD_TEXTS else lesson(rng) for _ in range(TEXTS)]
+        batch = texts.padded([encode(processor, text) for text in chosen], processor.tokenizer.pad_token_id)
+        texts.learn(learner, optimizers, *(tensor.to(model.device) for tensor in batch))
     learner.requires_grad_(False).eval()
 
 

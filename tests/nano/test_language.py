@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pheye import PheyeImageProcessor, PheyeProcessor
-from pheye.nano import language, questions
+from pheye.nano import language, questions, texts
 
 pytestmark = pytest.mark.once
 
@@ -29,7 +29,7 @@ def test_signs_are_written_letter_by_letter_and_everything_else_word_by_word(sma
 def test_lessons_ask_one_question_about_few_shapes_that_they_tell():
     kinds = set()
     for seed in range(60):
-        question, answer = language.lesson(random.Random(seed), most_shapes=1 + seed % 2)
+        question, answer = texts.lesson(random.Random(seed), most_shapes=1 + seed % 2)
         told, asked = question["content"].split(". ")
         shapes = told.lower().split(" and ")
         assert 1 <= len(shapes) <= 1 + seed % 2 and asked.endswith("?")
@@ -47,9 +47,9 @@ def test_lessons_come_first_in_larger_batches(small, monkeypatch):
     for step in range(language.MOST_SHAPES):
         ids, labels = language.batch_of(processor, 0, step)
         assert ids.shape == labels.shape and len(ids) == language.SORTED * language.BATCH
-        texts = [text.split("Instruction:")[1:] for text in processor.tokenizer.batch_decode(ids)]
-        assert all(len(turns) == 1 for turns in texts) and len({turn for (turn,) in texts}) > 1
-        told = [turn.split(". ")[0].replace(" and ", ", ").count(", ") + 1 for (turn,) in texts]
+        shown = [text.split("Instruction:")[1:] for text in processor.tokenizer.batch_decode(ids)]
+        assert all(len(turns) == 1 for turns in shown) and len({turn for (turn,) in shown}) > 1
+        told = [turn.split(". ")[0].replace(" and ", ", ").count(", ") + 1 for (turn,) in shown]
         assert max(told) <= step + 1 and (step == 0 or max(told) > 1)
     assert len(language.batch_of(processor, 0, language.MOST_SHAPES)[0]) == language.BATCH
 
@@ -70,7 +70,7 @@ def test_texts_made_by_other_processes_are_the_same_and_in_order(workers, small)
 def test_texts_give_many_answers_away(small):
     told = 0
     for seed in range(100):
-        first, answer = language.conversation(random.Random(seed))[:2]
+        first, answer = texts.conversation(random.Random(seed))[:2]
         word = answer["content"].removesuffix(".").split()[-1]
         told += word.isupper() and word in first["content"]
     assert 10 < told < 60

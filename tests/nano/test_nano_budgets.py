@@ -41,7 +41,7 @@ def test_ways_are_trained_once_and_asked_at_each_budget(tmp_path, monkeypatch, c
     monkeypatch.setattr(budgets, "WAYS", tiny)
     monkeypatch.setattr(budgets, "TOKENS", 2)
     model = tmp_path / "model"
-    tiny_model(cross_attention_interval=1, text_config=tiny_text_config(max_position_embeddings=512)).save_pretrained(
+    tiny_model(cross_attention_interval=1, text_config=tiny_text_config(max_position_embeddings=2048)).save_pretrained(
         model
     )
     tiny_processor().save_pretrained(model)

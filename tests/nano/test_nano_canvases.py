@@ -42,7 +42,7 @@ def test_ways_are_trained_once_and_asked_about_each_shape(tmp_path, monkeypatch,
     monkeypatch.setattr(kept_training, "TOKENS", 2)
     monkeypatch.setattr(canvases, "WAYS", {"stretched": None, "fila": "fila"})
     model = tmp_path / "model"
-    tiny_model(text_config=tiny_text_config(max_position_embeddings=512)).save_pretrained(model)
+    tiny_model(text_config=tiny_text_config(max_position_embeddings=2048)).save_pretrained(model)
     tiny_processor().save_pretrained(model)
     data = draw_data.write_data(tmp_path / "data", "tasks", 16, workers=1)
     command = ["--model", model, "--data", data, "--output", tmp_path / "out", "--steps", 2, "--seeds", 1]
