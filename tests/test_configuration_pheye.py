@@ -257,7 +257,7 @@ def test_sub_configs_may_be_objects_or_dicts():
         ("local_lora_rank", -1, "at least 0"),
         ("local_lora_rank", 1.5, "an integer"),
         ("initializer_range", 0, "must be greater than 0"),
-        ("initializer_range", float("inf"), "and finite"),
+        ("initializer_range", 1.1, "at most 1"),
         ("initializer_range", "0.01", "must be greater than 0"),
         ("lora_dropout", 1.0, "at least 0 and less than 1"),
         ("lora_dropout", -0.1, "at least 0 and less than 1"),

@@ -4,7 +4,6 @@ Source: "Efficient Architectures for High Resolution Vision-Language Models", ar
 """
 
 import contextlib
-import math
 from collections.abc import Sequence
 from itertools import product
 
@@ -293,8 +292,8 @@ class PheyeConfig(PreTrainedConfig):
         for name in ("global_lora_alpha", "local_lora_alpha"):
             if not (_is_number(value := getattr(self, name)) and 0 <= value <= HIGHEST_ALPHA):
                 raise ValueError(f"{name}={value!r} must be a number from 0 to {HIGHEST_ALPHA:.0f}.")
-        if not (_is_number(self.initializer_range) and 0 < self.initializer_range < math.inf):
-            raise ValueError(f"initializer_range={self.initializer_range!r} must be greater than 0, and finite.")
+        if not (_is_number(self.initializer_range) and 0 < self.initializer_range <= 1):
+            raise ValueError(f"initializer_range={self.initializer_range!r} must be greater than 0, and at most 1.")
         if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must be at least 0 and less than 1.")
         for name, config in (("vision_config", self.vision_config), ("text_config", self.text_config)):
