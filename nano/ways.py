@@ -91,8 +91,8 @@ def build(
         learnt = PheyeForConditionalGeneration.from_pretrained(start, dtype=torch.float32, **NO_LORA)
         model = with_crops(learnt, tiles_per_side, with_lora=lora_sets > 0)
     else:
-        whole = PheyeForConditionalGeneration.from_pretrained(parts, dtype=torch.float32)
-        whole.config.initializer_range = way.initializer_range or initializer_range
+        fields = {"initializer_range": way.initializer_range or initializer_range}
+        whole = PheyeForConditionalGeneration.from_pretrained(parts, dtype=torch.float32, **fields)
         model = with_new_blocks(whole, tiles_per_side, way, with_lora=lora_sets > 0)
     if lora_sets == 1:
         model.pheye.global_lora = model.pheye.local_lora

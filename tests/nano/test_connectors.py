@@ -16,7 +16,7 @@ from tiny import randomize, tiny_model, tiny_text
 pytestmark = pytest.mark.once
 
 PREFIXES = ["fromage", "prefix", "frozen_prefix"]
-OTHER_BLOCKS = ["paper_start", "small_cap", "usual_start", "small_outputs", "tanh_gate", "casa"]
+OTHER_BLOCKS = ["small_cap", "usual_start", "small_outputs", "tanh_gate", "casa"]
 REFINING = {"refined": "self_attention_blocks", "refined_apart": "self_attention_blocks"}
 REFINING["refined_jointly"] = "joint_attention"  # and the parts that train
 RESAMPLERS = ["perceiver", "monkey"]
@@ -119,7 +119,7 @@ def test_how_a_way_begins(parts):
         for name in ("full", *ALL)
     }
     assert change["tanh_gate"] < 1e-6  # closed: the language model alone
-    for name in ("full", "paper_start", "small_cap", "casa", *REFINING, *RESAMPLERS):  # near zero
+    for name in ("full", "small_cap", "casa", *REFINING, *RESAMPLERS):  # near zero
         assert 0 < change[name] < 0.06, name
     for name in ("usual_start", *PREFIXES):
         assert change[name] > 0.3, name

@@ -43,6 +43,15 @@ def test_lessons_tell_both_signs_and_ask_for_one():
     assert seen == {(2, "What"), (2, "In"), (4, "What"), (4, "In")}
 
 
+def test_the_second_picture_alone_gets_a_vector(model):
+    """So that one picture is read as before."""
+    told_apart, _ = pairs.build(model, 0, "cpu")
+    vectors = told_apart.pheye.view_encoding.image_embedding.weight
+    assert not vectors.any()
+    pairs.tell_apart(told_apart)
+    assert not vectors[0].any() and vectors[1].std().item() == pytest.approx(pairs.SPREAD, rel=0.5)
+
+
 def test_only_the_language_model_reads(model, monkeypatch):
     monkeypatch.setattr(pairs, "TEXTS", 2)
     reader, processor = pairs.build(model, 0, "cpu")
