@@ -9,7 +9,8 @@
 Ways that differ in what the views go through begin with the blocks of `--start`, without its LoRA, and are the last
 stage; ways that differ in the blocks, or have none, begin with new ones between the eyes and the language model of
 `--parts`, on pictures for as many crops (`draw_data --stage tasks --tiles_per_side 1`). All take as many steps, or
-with `--minutes` steps for as long, with a seed on the same samples, and answer the same held-out questions.
+with `--minutes` steps for as long, with a seed on the same samples, and answer the same held-out questions. Times on a
+CPU are the processor's, so that other work beside a run changes neither its steps nor its figures; use one thread.
 `--keep_features` encodes each picture once for all runs, where no LoRA trains, and uses it up to four times in a run.
 The output folder gets a result per run and, from all of them, experiments.md and its curves, experiments.png. A run
 that has a result is not done again.
@@ -93,7 +94,7 @@ def train(
         source = kept_batches(model, processor, seed, data, features, steps, batch_size)
         reading, of_images = partial(features_as_pixels, model.pheye), ["pixel_values"]
     names = ("input_ids", "attention_mask", "labels", *of_images)
-    seconds, losses, curve = [], [], []
+    seconds, losses, curve, clock = [], [], [], clock_of(device)
     model.train()
     bar = tqdm(total=steps, unit=" steps")
     for batch in source:
@@ -101,11 +102,11 @@ def train(
         if passed >= 1:
             break
         batch = {name: batch[name].to(device) for name in names}
-        begin = time.perf_counter()
+        begin = clock()
         optimizer.param_groups[0]["lr"] = rate * rate_share(passed)
         with reading():
             losses.append(learn(model, batch, optimizer))
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(clock() - begin)
         bar.update()
         if len(losses) % score_every == 0:
             curve.append(curve_point(model, processor, pictures, seconds, losses[-score_every:]))
@@ -117,6 +118,11 @@ def train(
         "seconds_per_step": round(statistics.median(seconds), 3),
         "curve": curve,
     }
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """The seconds of the processor on a CPU; of the world elsewhere."""
+    return time.process_time if device == "cpu" else time.perf_counter
 
 
 def learn(model: nn.Module, batch: dict, optimizer: torch.optim.Optimizer) -> float:
@@ -251,7 +257,8 @@ def asked(model: nn.Module, processor: PheyeProcessor, pictures: list[HeldOutPic
     model.eval()
     for path in folder.glob("answers.jsonl*"):  # of a run before, which was killed and had another model
         path.unlink()
-    begin = time.perf_counter()
+    clock = clock_of(model.device.type)
+    begin = clock()
     rows = answer(
         lambda: (model, processor),
         requests_of(pictures, None),
@@ -260,7 +267,7 @@ def asked(model: nn.Module, processor: PheyeProcessor, pictures: list[HeldOutPic
         settings={},
     )
     found = scores(read_rows(rows))
-    seconds = (time.perf_counter() - begin) / (2 * len(pictures))
+    seconds = (clock() - begin) / (2 * len(pictures))
     return {"seconds_per_question": round(seconds, 3), "scores": found}
 
 

@@ -60,7 +60,7 @@ def test_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
 
 
 def test_minutes_in_place_of_steps_go_round_the_samples(parts, tmp_path, monkeypatch):
-    clock = SimpleNamespace(perf_counter=itertools.count(step=0.25).__next__)
+    clock = SimpleNamespace(process_time=itertools.count(step=0.25).__next__)
     monkeypatch.setattr(experiments, "time", clock)
     data = draw_data.write_data(tmp_path / "data", "tasks", 2, workers=1, tiles_per_side=2)
     command = [*command_for(parts, data, tmp_path / "out"), "--tiles_per_side", "2", "--lora_sets", "0"]
