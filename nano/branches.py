@@ -33,9 +33,9 @@ from .held_out import (
     SIGN,
     HeldOutPicture,
     character_error,
+    exact_shares,
     held_out_pictures,
     interval,
-    is_exact,
     of_height,
     percent,
     requests_of,
@@ -146,8 +146,7 @@ def spent(log: Path, field: str) -> float:
 
 
 def exact_of(runs: list[dict], chosen: Callable[[dict], bool]) -> np.ndarray:
-    """Mean over seeds of whether each word of the chosen ones was read exactly."""
-    return np.mean([[is_exact(row) for row in run["rows"] if chosen(row)] for run in runs], axis=0)
+    return exact_shares([run["rows"] for run in runs], chosen)
 
 
 def of_place(place: str, tertile: str | None = None) -> Callable[[dict], bool]:

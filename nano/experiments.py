@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -37,19 +36,18 @@ from .. import PheyeProcessor
 from ..answering.engine import answer, answer_batches
 from ..answering.rows import row
 from ..common.command import InputError, Parser, at_least, default_device, exit_status
-from ..common.files import read_record, write_atomically, write_record
+from ..common.files import read_record, write_record
 from ..common.json_lines import read_rows
-from ..common.machine import machine
 from ..training.collator import PheyeCollator
 from ..training.formats import Source
 from ..training.mixture import Mixture
 from .checkpoints import autocast, claim
 from .configs import INITIALIZER_RANGE
 from .connectors import keys_per_image
+from .experiment_tables import write_report
 from .features import FeatureStore, features_as_pixels
-from .held_out import SHAPES, SIGN, HeldOutPicture, held_out_pictures, percent, requests_of, scores
+from .held_out import SHAPES, SIGN, HeldOutPicture, held_out_pictures, requests_of, scores
 from .kept_training import weights_of
-from .tables import table
 from .ways import WAYS, build
 
 WARMUP = 0.1  # share of the steps or minutes
@@ -58,7 +56,6 @@ ANSWERING = {"batch_size": 8, "generate_kwargs": {"max_new_tokens": TOKENS, "do_
 CURVE_PICTURES = 50  # the first of the held-out ones, for the curves
 TOGETHER, USES = 8, 4  # pictures whose features are kept in one file, and how often a run may use one
 ALIKE = 8  # batches whose samples are sorted by length
-COSTS = "seconds_per_step", "seconds_per_question"
 
 
 def train(
@@ -271,111 +268,6 @@ def asked(model: nn.Module, processor: PheyeProcessor, pictures: list[HeldOutPic
     return {"seconds_per_question": round(seconds, 3), "scores": found}
 
 
-REPORT = """# Pheye-nano in several ways
-
-`python -m pheye.nano.experiments`, {budget} of {batch} samples of {data} at a learning rate of {rate}, from {start};
-{lora} LoRA sets train where the way says nothing else; {seeds} seeds (mean, and each), {count} held-out pictures with
-two questions each, k = {tiles}; {machine}. Signs are read if no character is wrong: all, and by tertile of letter
-height. The loss is the mean of the last tenth of the steps. Keys are the tokens of an image that the text reads.{kept}
-
-{table}
-
-![Loss and characters wrong by step, and characters wrong by time](experiments.png)
-"""
-
-
-KEPT = f"""
-Features of pictures were kept, and used up to {USES} times. So the seconds of a step are those without the vision
-tower."""
-
-
-def cell(values: list[float], shown: Callable[[float], str] = percent) -> str:
-    """The mean of the seeds, and each."""
-    return f"{shown(statistics.mean(values))} ({', '.join(map(shown, values))})"
-
-
-COLUMNS = [
-    "way",
-    "parameters trained",
-    "keys per image",
-    "signs read, %",
-    "small, medium, large",
-    "characters wrong, %",
-    "shapes, %",
-    "loss",
-    "steps",
-    "s per step",
-    "s per question",
-]
-
-
-def report(results: list[dict], device: str) -> str:
-    rows = []
-    for name, way in WAYS.items():
-        runs = [result for result in results if result["way"] == name]
-        if runs:
-            signs = [one["scores"][SIGN] for one in runs]
-            by_tertile = [one["scores"]["by_tertile"] for one in runs]
-            cells = [
-                way.title,
-                *(f"{runs[0][count]:,}" for count in ("parameters", "keys")),
-                cell([one["exact"] for one in signs]),
-                ", ".join(
-                    percent(statistics.mean(one[size]["exact"] for one in by_tertile)) for size in by_tertile[0]
-                ),
-                cell([one["character_error"] for one in signs]),
-                cell([one["scores"][SHAPES]["exact"] for one in runs]),
-                cell([one["loss"] for one in runs], "{:.2f}".format),
-                f"{statistics.mean(one['steps'] for one in runs):.0f}",
-                *(f"{statistics.mean(one[cost] for one in runs):.2f}" for cost in COSTS),
-            ]
-            rows.append(cells)
-    settings = results[0]["settings"]
-    data = Path(settings["data"])
-    steps, minutes = settings["steps"], settings["minutes"]
-    return REPORT.format(
-        budget=f"{steps} steps" if minutes is None else f"steps for {minutes:g} minutes",
-        batch=settings["batch_size"],
-        data=f"{data.parent.name}/{data.name}",
-        rate=settings["rate"],
-        start=start_of(settings),
-        lora=settings["lora_sets"],
-        kept=KEPT if settings["keep_features"] else "",
-        tiles=settings["tiles_per_side"],
-        seeds=len({result["seed"] for result in results}),
-        count=settings["count"],
-        machine=machine(device),
-        table="\n".join(table(COLUMNS, rows)),
-    )
-
-
-def start_of(settings: dict) -> str:
-    if settings["start"]:
-        return f"the blocks of {Path(settings['start']).name}"
-    return (
-        f"new blocks, with an initializer_range of {settings['initializer_range']}, between the eyes and the language "
-        f"model of {Path(settings['parts']).name}"
-    )
-
-
-def plot(results: list[dict], path: Path):
-    """The curves of all runs, a colour for each way."""
-    figure = Figure(figsize=(15, 5), layout="constrained")
-    panels = [("step", "loss", 1), ("step", "character_error", 100), ("seconds", "character_error", 100)]
-    labels = {"step": "steps", "seconds": "seconds of steps", "loss": "loss", "character_error": "characters wrong, %"}
-    names = list(dict.fromkeys(result["way"] for result in results))
-    for axes, (x, y, factor) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for result in results:
-            xs, ys = ([point[name] for point in result["curve"]] for name in (x, y))
-            number = names.index(result["way"])
-            style = {"color": f"C{number}", "linestyle": "-" if number < 10 else "--", "marker": ".", "linewidth": 1}
-            label = WAYS[result["way"]].title if result["seed"] == 0 else None
-            axes.plot(xs, [factor * value for value in ys], label=label, **style)
-        axes.set(xlabel=labels[x], ylabel=labels[y])
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
 def experiments(
     output: Path,
     *,
@@ -408,8 +300,7 @@ def experiments(
     results = [
         run(name, seed, output / f"{name}-{seed}", pictures, **options) for seed in range(seeds) for name in ways
     ]
-    plot(results, output / "experiments.png")
-    write_atomically(output / "experiments.md", [report(results, device).encode()])
+    write_report(results, output, device, uses=USES, curve_pictures=CURVE_PICTURES)
 
 
 def parse(argv: list[str] | None) -> dict:

@@ -3,7 +3,7 @@
 import functools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,6 +153,12 @@ def scores(rows: Sequence[dict]) -> dict:
 
 
 # --- Comparisons ---
+
+
+def exact_shares(seeds: Sequence[Sequence[dict]], chosen: str | Callable[[dict], bool]) -> np.ndarray:
+    """For each question of a kind, or of those that `chosen` takes, in how many of the seeds its answer was exact."""
+    takes = chosen if callable(chosen) else lambda row: row["kind"] == chosen
+    return np.mean([[is_exact(row) for row in rows if takes(row)] for rows in seeds], axis=0)
 
 
 def kept(full: Sequence[dict], reduced: Sequence[dict]) -> dict | None:

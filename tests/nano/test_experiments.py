@@ -47,9 +47,9 @@ def test_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
     assert (tmp_path / "out" / "experiments.png").stat().st_size > 1000
     full = json.loads(results["full"].read_text())
     cells = lines["full"].split(" | ")
-    assert cells[1:3] == [f"{full['parameters']:,}", "34"] and cells[8] == "3"
-    assert cells[4] == ", ".join(f"{100 * one['exact']:.1f}" for one in full["scores"]["by_tertile"].values())
-    assert lines["fromage"].split(" | ")[2] == "2" and lines["monkey"].split(" | ")[2] == "257"
+    assert cells[1:4] == ["1", f"{full['parameters']:,}", "34"] and cells[10] == "3"
+    assert cells[6] == ", ".join(f"{100 * one['exact']:.1f}" for one in full["scores"]["by_tertile"].values())
+    assert lines["fromage"].split(" | ")[3] == "2" and lines["monkey"].split(" | ")[3] == "257"
     assert main(command) == 0
     assert {name: path.stat().st_mtime_ns for name, path in results.items()} == written
     command[-1] = "4"
