@@ -16,8 +16,8 @@ from skimage import data
 from pheye import PheyeForConditionalGeneration, PheyeImageToTextPipeline, PheyeProcessor
 from pheye.common.command import Parser
 from pheye.evaluation.heatmaps import explain
-from pheye.nano import pictures, words
-from pheye.nano.questions import SIGN
+from pheye.nano.drawing import pictures, words
+from pheye.nano.drawing.questions import SIGN
 from pheye.processing_pheye import CAPTION_INSTRUCTION
 
 NANO = Path(__file__).parent.parent / "checkpoints" / "pheye-nano"

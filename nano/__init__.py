@@ -5,4 +5,4 @@ from ..common.command import require
 for _package in ("matplotlib", "skimage", "spellchecker"):
     require(_package, "nano")
 
-from . import backbones  # noqa: E402, F401 - models with one of them load then
+from .learning import backbones  # noqa: E402, F401 - models with one of them load then

@@ -24,10 +24,11 @@ from ..common.files import write_atomically
 from ..common.json_lines import read_rows
 from ..common.machine import machine
 from ..evaluation.tertiles import TERTILES
-from .checkpoints import LOG, claim
-from .commands import begin, finish
-from .configs import TILES
-from .held_out import (
+from .learning.checkpoints import LOG, claim
+from .learning.commands import begin, finish
+from .learning.configs import TILES
+from .learning.kept_training import ask, once, opened, weights_of
+from .scoring.held_out import (
     FINE,
     MAIN,
     SIGN,
@@ -41,8 +42,7 @@ from .held_out import (
     requests_of,
     with_interval,
 )
-from .kept_training import ask, once, opened, weights_of
-from .tables import table
+from .scoring.tables import table
 
 
 @dataclass(frozen=True)

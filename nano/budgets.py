@@ -28,12 +28,12 @@ from ..training.mixture import Mixture, read_mixture
 from ..training.router import train_router
 from ..training.vision_budgets import label_by_score
 from ..visor_pheye import PheyeRouter
-from .budget_tables import kind_of, scores_of, write_report
-from .checkpoints import claim
-from .connectors import views_apart
-from .features import BATCH, FeatureStore, kept_image
-from .held_out import FINE, MAIN, HeldOutPicture, held_out_pictures, requests_of
-from .kept_training import add_options, once, opened, train, weights_of
+from .comparing.budget_tables import kind_of, scores_of, write_report
+from .comparing.connectors import views_apart
+from .learning.checkpoints import claim
+from .learning.features import BATCH, FeatureStore, kept_image
+from .learning.kept_training import add_options, once, opened, train, weights_of
+from .scoring.held_out import FINE, MAIN, HeldOutPicture, held_out_pictures, requests_of
 
 LAYERS = 2, 4  # of six, before whose cross-attention blocks the image is refined
 BUDGETS = (), LAYERS[:1], LAYERS

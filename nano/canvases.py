@@ -21,10 +21,11 @@ from ..common.command import Parser, at_least, exit_status
 from ..common.files import write_atomically
 from ..common.machine import machine
 from ..training.mixture import Mixture, read_mixture
-from .checkpoints import claim
-from .configs import VIEW
-from .features import BATCH, FeatureStore
-from .held_out import (
+from .learning.checkpoints import claim
+from .learning.configs import VIEW
+from .learning.features import BATCH, FeatureStore
+from .learning.kept_training import add_options, ask, once, opened, train, weights_of
+from .scoring.held_out import (
     ASPECTS,
     HeldOutPicture,
     held_out_pictures,
@@ -34,8 +35,7 @@ from .held_out import (
     requests_of,
     with_interval,
 )
-from .kept_training import add_options, ask, once, opened, train, weights_of
-from .tables import table
+from .scoring.tables import table
 
 WAYS = {"stretched": None, "fila": "fila", "wide": "wide"}  # canvases of the model
 TITLES = {

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from ..common.command import Parser, at_least, exit_status
 from ..common.files import write_atomically
-from .checkpoints import claim
-from .questions import MOST_SHAPES, stage_picture
+from .drawing.questions import MOST_SHAPES, stage_picture
+from .learning.checkpoints import claim
 
 PICTURES_PER_CHUNK = 200  # which are written together
 

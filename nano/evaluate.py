@@ -24,8 +24,8 @@ from ..common.json_lines import read_rows
 from ..common.machine import machine, versions
 from ..evaluation.tertiles import TERTILES
 from ..evaluation.word_attention import global_shares
-from . import questions
-from .held_out import (
+from .drawing import questions
+from .scoring.held_out import (
     CAP_HEIGHTS,
     FINE,
     LETTERS,
@@ -46,7 +46,7 @@ from .held_out import (
     tertiles_of,
     with_interval,
 )
-from .tables import table
+from .scoring.tables import table
 
 LOOKED_AT = 300  # pictures whose attention is measured
 TOKENS = 16  # of an answer, at most

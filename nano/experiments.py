@@ -41,14 +41,14 @@ from ..common.json_lines import read_rows
 from ..training.collator import PheyeCollator
 from ..training.formats import Source
 from ..training.mixture import Mixture
-from .checkpoints import autocast, claim
-from .configs import INITIALIZER_RANGE
-from .connectors import keys_per_image
-from .experiment_tables import write_report
-from .features import FeatureStore, features_as_pixels
-from .held_out import SHAPES, SIGN, HeldOutPicture, held_out_pictures, requests_of, scores
-from .kept_training import weights_of
-from .ways import WAYS, build
+from .comparing.connectors import keys_per_image
+from .comparing.experiment_tables import write_report
+from .comparing.ways import WAYS, build
+from .learning.checkpoints import autocast, claim
+from .learning.configs import INITIALIZER_RANGE
+from .learning.features import FeatureStore, features_as_pixels
+from .learning.kept_training import weights_of
+from .scoring.held_out import SHAPES, SIGN, HeldOutPicture, held_out_pictures, requests_of, scores
 
 WARMUP = 0.1  # share of the steps or minutes
 TOKENS = 16  # of an answer

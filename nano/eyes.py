@@ -24,13 +24,14 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ..common.command import Parser, at_least, default_device, exit_status
-from . import pictures
-from .checkpoints import autocast, claim, load_checkpoint, log
-from .configs import BRANCHES, BRANCHES_HELP, TILES, VIEW, nano_config
-from .labels import IGNORED
-from .muon import optimizers_for, set_learning_rates
-from .picture_labels import HEADS, OF_LETTERS, POINTS, crossing, heights, picture_labels
-from .probes import (
+from .drawing import pictures
+from .drawing.recolouring import recoloured
+from .learning.checkpoints import autocast, claim, load_checkpoint, log
+from .learning.configs import BRANCHES, BRANCHES_HELP, TILES, VIEW, nano_config
+from .learning.labels import IGNORED
+from .learning.muon import optimizers_for, set_learning_rates
+from .learning.picture_labels import HEADS, OF_LETTERS, POINTS, crossing, heights, picture_labels
+from .learning.probes import (
     CAP_HEIGHTS,
     LEAST_PIXELS,
     Eyes,
@@ -45,7 +46,6 @@ from .probes import (
     split_logits,
     towers_pixels,
 )
-from .recolouring import recoloured
 
 VIEWS_HEIGHT = TILES * VIEW  # pixels of all crops, one below the other
 PAGES = 0.6  # share of pictures that are full of letters; the others are scenes

@@ -24,12 +24,12 @@ from torch.utils.data import Dataset
 from ..common.command import InputError, Parser, at_least, default_device, exit_status
 from ..layers_pheye import CALL, ViewCall
 from ..vision_pheye import run_with
-from . import pictures
-from .checkpoints import autocast, claim, load_checkpoint, log
-from .configs import nano_config
-from .muon import set_learning_rates
-from .picture_labels import HEADS, picture_labels
-from .probes import (
+from .drawing import pictures
+from .learning.checkpoints import autocast, claim, load_checkpoint, log
+from .learning.configs import nano_config
+from .learning.muon import set_learning_rates
+from .learning.picture_labels import HEADS, picture_labels
+from .learning.probes import (
     CAP_HEIGHTS,
     LEAST_PIXELS,
     Eyes,

@@ -17,7 +17,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .. import PheyeConfig, PheyeForConditionalGeneration, PheyeProcessor
 from ..common.command import InputError, Parser, exit_status
-from .configs import BRANCHES, BRANCHES_HELP, EYES, nano_config
+from .learning.configs import BRANCHES, BRANCHES_HELP, EYES, nano_config
 
 BLOCKS = "pheye.cross_attention_blocks"
 

@@ -28,10 +28,10 @@ from ..common.command import Parser, at_least, default_device, exit_status
 from ..image_processing_pheye import PheyeImageProcessor
 from ..processing_pheye import PheyeProcessor
 from ..training.collator import encode
-from .checkpoints import claim, load_checkpoint, log, save_checkpoint
-from .configs import language_config
-from .muon import optimizers_for, set_learning_rates
-from .texts import MOST_SHAPES, conversation, learn, lesson, padded
+from .learning.checkpoints import claim, load_checkpoint, log, save_checkpoint
+from .learning.configs import language_config
+from .learning.muon import optimizers_for, set_learning_rates
+from .learning.texts import MOST_SHAPES, conversation, learn, lesson, padded
 
 VOCABULARY = 1024  # at most; the texts have fewer words
 TOKENIZER_TEXTS = 5000

@@ -15,7 +15,7 @@ import torch
 
 from .. import PheyeForConditionalGeneration, PheyeProcessor
 from ..common.command import Parser, at_least, exit_status
-from .crops import with_crops
+from .learning.crops import with_crops
 
 
 def more_tiles(model: Path, output: Path, *, tiles_per_side: int, lora: bool):

@@ -28,10 +28,10 @@ from ..common.json_lines import read_rows
 from ..common.machine import machine
 from ..evaluation.metrics.anls import edit_distance
 from ..evaluation.tertiles import TERTILES, tertiles
-from . import questions, words
-from .held_out import FINE, MAIN, SEED, SIGN, draw, interval, of_height, percent, with_interval
-from .pictures import Picture, luminance
-from .readers import (
+from .drawing import questions, words
+from .drawing.pictures import Picture, luminance
+from .scoring.held_out import FINE, MAIN, SEED, SIGN, draw, interval, of_height, percent, with_interval
+from .scoring.readers import (
     DEBIAN_PACKAGES,
     PHEYE,
     REPEATS,
@@ -44,7 +44,7 @@ from .readers import (
     reader_versions,
     seconds,
 )
-from .tables import table
+from .scoring.tables import table
 
 # --- Answers ---
 

@@ -27,16 +27,17 @@ from ..common.files import appear_whole, write_atomically
 from ..common.machine import machine
 from ..training.collator import encode
 from ..training.mixture import Mixture, read_mixture
-from . import texts, words
-from .checkpoints import claim, rate_share
-from .crops import SPREAD
-from .features import BATCH, FeatureStore
-from .held_out import SIGN, HeldOutPicture, held_out_pictures, interval, is_exact, requests_of, with_interval
-from .kept_training import add_options, ask, once, opened, train, weights_of
-from .muon import optimizers_for, set_learning_rates
-from .pictures import scene
-from .questions import CAP_HEIGHTS, LEAST_PIXELS, NUMBERS, SIDES
-from .tables import table
+from .drawing import words
+from .drawing.pictures import scene
+from .drawing.questions import CAP_HEIGHTS, LEAST_PIXELS, NUMBERS, SIDES
+from .learning import texts
+from .learning.checkpoints import claim, rate_share
+from .learning.crops import SPREAD
+from .learning.features import BATCH, FeatureStore
+from .learning.kept_training import add_options, ask, once, opened, train, weights_of
+from .learning.muon import optimizers_for, set_learning_rates
+from .scoring.held_out import SIGN, HeldOutPicture, held_out_pictures, interval, is_exact, requests_of, with_interval
+from .scoring.tables import table
 
 WHICH, READ = "which image has the word", "the sign of one image"  # kinds of question
 TILES = 3

@@ -21,8 +21,8 @@ from pathlib import Path
 from ..common.command import InputError, Parser, at_least, default_device, exit_status
 from ..common.files import RUN_FILE, write_atomically
 from ..common.json_lines import read_rows
-from .checkpoints import LOG, claim, log
-from .commands import begin, finish
+from .learning.checkpoints import LOG, claim, log
+from .learning.commands import begin, finish
 
 EYES_SHARE, GLOBAL_VIEW_SHARE = 0.5, 0.15  # of the minutes
 STAGES = {"instruct": 2 / 3, "tasks": 1 / 3}  # shares of the pictures

@@ -22,9 +22,9 @@ import torch
 from .. import PheyeProcessor
 from ..common.command import Parser, at_least, default_device, exit_status
 from ..training.mixture import Mixture, read_mixture
-from .checkpoints import claim, load_checkpoint, log, rate_share, save_checkpoint
-from .features import BATCH, FeatureStore, schedule
-from .kept_training import learn, opened
+from .learning.checkpoints import claim, load_checkpoint, log, rate_share, save_checkpoint
+from .learning.features import BATCH, FeatureStore, schedule
+from .learning.kept_training import learn, opened
 
 ROUNDS = 500
 SAVE_EVERY, LOG_EVERY = 150, 30  # steps

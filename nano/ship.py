@@ -21,7 +21,7 @@ from ..common.command import InputError, Parser, exit_status
 from ..common.files import write_atomically
 from ..common.json_lines import read_rows
 from ..training.checkpoints import last_checkpoint
-from .checkpoints import LOG
+from .learning.checkpoints import LOG
 
 COLUMNS = 4  # of the plot
 

@@ -29,12 +29,12 @@ from .. import PheyeForConditionalGeneration
 from ..canvases_pheye import crop_boxes
 from ..common.command import Parser, at_least, default_device, exit_status
 from ..image_processing_pheye import cut_views
-from . import pictures
-from .checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
-from .configs import TILES, VIEW, vision_config
-from .labels import HEADS, IGNORED, MOST_SHAPES, ViewLabels, view_labels
-from .muon import optimizers_for, set_learning_rates
-from .recolouring import recoloured
+from .drawing import pictures
+from .drawing.recolouring import recoloured
+from .learning.checkpoints import autocast, claim, load_checkpoint, log, save_checkpoint
+from .learning.configs import TILES, VIEW, vision_config
+from .learning.labels import HEADS, IGNORED, MOST_SHAPES, ViewLabels, view_labels
+from .learning.muon import optimizers_for, set_learning_rates
 
 PAGES, SCENES, CROPS = 10, 2, 3  # of a batch; of each scene the global view and the crops with most letters
 ECHOES = 3  # times that a batch is used, its colours changed: drawing costs more than a step

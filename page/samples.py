@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from skimage import data
 
-# Pheye-nano never saw these in training; a test asks nano/words.py.
+# Pheye-nano never saw these in training; a test asks nano/drawing/words.py.
 WORDS = (
     "BARBER", "BIKES", "BOOKS", "BREAD", "EAST", "GATE", "HOTEL", "LIGHT", "ORANGE", "PAPER", "RIVER", "ROCKET",
     "SHOP", "TEA", "THEATRE", "TUNNEL", "WINDOW",

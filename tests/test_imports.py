@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {"answering", "conversion", "training", "evaluation", "nano", "page", "serving"}
 OUTSIDE = {"benchmarks", "examples", "tests", "conformance"}  # they use the rooms, and no room uses them
 HUB = {path.stem for path in ROOT.glob("*_pheye.py")}
+NANO = "drawing", "learning", "scoring", "comparing"  # its folders, each of which imports only those before it
 RUNS_AS_A_FILE = {"app", "convert_checkpoint"}  # `python app.py` has no package to import from relatively
 
 
@@ -52,6 +53,12 @@ def room_of(module: str) -> str:
     return "hub" if first in HUB else first if rest or first in {"common", *ROOMS, *OUTSIDE} else ""
 
 
+def place_in_nano(module: str) -> int:
+    """The place of a module's folder in that order; nano's commands, outside of all folders, come last."""
+    folder = module.split(".")[1]
+    return NANO.index(folder) if folder in NANO else len(NANO)
+
+
 def is_command(source: str) -> bool:
     return 'if __name__ == "__main__":' in source.splitlines()
 
@@ -73,6 +80,8 @@ def broken_rules(imports: dict[str, set[str]], commands: set[str]) -> list[str]:
                 rule = "nothing imports nano/ but examples and tests"
             elif other in {"benchmarks", "examples"} and room not in {other, "tests"}:
                 rule = "benchmarks/ and examples/ are imported by tests only"
+            elif room == other == "nano" and module != "nano" and place_in_nano(module) < place_in_nano(target):
+                rule = f"the folders of nano/ import each other in the order {', '.join(NANO)}"
             elif other in {"tests", "conformance"} and room != other:
                 rule = "nothing imports tests"
             if rule is not None:
@@ -141,7 +150,8 @@ def test_imports_inside_the_package_are_relative(house):
         ("common.files", "from ..answering import engine", "common/ imports no room"),
         ("evaluation.samples", "from ..answering.caption import folder_requests", "no room imports a command"),
         ("evaluation.tasks", "def f():\n    from ..nano.words import word", "nothing imports nano/"),
-        ("nano.held_out", "from pheye.benchmarks import measuring", "benchmarks/ and examples/"),
+        ("nano.scoring.held_out", "from pheye.benchmarks import measuring", "benchmarks/ and examples/"),
+        ("nano.drawing.pictures", "from ..learning.configs import TILES", "the folders of nano/"),
         ("training.rows", "import pheye.tests.tiny", "nothing imports tests"),
     ],
 )
@@ -156,8 +166,8 @@ def test_what_breaks_a_rule_is_told(house, module, source, rule):
 def test_what_keeps_the_rules_is_not_told():
     allowed = {
         "modeling_pheye": {"blocks_pheye"},
-        "nano.held_out": {"training.mixture", "evaluation.tertiles"},
-        "examples.demo": {"nano.pictures"},
+        "nano.scoring.held_out": {"training.mixture", "evaluation.tertiles", "nano.drawing.pictures"},
+        "examples.demo": {"nano.drawing.pictures"},
         "__main__": {"answering.caption"},
         "benchmarks.loading": {"convert_checkpoint"},
     }

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoBackbone, ConvNextBackbone
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration
-from pheye.nano import backbones
+from pheye.nano.learning import backbones
 
 from tiny import tiny_text_config, tiny_vision_config
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
-from pheye.nano import branches, draw_data, eyes, kept_training
-from pheye.nano.held_out import FINE, MAIN, SIGN
+from pheye.nano import branches, draw_data, eyes
+from pheye.nano.learning import kept_training
+from pheye.nano.scoring.held_out import FINE, MAIN, SIGN
 
 pytestmark = pytest.mark.once
 

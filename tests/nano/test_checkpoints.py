@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pheye.common.command import InputError
-from pheye.nano.checkpoints import claim, load_checkpoint, save_checkpoint
+from pheye.nano.learning.checkpoints import claim, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.once
 

@@ -5,9 +5,9 @@ import torch
 
 from pheye import PheyeForConditionalGeneration
 from pheye.nano import recipe
-from pheye.nano.backbones import TILE
-from pheye.nano.configs import nano_config
-from pheye.nano.probes import Eyes
+from pheye.nano.learning.backbones import TILE
+from pheye.nano.learning.configs import nano_config
+from pheye.nano.learning.probes import Eyes
 
 pytestmark = pytest.mark.once
 

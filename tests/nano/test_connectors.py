@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pheye import PheyeForConditionalGeneration
-from pheye.nano.connectors import DEPTH, QUERIES, CasaBlock, Monkey, Perceiver, SmallCapLayer, keys_per_image
-from pheye.nano.ways import WAYS, build
+from pheye.nano.comparing.connectors import DEPTH, QUERIES, CasaBlock, Monkey, Perceiver, SmallCapLayer, keys_per_image
+from pheye.nano.comparing.ways import WAYS, build
 
 from tiny import randomize, tiny_model, tiny_text
 

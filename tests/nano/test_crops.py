@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pheye.nano.crops import SPREAD, with_crops
+from pheye.nano.learning.crops import SPREAD, with_crops
 
 from tiny import tiny_image, tiny_model, tiny_processor
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pheye.nano.experiment_tables import write_report
-from pheye.nano.held_out import scores
-from pheye.nano.ways import WAYS
+from pheye.nano.comparing.experiment_tables import write_report
+from pheye.nano.comparing.ways import WAYS
+from pheye.nano.scoring.held_out import scores
 
 WORDS = "CAB", "DOG", "FOX", "BEE", "COW", "HEN"
 SETTINGS = {

@@ -11,9 +11,9 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from pheye.nano import draw_data, experiments
+from pheye.nano.comparing.ways import WAYS
 from pheye.nano.experiments import main, parse, rate_share
-from pheye.nano.held_out import SIGN
-from pheye.nano.ways import WAYS
+from pheye.nano.scoring.held_out import SIGN
 
 pytestmark = pytest.mark.once
 

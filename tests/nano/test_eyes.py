@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from pheye import PheyeForConditionalGeneration, PheyeImageProcessor
 from pheye.common.command import InputError
-from pheye.nano import eyes, picture_labels, probes
-from pheye.nano.backbones import TILE
-from pheye.nano.configs import EYES
-from pheye.nano.labels import CLASSES
+from pheye.nano import eyes
+from pheye.nano.learning import picture_labels, probes
+from pheye.nano.learning.backbones import TILE
+from pheye.nano.learning.configs import EYES
+from pheye.nano.learning.labels import CLASSES
 
 from toy_eyes import toy_config
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pheye.nano import fonts
+from pheye.nano.drawing import fonts
 
 pytestmark = pytest.mark.once
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pheye.nano import eyes, global_view, probes
-from pheye.nano.picture_labels import HEADS
+from pheye.nano import eyes, global_view
+from pheye.nano.learning import probes
+from pheye.nano.learning.picture_labels import HEADS
 
 from tiny import randomize
 from toy_eyes import toy_config

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pheye.nano import held_out, pictures, questions, words
-from pheye.nano.held_out import FINE, MAIN, SHAPES, SIGN
-from pheye.nano.picture_labels import crossing
+from pheye.nano.drawing import pictures, questions, words
+from pheye.nano.learning.picture_labels import crossing
+from pheye.nano.scoring import held_out
+from pheye.nano.scoring.held_out import FINE, MAIN, SHAPES, SIGN
 
 pytestmark = pytest.mark.once
 

@@ -7,7 +7,7 @@ from transformers import ConvNextConfig
 
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
 from pheye.nano import join
-from pheye.nano.configs import EYES
+from pheye.nano.learning.configs import EYES
 
 from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
 

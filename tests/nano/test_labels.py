@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pheye.nano.labels import CLASSES, GRID, HEADS, IGNORED, SPACE, view_labels
-from pheye.nano.pictures import COLOURS, KINDS, Letter, Picture, Shape, corner_points
+from pheye.nano.drawing.pictures import COLOURS, KINDS, Letter, Picture, Shape, corner_points
+from pheye.nano.learning.labels import CLASSES, GRID, HEADS, IGNORED, SPACE, view_labels
 
 pytestmark = pytest.mark.once
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from pheye import PheyeImageProcessor, PheyeProcessor
-from pheye.nano import language, questions, texts
+from pheye.nano import language
+from pheye.nano.drawing import questions
+from pheye.nano.learning import texts
 
 pytestmark = pytest.mark.once
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pheye.nano.muon import Muon
+from pheye.nano.learning.muon import Muon
 
 pytestmark = pytest.mark.once
 

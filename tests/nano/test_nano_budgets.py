@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pheye.nano import budgets, draw_data
-from pheye.nano.budget_tables import line_at, write_report
 from pheye.nano.budgets import WAYS
+from pheye.nano.comparing.budget_tables import line_at, write_report
 
 from tiny import tiny_model, tiny_processor, tiny_text_config
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from pheye.nano import canvases, draw_data, kept_training
+from pheye.nano import canvases, draw_data
 from pheye.nano.canvases import TITLES, on_canvas, write_report
-from pheye.nano.held_out import ASPECTS, held_out_pictures
+from pheye.nano.learning import kept_training
+from pheye.nano.scoring.held_out import ASPECTS, held_out_pictures
 
 from tiny import tiny_config, tiny_model, tiny_processor, tiny_text_config
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from pheye.nano import evaluate
-from pheye.nano.held_out import FINE, MAIN, SHAPES, SIGN
+from pheye.nano.scoring.held_out import FINE, MAIN, SHAPES, SIGN
 
 from tiny import tiny_config, tiny_model, tiny_processor
 

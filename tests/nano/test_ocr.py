@@ -7,8 +7,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from pheye.common.command import InputError
-from pheye.nano import held_out, ocr, readers
-from pheye.nano.pictures import Letter, Picture
+from pheye.nano import ocr
+from pheye.nano.drawing.pictures import Letter, Picture
+from pheye.nano.scoring import held_out, readers
 
 pytestmark = pytest.mark.once
 

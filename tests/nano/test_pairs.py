@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 
-from pheye.nano import kept_training, pairs
-from pheye.nano.features import FeatureStore, as_image
-from pheye.nano.held_out import SIGN, held_out_pictures
+from pheye.nano import pairs
+from pheye.nano.learning import kept_training
+from pheye.nano.learning.features import FeatureStore, as_image
+from pheye.nano.scoring.held_out import SIGN, held_out_pictures
 from pheye.training.collator import PheyeCollator
 from pheye.training.mixture import Mixture, read_mixture
 

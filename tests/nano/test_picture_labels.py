@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from pheye.canvases_pheye import crop_boxes
-from pheye.nano.fonts import CHARACTERS
-from pheye.nano.labels import GRID, IGNORED, SPACE
-from pheye.nano.picture_labels import HEADS, POINTS, SAMPLES, crossing, heights, picture_labels
-from pheye.nano.pictures import KINDS, Letter, Picture, Shape, corner_points, page
+from pheye.nano.drawing.fonts import CHARACTERS
+from pheye.nano.drawing.pictures import KINDS, Letter, Picture, Shape, corner_points, page
+from pheye.nano.learning.labels import GRID, IGNORED, SPACE
+from pheye.nano.learning.picture_labels import HEADS, POINTS, SAMPLES, crossing, heights, picture_labels
 
 pytestmark = pytest.mark.once
 

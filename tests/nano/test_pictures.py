@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pheye.nano import fonts, pictures
+from pheye.nano.drawing import fonts, pictures
 
 pytestmark = pytest.mark.once
 

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from pheye.nano import questions
-from pheye.nano.pictures import Letter, Picture, Shape
+from pheye.nano.drawing import questions
+from pheye.nano.drawing.pictures import Letter, Picture, Shape
 from pheye.processing_pheye import CAPTION_INSTRUCTION
 
 pytestmark = pytest.mark.once

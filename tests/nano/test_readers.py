@@ -5,7 +5,9 @@ import shutil
 import pytest
 from PIL import Image, ImageDraw
 
-from pheye.nano import fonts, ocr, readers
+from pheye.nano import ocr
+from pheye.nano.drawing import fonts
+from pheye.nano.scoring import readers
 
 pytestmark = pytest.mark.once
 

@@ -9,7 +9,8 @@ import torch
 
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
 from pheye.common.json_lines import read_rows
-from pheye.nano import commands, recipe
+from pheye.nano import recipe
+from pheye.nano.learning import commands
 
 from tiny import tiny_image
 

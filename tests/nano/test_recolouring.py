@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pheye.nano.recolouring import recoloured
+from pheye.nano.drawing.recolouring import recoloured
 
 pytestmark = pytest.mark.once
 

@@ -9,8 +9,9 @@ import torch
 from pheye import PheyeForConditionalGeneration
 from pheye.answering.engine import answer_batches
 from pheye.answering.rows import Request
-from pheye.nano import checkpoints, features, kept_training, replay
-from pheye.nano.features import FeatureStore
+from pheye.nano import replay
+from pheye.nano.learning import checkpoints, features, kept_training
+from pheye.nano.learning.features import FeatureStore
 from pheye.training.collator import PheyeCollator
 from pheye.training.mixture import Mixture, read_mixture
 

@@ -16,8 +16,9 @@ from transformers import pipeline
 
 import pheye
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
-from pheye.nano import language, pictures, words
-from pheye.nano.questions import SIGN
+from pheye.nano import language
+from pheye.nano.drawing import pictures, words
+from pheye.nano.drawing.questions import SIGN
 
 from hub_server import FakeHub
 from tiny import tiny_image

@@ -8,8 +8,8 @@ import torch
 from transformers import CLIPVisionModel
 
 from pheye.nano import vision
-from pheye.nano.labels import GRID, HEADS
-from pheye.nano.muon import optimizers_for
+from pheye.nano.learning.labels import GRID, HEADS
+from pheye.nano.learning.muon import optimizers_for
 
 from tiny import tiny_model
 

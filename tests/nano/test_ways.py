@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pheye import PheyeForConditionalGeneration
-from pheye.nano.ways import WAYS, build
+from pheye.nano.comparing.ways import WAYS, build
 
 from tiny import randomize, tiny_model, tiny_processor
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from pheye.nano import words
+from pheye.nano.drawing import words
 
 pytestmark = pytest.mark.once
 

@@ -3,7 +3,7 @@
 from transformers import CLIPVisionConfig, ConvNextConfig
 
 from pheye import PheyeConfig
-from pheye.nano import backbones
+from pheye.nano.learning import backbones
 
 from tiny import tiny_text_config
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pheye import PheyeForConditionalGeneration, PheyeImageToTextPipeline, PheyeProcessor
-from pheye.nano import words
+from pheye.nano.drawing import words
 from pheye.page import samples
 
 pytestmark = pytest.mark.once

@@ -23,11 +23,11 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from .. import PheyeConfig, PheyeForConditionalGeneration
-from ..common.command import InputError
-from ..image_processing_pheye import cut_crops, cut_views
-from ..layers_pheye import CALL, ViewCall
-from . import pictures
+from ... import PheyeConfig, PheyeForConditionalGeneration
+from ...common.command import InputError
+from ...image_processing_pheye import cut_crops, cut_views
+from ...layers_pheye import CALL, ViewCall
+from ..drawing import pictures
 from .backbones import TILE
 from .checkpoints import save_checkpoint
 from .configs import EYES, TILES, VIEW

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..processing_pheye import CAPTION_INSTRUCTION
-from ..training.collator import IGNORED
-from ..training.mixture import CAPTION_INSTRUCTIONS
-from . import pictures, questions, words
+from ...processing_pheye import CAPTION_INSTRUCTION
+from ...training.collator import IGNORED
+from ...training.mixture import CAPTION_INSTRUCTIONS
+from ..drawing import pictures, questions, words
+from ..drawing.pictures import Picture, Shape
 from .checkpoints import autocast
-from .pictures import Picture, Shape
 
 MOST_SHAPES = max(questions.MOST_SHAPES.values())
 TOLD = 0.9  # share of the texts that give the answer away

@@ -4,8 +4,8 @@ import copy
 
 import torch
 
-from .. import PheyeConfig, PheyeForConditionalGeneration
-from ..common.command import InputError
+from ... import PheyeConfig, PheyeForConditionalGeneration
+from ...common.command import InputError
 
 SPREAD = 0.25  # of the numbers that tell rows and columns of new crops apart; features have a spread of about 1
 

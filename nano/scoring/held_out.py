@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from ..answering.rows import Request
-from ..evaluation.metrics.anls import edit_distance
-from ..evaluation.metrics.bootstrap import confidence_interval
-from ..evaluation.tertiles import TERTILES, tertiles
-from ..image_processing_pheye import resize
-from . import questions, words
-from .picture_labels import crossing
-from .pictures import Picture, scene
+from ...answering.rows import Request
+from ...evaluation.metrics.anls import edit_distance
+from ...evaluation.metrics.bootstrap import confidence_interval
+from ...evaluation.tertiles import TERTILES, tertiles
+from ...image_processing_pheye import resize
+from ..drawing import questions, words
+from ..drawing.pictures import Picture, scene
+from ..learning.picture_labels import crossing
 
 SEED = 2501
 LETTERS = 3, 7  # of the word on the sign, fewest and most

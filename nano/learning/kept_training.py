@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import PheyeForConditionalGeneration, PheyeProcessor
-from ..answering.engine import counts_of, generate
-from ..answering.rows import Request, row
-from ..common.command import InputError, at_least, default_device
-from ..common.files import fingerprint, read_record, write_atomically, write_record
-from ..common.json_lines import read_rows
-from ..training.collator import IGNORED
-from ..training.trained import choose_trained
-from ..training.vision_budgets import drawn_budget
+from ... import PheyeForConditionalGeneration, PheyeProcessor
+from ...answering.engine import counts_of, generate
+from ...answering.rows import Request, row
+from ...common.command import InputError, at_least, default_device
+from ...common.files import fingerprint, read_record, write_atomically, write_record
+from ...common.json_lines import read_rows
+from ...training.collator import IGNORED
+from ...training.trained import choose_trained
+from ...training.vision_budgets import drawn_budget
 from .checkpoints import autocast, rate_share
 from .features import BATCH, FeatureStore, as_image, kept_image, schedule
 

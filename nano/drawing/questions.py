@@ -2,7 +2,7 @@
 
 import random
 
-from ..processing_pheye import CAPTION_INSTRUCTION
+from ...processing_pheye import CAPTION_INSTRUCTION
 from .pictures import KINDS, Picture, Shape, scene
 
 SIGN = "What is written on the sign?"

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..common.files import write_atomically
-from .held_out import FINE, SHAPES, SIGN, interval, of_height, percent, with_interval
-from .tables import table
+from ...common.files import write_atomically
+from ..scoring.held_out import FINE, SHAPES, SIGN, interval, of_height, percent, with_interval
+from ..scoring.tables import table
 
 GROUPS = {
     "shapes": lambda row: row["kind"] == SHAPES,

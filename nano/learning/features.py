@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .. import PheyeForConditionalGeneration, PheyeProcessor
-from ..canvases_pheye import views_in
-from ..common.command import InputError
-from ..modeling_pheye import PheyeModel
-from ..training.collator import IGNORED, PheyeCollator
-from ..training.mixture import Mixture
+from ... import PheyeForConditionalGeneration, PheyeProcessor
+from ...canvases_pheye import views_in
+from ...common.command import InputError
+from ...modeling_pheye import PheyeModel
+from ...training.collator import IGNORED, PheyeCollator
+from ...training.mixture import Mixture
 from .checkpoints import autocast
 
 BATCH = 8  # pictures of a step, and of a file

@@ -18,11 +18,11 @@ import torch
 from packaging.requirements import Requirement
 from PIL import Image
 
-from ..answering.engine import answer_batches, open_model
-from ..answering.rows import Request
-from ..common.command import InputError
-from ..common.files import read_record, write_record
-from . import questions
+from ...answering.engine import answer_batches, open_model
+from ...answering.rows import Request
+from ...common.command import InputError
+from ...common.files import read_record, write_record
+from ..drawing import questions
 
 THREADS = 1, 2
 REPEATS = 3  # of each timed reading, of which the least counts

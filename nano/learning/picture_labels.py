@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..canvases_pheye import crop_boxes
+from ...canvases_pheye import crop_boxes
+from ..drawing.fonts import CHARACTERS
+from ..drawing.pictures import COLOURS, KINDS, Picture
 from .configs import TILES
-from .fonts import CHARACTERS
 from .labels import CLASSES, GRID, IGNORED, NOTHING, SPACE, covered_points, view_labels, visible_shares
-from .pictures import COLOURS, KINDS, Picture
 
 POINTS = 5  # columns of a patch that are asked for their letter
 SAMPLES = 4  # points of a column, one below the other; a letter must cover half of them

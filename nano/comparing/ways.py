@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import PheyeForConditionalGeneration, PheyeProcessor
-from ..training.trained import choose_trained
+from ... import PheyeForConditionalGeneration, PheyeProcessor
+from ...training.trained import choose_trained
+from ..learning.configs import EYES, INITIALIZER_RANGE
+from ..learning.crops import set_lora, with_crops
 from . import connectors
-from .configs import EYES, INITIALIZER_RANGE
-from .crops import set_lora, with_crops
 
 NO_LORA = {"global_lora_rank": 0, "local_lora_rank": 0}
 FROZEN = (*EYES, "language_model")  # parts of a Pheye that ways with new blocks have in common

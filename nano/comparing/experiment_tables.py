@@ -6,12 +6,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..common.files import write_atomically
-from ..common.json_lines import read_rows
-from ..common.machine import machine
-from ..evaluation.tertiles import TERTILES
-from .held_out import SHAPES, SIGN, exact_shares, interval, percent, with_interval
-from .tables import table
+from ...common.files import write_atomically
+from ...common.json_lines import read_rows
+from ...common.machine import machine
+from ...evaluation.tertiles import TERTILES
+from ..scoring.held_out import SHAPES, SIGN, exact_shares, interval, percent, with_interval
+from ..scoring.tables import table
 from .ways import WAYS
 
 KINDS = {"signs read": SIGN, "shapes": SHAPES}

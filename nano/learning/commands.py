@@ -1,14 +1,16 @@
-"""Commands of this folder that others run one after the other, each in a process of its own."""
+"""Commands of nano that others run one after the other, each in a process of its own."""
 
 import subprocess
 import sys
 
-from ..common.command import InputError
+from ...common.command import InputError
+
+NANO = __package__.rpartition(".")[0]
 
 
 def begin(command: str, **options) -> subprocess.Popen:
-    """Start a command of this folder; a list gives an option several values."""
-    arguments = [sys.executable, "-m", f"{__package__}.{command}"]
+    """Start a command of nano; a list gives an option several values."""
+    arguments = [sys.executable, "-m", f"{NANO}.{command}"]
     for name, value in options.items():
         values = value if isinstance(value, list) else [value]
         arguments += [f"--{name}", *map(str, values)]

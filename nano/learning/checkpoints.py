@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..common.files import RUN_FILE, read_folder_record, write_record
-from ..common.machine import versions
+from ...common.files import RUN_FILE, read_folder_record, write_record
+from ...common.machine import versions
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"  # in the folder of a run
 WARMUP = 20  # steps

@@ -28,13 +28,13 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .. import PheyeConfig, PheyeForConditionalGeneration
-from ..blocks_pheye import PheyeAttentionBlock, PheyeCrossAttentionBlock, PheyeImageCache
-from ..configuration_pheye import HEAD_WIDTH
-from ..layers_pheye import CALL, TextCall
-from ..modeling_pheye import PheyeModel
-from ..training.collator import IGNORED
-from ..visor_pheye import open_keys
+from ... import PheyeConfig, PheyeForConditionalGeneration
+from ...blocks_pheye import PheyeAttentionBlock, PheyeCrossAttentionBlock, PheyeImageCache
+from ...configuration_pheye import HEAD_WIDTH
+from ...layers_pheye import CALL, TextCall
+from ...modeling_pheye import PheyeModel
+from ...training.collator import IGNORED
+from ...visor_pheye import open_keys
 
 QUERIES = 257  # of a resampler, for all views of an image together: as many as the tokens of one view
 DEPTH = 6  # layers of the Perceiver resampler

@@ -2,7 +2,7 @@
 
 from transformers import CLIPVisionConfig, ConvNextConfig, PhiConfig
 
-from .. import PheyeConfig
+from ... import PheyeConfig
 from .backbones import TileConvNextConfig
 
 VIEW = 224  # pixels along each side

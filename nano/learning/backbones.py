@@ -8,7 +8,7 @@ import torch
 from transformers import AutoBackbone, AutoConfig, ConvNextBackbone, ConvNextConfig
 from transformers.modeling_outputs import BackboneOutput
 
-from ..vision_pheye import join_tiles
+from ...vision_pheye import join_tiles
 
 TILE = 512  # pixels of the high-resolution picture along each side of a crop
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .fonts import CHARACTERS
-from .pictures import COLOURS, KINDS, Picture
+from ..drawing.fonts import CHARACTERS
+from ..drawing.pictures import COLOURS, KINDS, Picture
 
 GRID = 16  # patches along each side of a view
 POINTS = 3  # points per patch that are asked for their letter

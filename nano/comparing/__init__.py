@@ -1,0 +1,1 @@
+"""The ways that experiments compare, and their reports."""

@@ -1,0 +1,1 @@
+"""Pictures that training never shows, scores of the answers, and tables."""
