@@ -1,7 +1,7 @@
 """The paper's claims at a size anyone can run: the same frozen parts, joined and trained in several ways.
 
     python -m pheye.nano.experiments --start nano-runs/stage2 --ways full k1 one_lora no_lora \
-        --data nano-runs/tasks/data.jsonl --output nano-runs/views [--steps 500] [--seeds 2] [--count 500]
+        --data nano-runs/tasks/data.jsonl --output nano-runs/views [--steps 125] [--seeds 2] [--count 500]
     python -m pheye.nano.experiments --parts checkpoints/pheye-nano \
         --tiles_per_side 1 --lora_sets 0 --ways full fromage prefix --data nano-runs/one/data.jsonl \
         --output nano-runs/connectors [--minutes 30]
@@ -11,7 +11,8 @@ stage; ways that differ in the blocks, or have none, begin with new ones between
 `--parts`, on pictures for as many crops (`draw_data --stage tasks --tiles_per_side 1`). All take as many steps, or
 with `--minutes` steps for as long, with a seed on the same samples, and answer the same held-out questions. Times on a
 CPU are the processor's, so that other work beside a run changes neither its steps nor its figures; use one thread.
-`--keep_features` encodes each picture once for all runs, where no LoRA trains, and uses it up to four times in a run.
+`--keep_features` encodes each picture once for all runs, where no LoRA trains. With `--steps` a run uses it up to four
+times.
 The output folder gets a result per run and, from all of them, experiments.md and its curves, experiments.png. A run
 that has a result is not done again.
 """
