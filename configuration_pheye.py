@@ -109,7 +109,7 @@ class PheyeConfig(PreTrainedConfig):
         visual_convolution_kernel: width of a convolution along the patches of each view; odd, or 0 for none.
 
     Raises:
-        ValueError: if numbers contradict each other; the message names them.
+        ValueError: if a number is out of range, or if numbers contradict each other; the message names them.
     """
 
     model_type = "pheye"

@@ -103,6 +103,8 @@ def convert(
     """
     output = Path(os.path.realpath(output))
     parts = {"encoder": encoder, "decoder": decoder, "tokenizer": tokenizer}
+    if empty := [part for part, name in parts.items() if name == ""]:
+        raise InputError(f"The {empty[0]} is an empty text; give a folder or a Hub id, or leave it out.")
     replacements = {part: name for part, name in parts.items() if name}
     refuse_to_replace(output, (source, *replacements.values(), *code_files()))
     stored = None if dtype == "keep" else getattr(torch, dtype)
@@ -238,6 +240,8 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--private", action="store_true", help="make that repo private if it is new")
     parser.add_argument("--revision", help="branch of that repo to push to (default: main)")
     options = vars(parser.parse_args(argv))
+    if options["push_to_hub"] == "":
+        parser.error("--push_to_hub is an empty text; give a repo, or leave it out")
     if not options["push_to_hub"] and (options["private"] or options["revision"]):
         parser.error("--private and --revision say how to push; give --push_to_hub REPO too")
     return options

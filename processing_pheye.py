@@ -242,7 +242,7 @@ class PheyeProcessor(ProcessorMixin):
         inputs with the image that the messages hold. Arguments are those of transformers' processors.
 
         A message's content is a text, or a list of parts {"type": "text", "text": ...} and {"type": "image", ...}
-        with "image", "path", "url" or "base64".
+        with "image", "path", "url" or "base64", or OpenAI's {"type": "image_url", "image_url": {"url": ...}}.
 
         Raises:
             ValueError: if the messages speak of an image that would not arrive, or hold what Pheye does not read.
@@ -288,8 +288,9 @@ class PheyeProcessor(ProcessorMixin):
             text: a prompt or a list of prompts, padded on the left.
 
         Returns:
-            `pixel_values` (images, views, 3, height, width), `input_ids` and `attention_mask` (texts, tokens); where
-            there are canvases, or texts with several images or none, also `image_grids` (see PheyeImageProcessor).
+            `input_ids` and `attention_mask` (texts, tokens), and what PheyeImageProcessor makes of the images:
+            `pixel_values` (images, views, 3, height, width); `image_grids` where there are canvases, `max_images` is
+            above 1, or a text has no image; `high_res_pixel_values` where the model has a branch.
 
         Raises:
             ValueError: if the lists differ in length, a text is empty, has more images than the model takes or others
@@ -300,7 +301,7 @@ class PheyeProcessor(ProcessorMixin):
             images = list(images)
         is_list = isinstance(images, (list, tuple))
         if is_list:
-            images = self._images_of_texts(images)
+            images = self._images_of_texts(images, kwargs)
         if text is not None:
             # Always a batch, as the library's own image-text processors give it.
             text = list(text) if isinstance(text, (list, tuple)) else [text]
@@ -316,12 +317,13 @@ class PheyeProcessor(ProcessorMixin):
             images = None
         return super().__call__(images=images, text=text, **kwargs)
 
-    def _images_of_texts(self, images: list | tuple) -> list[list]:
+    def _images_of_texts(self, images: list | tuple, arguments: dict) -> list[list]:
         """The images of each text, which may be given as one, as a list, or as None."""
         found = [
             [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images
         ]
-        check_images(found, self.image_processor.max_images)
+        given = (arguments.get("images_kwargs") or {}).get("max_images", arguments.get("max_images"))
+        check_images(found, self.image_processor.max_images if given is None else given)
         return found
 
     def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs) -> tuple:

@@ -118,7 +118,7 @@ def add_view_lora(
     (B * V, D, height, width); the global set's to global views, the local set's to crops.
 
     One product adds both, so that half precision rounds once and the large output is written once: it has room for
-    both ranks, and each row's numbers in one of them, zeros in the other. Without gradients `output` is changed.
+    both ranks, and each row's numbers in one of them, zeros in the other. Without gradients that of a linear changes.
     """
     is_map, rows = output.ndim == 4, output
     if is_map:

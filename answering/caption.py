@@ -126,14 +126,14 @@ def parse(argv: list[str] | None) -> dict:
         help="compile the vision tower first: takes minutes, pays for many images",
     )
     dataset = parser.add_argument_group("data sets only")
-    dataset.add_argument("--split", help="(default: train)")
+    dataset.add_argument("--split", help="(default: the only one, or train)")
     dataset.add_argument("--image_column", help="(default: image)")
     dataset.add_argument("--id_column", help="texts or integers, each once (default: the number of the row)")
     dataset.add_argument(
         "--image_sources",
         choices=IMAGE_SOURCES,
-        help="where names in the column may lead: to files in the working directory and the table's folder (folder, "
-        "the default), to all files (local), or to URLs as well (any)",
+        help="where names in the data may lead: to files in the working directory, the data's folder and what "
+        "datasets downloaded (folder, the default), to all files (local), or to URLs as well (any)",
     )
     dataset.add_argument("--config", help="configuration of the data set, where it has several")
     dataset.add_argument("--data_files", help="files or pattern, where SOURCE is a loader such as parquet")

@@ -64,6 +64,7 @@ def answer(
 
     Args:
         load: gives the model, on its device, and the processor; called only where something is left to answer.
+        batch_size: requests at once.
         generate_kwargs: decoding arguments, one answer per request.
         settings: what else the answers depend on, recorded in `<output>.run.json`; rows of a run with other settings
             are never continued.
@@ -71,7 +72,7 @@ def answer(
         answer_name: key of the answer in a row.
 
     Raises:
-        InputError: if ids are not unique, or the files beside `output` belong to another run.
+        InputError: if ids are not unique, a number is out of range, or the files beside `output` are of another run.
         OSError: if a row cannot be written; the rows before it are whole.
         Interrupted: if the user stops it; the rows before are kept.
     """

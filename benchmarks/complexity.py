@@ -250,8 +250,9 @@ def count_lora(model: PheyeForConditionalGeneration, views: torch.Tensor) -> int
 
 def main(argv: list[str] | None = None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="x4-672")
-    parser.add_argument("--model", help="folder or Hub id of any Pheye, in place of a published variant")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--variant", default="x4-672")
+    what.add_argument("--model", help="folder or Hub id of any Pheye, in place of a published variant")
     parser.add_argument("--branch", choices=CONVNEXT_SIZES, help="size of a ConvNeXt as high-resolution branch")
     parser.add_argument(
         "--budget", nargs="+", type=int, metavar="LAYER", help="self-attention blocks before these layers, ascending"
@@ -259,6 +260,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--joint", action="store_true", help="let --budget name joint layers of the language model")
     parser.add_argument("--text_tokens", type=int, default=PAPER_SIZES["text_tokens"])
     arguments = parser.parse_args(argv)
+    if arguments.joint and not arguments.budget:
+        parser.error("--joint needs --budget")
     if arguments.model:
         config = PheyeConfig.from_pretrained(arguments.model)
     else:

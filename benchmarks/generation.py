@@ -365,6 +365,14 @@ def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
     )
     parser.add_argument("--joint", action="store_true", help="let --budget name joint layers of the language model")
     args = parser.parse_args(argv)
+    of_the_whole = ("beams", "attention", "compile", "static", "only_steps", "compare", "questions")
+    idle = [f"--{name}" for name in of_the_whole if getattr(args, name) != parser.get_default(name)]
+    if idle and (args.plot or args.branch or args.budget):
+        parser.error(f"{', '.join(idle)} cannot be with --plot, --branch or --budget")
+    if args.only_steps and args.compile:
+        parser.error("--compile measures encoding, which --only_steps leaves out")
+    if args.joint and not args.budget:
+        parser.error("--joint needs --budget")
     start_memory = memory("VmRSS")
     config = config or chosen_config(args.variant)
 

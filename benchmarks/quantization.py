@@ -174,8 +174,9 @@ def print_table(results: list[dict]):
 
 def main(argv: list[str] | None = None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="x4-672")
-    parser.add_argument("--model", help="folder of any Pheye, in place of a published variant with random weights")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--variant", default="x4-672")
+    what.add_argument("--model", help="folder of any Pheye, in place of a published variant with random weights")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="by default all whose package is installed")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args(argv)

@@ -26,11 +26,27 @@ class Interrupted(KeyboardInterrupt):
     """The user has stopped the command; the message says what is kept and how to go on."""
 
 
+class Store(argparse.Action):
+    """What argparse does with an option; but a list that is given twice is refused, and does not replace the first."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if isinstance(values, list) and getattr(namespace, self.dest, self.default) is not self.default:
+            parser.error(f"argument {option_string}: given twice; give its values one behind another")
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """Options are written with underscores, as transformers' are; with hyphens they are understood too."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name in (None, "store"):
+            self.register("action", name, Store)
+
     def parse_known_args(self, args=None, namespace=None):
-        args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
+        args = list(sys.argv[1:] if args is None else args)
+        end = args.index("--") if "--" in args else len(args)  # behind it no argument is an option
+        args = [*map(_with_underscores, args[:end]), *args[end:]]
         return super().parse_known_args(args, namespace)
 
 
@@ -83,7 +99,8 @@ def exit_status(run: Callable[..., object], **options) -> int:
         print(f"\ninterrupted. {error}".rstrip(), file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
-        print(f"error: {error}\nGive the same command with a smaller --batch_size to go on.", file=sys.stderr)
+        remedy = "\nGive the same command with a smaller --batch_size to go on." if "batch_size" in options else ""
+        print(f"error: {error}{remedy}", file=sys.stderr)
         return 1
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -29,10 +29,11 @@ PLACES = 256  # of which a large file has so many: 16 MB, a moment
 
 def explained(error: OSError, path: Path) -> OSError:
     """`error` of writing `path`, with what to do."""
-    remedy = "Mend this and run the same command again; the rows written so far are whole and kept."
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "Free some space and run the same command again; the rows written so far are whole and kept."
-    return OSError(f"{path} could not be written: {error.strerror or error}. {remedy}")
+    remedy = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend this"
+    return OSError(
+        f"{path} could not be written: {error.strerror or error}. {remedy} and run the same command again; what was "
+        "written before is whole and kept."
+    )
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes]):

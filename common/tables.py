@@ -83,6 +83,9 @@ def _load(names: list[str], source: str, config: str | None, *, data_files: str 
     """What `datasets` makes of the source: a table, or one for each split."""
     datasets = require("datasets")
     suffix = Path(names[0]).suffix.lower()
+    for name, value in (("config", config), ("data_files", data_files)):
+        if value is not None and (is_saved(names[0]) or (name == "config" and suffix in FILES)):
+            raise InputError(f"{source} has no choice of {name}; leave {name}={value!r} out.")
     try:
         if is_saved(names[0]):
             return datasets.load_from_disk(names[0])
@@ -252,6 +255,6 @@ def encoded(cell: list | dict | str | bytes | None) -> str | bytes | None:
     cell = as_list(cell)
     if isinstance(cell, list):
         if len(cell) > 1:
-            raise ValueError(f"There are {len(cell)} images, but Pheye sees exactly one; ask about them one by one.")
+            raise ValueError(f"There are {len(cell)} images; this command asks about one at a time.")
         cell = cell[0] if cell else None
     return (cell.get("bytes") or cell.get("path")) if isinstance(cell, dict) else cell

@@ -38,8 +38,8 @@ from ..common.tables import IMAGE_SOURCES
 from .boxes import Boxes, accuracy_by_box, answer_areas, read_boxes
 from .formats import found_images
 from .metrics.bootstrap import confidence_interval
-from .samples import ROWS, Sample
-from .sources import read_samples
+from .samples import ROWS, Sample, called
+from .sources import WHERE_IMAGES_ARE, read_samples
 from .tasks import METRICS, OWN, TASKS, VQA, Task
 from .tertiles import tertiles
 
@@ -93,11 +93,13 @@ def request_of(sample: Sample, task: Task) -> Request:
 
 
 def digest_of(samples: list[Sample], task: Task) -> str:
-    """Changes if ids or prompts do, so that rows of other data are never taken for these."""
+    """Changes if ids, prompts or names of images do, so that rows of other data are never taken for these."""
     digest = hashlib.sha256()
     for sample in samples:
         system = [] if sample.system is None else [sample.system]
-        digest.update(json.dumps([sample.id, task.prompt_for(sample.question, sample.options), *system]).encode())
+        names = sample.names or called(sample.image)
+        asked = [sample.id, task.prompt_for(sample.question, sample.options), names, *system]
+        digest.update(json.dumps(asked).encode())
     return digest.hexdigest()
 
 
@@ -337,7 +339,7 @@ def evaluate(
         "task": task.name,
         "split": split,
         "prompt": task.prompt,
-        "images": images,
+        **{name: arguments[name] for name in WHERE_IMAGES_ARE},
         "samples": digest_of(samples, task),
     }
     answer(
@@ -400,8 +402,8 @@ def parse(argv: list[str] | None) -> dict:
     dataset.add_argument(
         "--image_sources",
         choices=IMAGE_SOURCES,
-        help="where names in the column may lead: to files in the working directory and the table's folder (folder, "
-        "the default), to all files (local), or to URLs as well (any)",
+        help="where names in the data may lead: to files in the working directory, the data's folder and what "
+        "datasets downloaded (folder, the default), to all files (local), or to URLs as well (any)",
     )
     dataset.add_argument("--config", help="configuration of the data set, where it has several")
     dataset.add_argument("--data_files", help="files or pattern, where --data is a loader such as parquet")

@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger(__name__)  # not `warnings`: lmms-eval silences them all
 
 IMAGE_TOKEN = "<image>"  # tasks put it where other models want an image; of one alone, Pheye's prompt has no trace
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # of no use to a greedy answer or to beams
+SAMPLING = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}  # of no use to a greedy answer, with neutral values
 
 
 class RefusedTask(InputError):
@@ -86,9 +86,9 @@ def decoding(gen_kwargs: dict) -> tuple[dict, list[str]]:
     temperature = given.get("temperature")
     samples = bool(given.get("do_sample", temperature)) and temperature != 0
     known = GenerationConfig()
-    ignored = {name for name in given if not hasattr(known, name)}
+    ignored = {name for name in given if not hasattr(known, name) and name != "vision_budget"}
     if not samples:
-        ignored |= {"temperature"} if temperature else set()
+        ignored |= {name for name, neutral in SAMPLING.items() if given.get(name, neutral) != neutral}
         given = {name: value for name, value in given.items() if name not in SAMPLING}
     if ignored:
         logger.warning("%s in %s change nothing here.", ", ".join(sorted(ignored)), gen_kwargs)

@@ -109,12 +109,14 @@ def table_samples(
     """Of a data set with a column of conversations."""
     described = source_of(source, task, image_sources=image_sources)
     turns_of = find_turns(table.column_names, described)
-    image_column, id_column = image_column or usual_image_column(table.column_names), id_column or "id"
-    if image_column not in table.column_names:
-        raise InputError(
-            f"{source} has no column {image_column!r}; its columns are {', '.join(table.column_names)}. Name the one "
-            "of the image by --image_column."
-        )
+    image_column = image_column or usual_image_column(table.column_names)
+    for kind, name in (("image", image_column), ("id", id_column)):
+        if name is not None and name not in table.column_names:
+            raise InputError(
+                f"{source} has no column {name!r}; its columns are {', '.join(table.column_names)}. Name the one of "
+                f"the {kind} by --{kind}_column."
+            )
+    id_column = id_column or "id"
     images = images_in(ImageColumn(table, image_column, source, image_sources, several=True), image_column)
     texts = table.select_columns([*turns_of.columns, *({id_column} & set(table.column_names))])
     opened = []

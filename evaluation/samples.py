@@ -31,6 +31,13 @@ class Sample:
     system: str | None = None
 
 
+def called(image: object) -> str | list | None:
+    """What the data call an image, a file or a URL, or those of several; None where they do not."""
+    if isinstance(image, list):
+        return [called(one) for one in image]
+    return image.name if isinstance(image, Path) else image if isinstance(image, str) else None
+
+
 def texts(answers: object) -> tuple[str, ...] | None:
     """References of the shapes in which files and data sets hold them: a text, a list, or objects with an `answer`."""
     if isinstance(answers, dict):  # a list of objects that `datasets` has turned into an object of lists

@@ -17,6 +17,9 @@ from .own import LLAVA, images_in, own_file_samples, question_about, table_sampl
 from .samples import Sample, check_samples, right_option, texts
 from .tasks import OWN, Task
 
+# Options that say which images are asked about; answers about others are never taken for theirs.
+WHERE_IMAGES_ARE = ("data", "images", "image_column", "image_sources", "config", "data_files")
+
 # --- Columns of a data set ---
 
 
@@ -62,7 +65,8 @@ def dataset_samples(
         table, split, _ = load_split(source, split=split, usual_split=task.split, **where)
     named_turns = named.get("question_column") or named.get("answers_column")
     if task.format == OWN and not named_turns and any(column in table.column_names for column in TURNS_COLUMNS):
-        where = {name: named.get(name) for name in ("image_column", "id_column")}
+        where = {name: named.pop(name, None) for name in ("image_column", "id_column")}
+        refuse_unused(f"{source} has conversations", named)
         return table_samples(table, task, source, split, image_sources=image_sources, **where)
     columns = chosen_columns(task, named)
     if task.format == OWN and named.get("image_column") is None:

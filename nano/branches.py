@@ -275,7 +275,7 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--rounds", type=at_least(1), default=120, help="for the blocks (default: %(default)s)")
     parser.add_argument("--seeds", type=at_least(1), default=2, help="(default: %(default)s)")
     parser.add_argument("--count", type=at_least(3), default=1000, help="held-out pictures (default: %(default)s)")
-    parser.add_argument("--fine", type=at_least(0), default=300, help="more, with fine letters (default: %(default)s)")
+    parser.add_argument("--fine", type=at_least(3), default=300, help="more, with fine letters (default: %(default)s)")
     parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
     return vars(parser.parse_args(argv))
 

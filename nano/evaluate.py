@@ -307,14 +307,20 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--count", type=at_least(3), default=1000, help="pictures (default: %(default)s)")
     parser.add_argument(
-        "--fine", type=at_least(0), default=1000, help="more, with fine letters (default: %(default)s)"
+        "--fine",
+        type=at_least(0),
+        default=1000,
+        help="more, with fine letters: none, or 3 at least (default: %(default)s)",
     )
     parser.add_argument(
         "--reduced", type=at_least(1), nargs="*", default=[448, 224], help="sides, in pixels (default: 448 224)"
     )
     parser.add_argument("--batch_size", type=at_least(1), default=8, help="(default: %(default)s)")
     parser.add_argument("--workers", type=at_least(0), default=2, help="processes that draw (default: %(default)s)")
-    return vars(parser.parse_args(argv))
+    options = vars(parser.parse_args(argv))
+    if 0 < options["fine"] < 3:
+        parser.error(f"--fine {options['fine']} must be 0, or 3 at least: there are tertiles of them")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -319,7 +319,7 @@ def parse(argv: list[str] | None) -> dict:
     )
     parser.add_argument("--lora_sets", type=int, choices=[0, 1, 2], default=2, help="the same (default: %(default)s)")
     parser.add_argument(
-        "--initializer_range", type=float, default=INITIALIZER_RANGE, help="of new blocks (default: %(default)s)"
+        "--initializer_range", type=float, help=f"of new blocks, without --start (default: {INITIALIZER_RANGE})"
     )
     parser.add_argument("--data", type=Path, required=True, metavar="FILE")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
@@ -333,10 +333,16 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument("--seeds", type=at_least(1), default=2, help="(default: %(default)s)")
     parser.add_argument("--count", type=at_least(3), default=500, help="held-out pictures (default: %(default)s)")
     parser.add_argument("--keep_features", action="store_true", help="in OUTPUT; for ways without LoRA")
-    parser.add_argument("--workers", type=at_least(0), default=2, help="processes that open pictures")
+    parser.add_argument(
+        "--workers", type=at_least(0), default=2, help="processes that open pictures, without --keep_features"
+    )
     parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
     options = vars(parser.parse_args(argv))
     start = options["start"]
+    if start and options["initializer_range"] is not None:
+        parser.error("--initializer_range is of new blocks; --start has its own")
+    if options["initializer_range"] is None:
+        options["initializer_range"] = INITIALIZER_RANGE
     if options["keep_features"] and (options["lora_sets"] or "one_lora" in (options["ways"] or WAYS)):
         parser.error(
             "--keep_features needs --lora_sets 0, and --ways without one_lora: features change while LoRA learns"

@@ -318,7 +318,7 @@ def compare(output: Path, *, count: int, fine: int, nano: Path | None, timed: in
         if model:
             openers[PHEYE] = lambda threads: open_pheye(model, threads)
         costs = {
-            name: {"seconds": seconds(name, opened, images, output), "megabytes": megabytes(name, model)}
+            name: {"seconds": seconds(name, opened, images, output, model), "megabytes": megabytes(name, model)}
             for name, opened in openers.items()
         }
     result = {

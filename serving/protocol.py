@@ -112,8 +112,8 @@ def read_request(body: bytes, model: str, allow_urls: bool) -> ChatRequest:
         stop=stop,
         seed=integer(given, "seed", -(2**63), 2**63 - 1, None),
         vision_budget=integer(given, "vision_budget", 0, 2**31, None),
-        is_streamed=given.get("stream") is True,
-        includes_usage=options.get("include_usage") is True,
+        is_streamed=truth(given, "stream"),
+        includes_usage=truth(options, "include_usage"),
     )
 
 
@@ -134,6 +134,13 @@ def integer(given: dict, name: str, least: int, most: int, default: int | None) 
     if name in given and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
         raise RequestError(f"{name}={shown(value)} must be an integer from {least} to {most}.", param=name)
     return value
+
+
+def truth(given: dict, name: str) -> bool:
+    value = given.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"{name}={shown(value)} must be true or false.", param=name)
+    return bool(value)
 
 
 def read_messages(messages, allow_urls: bool) -> tuple[list[dict], list[bytes]]:

@@ -59,7 +59,8 @@ def parse(argv: list[str] | None) -> dict:
     parser.add_argument(
         "--batch_size", type=at_least(1), default=8, help="requests answered at once (default: %(default)s)"
     )
-    return vars(parser.parse_args(argv))
+    options = vars(parser.parse_args(argv))
+    return {**options, "api_key": options["api_key"] or None}  # a variable that is set to nothing is none
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -203,7 +203,7 @@ def test_a_row_with_several_images_says_so(run, folder, captions, tmp_path):
     datasets.Dataset.from_dict({"image": [paths[:1], paths[:2], []]}).to_parquet(tmp_path / "rows.parquet")
     _, rows, _ = run(tmp_path / "rows.parquet", "--image_sources", "local")
     assert rows[0]["caption"] == captions["a.png"]
-    assert "There are 2 images, but Pheye sees exactly one" in rows[1]["error"]
+    assert "There are 2 images; this command asks about one" in rows[1]["error"]
     assert rows[2]["error"] == "There is no image."
 
 

@@ -42,6 +42,25 @@ def test_options_are_understood_with_underscores_and_with_hyphens(spelling, join
     assert "--max_new_tokens" in parser.format_help() and "--max-new-tokens" not in parser.format_help()
 
 
+def test_behind_a_bare_double_hyphen_nothing_is_an_option():
+    parser = command.Parser()
+    parser.add_argument("question")
+    assert parser.parse_args(["--", "--what-is-it?"]).question == "--what-is-it?"
+
+
+@pytest.mark.parametrize("default", [None, ["a"]])
+def test_a_list_that_is_given_twice_is_refused_and_a_value_is_not(default, capsys):
+    parser = command.Parser()
+    parser.add_argument_group("files").add_argument("--data", nargs="+", default=default)
+    parser.add_argument("--more", nargs="+", action="extend")
+    parser.add_argument("--count", type=int)
+    options = parser.parse_args(["--data", "x", "y", "--count", "1", "--count", "2", "--more", "p", "--more", "q"])
+    assert (options.data, options.count, options.more) == (["x", "y"], 2, ["p", "q"])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--data", "x", "--data", "y"])
+    assert "argument --data: given twice; give its values one behind another" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["0", "-3", "2.5", "x", ""])
 def test_an_integer_that_is_too_small_or_none_is_refused(text, capsys):
     parser = command.Parser()
@@ -52,13 +71,15 @@ def test_an_integer_that_is_too_small_or_none_is_refused(text, capsys):
 
 
 def test_what_the_user_can_mend_is_a_line_and_a_bug_is_not(capsys):
-    def run(error):
+    def run(error, batch_size=None):
         raise error
 
     assert command.exit_status(run, error=command.InputError("Give more.")) == 1
     assert capsys.readouterr().err == "error: Give more.\n"
     assert command.exit_status(run, error=OSError("disk")) == 1
     assert command.exit_status(run, error=torch.OutOfMemoryError("full")) == 1
+    assert capsys.readouterr().err == "error: disk\nerror: full\n"
+    assert command.exit_status(run, error=torch.OutOfMemoryError("full"), batch_size=8) == 1
     assert "smaller --batch_size" in capsys.readouterr().err
     assert command.exit_status(lambda: None) == 0
     with pytest.raises(KeyError):

@@ -195,6 +195,15 @@ def test_verify_says_which_models_it_knows(tmp_path, capsys):
     assert converter.main([str(source), str(tmp_path / "out")]) == 0
 
 
+def test_an_option_that_a_variable_left_empty_is_refused(tmp_path, tensors, capsys):
+    source = write(tmp_path / "source", tensors)
+    for part in ("encoder", "decoder", "tokenizer"):
+        assert f"The {part} is an empty text" in refuse(capsys, source, tmp_path / "out", f"--{part}", "")
+    with pytest.raises(SystemExit):
+        converter.main([str(source), str(tmp_path / "out"), "--push_to_hub", ""])
+    assert "--push_to_hub is an empty text" in capsys.readouterr().err
+
+
 # --- Whole or not at all ---
 
 

@@ -474,6 +474,30 @@ def test_rows_of_other_settings_or_questions_are_not_taken(run, answers, tmp_pat
     assert "was begun with other settings: samples was" in printed
 
 
+def test_rows_of_other_images_are_not_taken(run, answers, tmp_path):
+    answers("cat", "dog")
+    toy = own_toy()
+    status, first, _, _ = run("own", *write(toy, tmp_path))
+    assert status == 0
+    toy.content[0]["image"], toy.content[1]["image"] = toy.content[1]["image"], toy.content[0]["image"]
+    status, result, _, printed = run("own", *write(toy, tmp_path))
+    assert (status, result) == (1, first)
+    assert "was begun with other settings: samples was" in printed
+
+
+def test_rows_of_another_column_of_images_are_not_taken(run, answers, tmp_path):
+    answers("cat", "dog")
+    paths = image_paths(tmp_path)
+    rows = {"image": paths, "other": paths[::-1], "question": ["What?"] * 3, "answers": [["cat"]] * 3}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    options = ("--data", tmp_path / "rows.parquet", "--image_sources", "local")
+    status, first, _, _ = run("own", *options)
+    assert status == 0
+    status, result, _, printed = run("own", *options, "--image_column", "other")
+    assert (status, result) == (1, first)
+    assert "was begun with other settings: image_column was" in printed
+
+
 # --- By the size of the answer's box ---
 
 

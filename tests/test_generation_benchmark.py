@@ -234,6 +234,21 @@ def test_preprocessing_for_a_branch_is_measured_beside_its_resizes(monkeypatch):
 
 
 @pytest.mark.once
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--branch", "T", "--attention", "eager"], "--attention cannot be with --plot, --branch or --budget"),
+        (["--budget", "3", "--compile", "--beams", "2"], "--beams, --compile cannot be"),
+        (["--only_steps", "--compile"], "which --only_steps leaves out"),
+        (["--joint"], "--joint needs --budget"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, message, capsys):
+    with pytest.raises(SystemExit):
+        generation.main(options, tiny_config())
+    assert message in capsys.readouterr().err
+
+
 def test_plot_is_drawn(tmp_path, capsys):
     path = tmp_path / "costs.png"
     generation.main(["--repeats", "1", "--dtype", "float32", "--tokens", "3", "--plot", str(path)], tiny_config())

@@ -101,6 +101,8 @@ def answers_of_our_engine(model, processor, tmp_path_factory):
             [],
         ),
         ({"do_sample": True}, {"max_new_tokens": 256, "do_sample": True}, []),
+        ({"temperature": 0, "top_p": 1.0}, {"max_new_tokens": 256, "do_sample": False}, []),
+        ({"vision_budget": 0}, {"max_new_tokens": 256, "vision_budget": 0, "do_sample": False}, []),
         ({"do_sample": True, "temperature": 0.0}, {"max_new_tokens": 256, "do_sample": False}, []),
     ],
 )
@@ -116,6 +118,7 @@ def test_decoding_arguments(gen_kwargs, arguments, until, caplog):
     [
         ({"image_aspect_ratio": "original"}, "image_aspect_ratio"),
         ({"do_sample": False, "temperature": 1}, "temperature"),
+        ({"do_sample": False, "top_p": 0.9}, "top_p"),
     ],
 )
 def test_arguments_without_effect_are_named(gen_kwargs, name, caplog):

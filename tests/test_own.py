@@ -97,6 +97,10 @@ def test_tables_with_conversations(tmp_path):
     assert ([sample.id for sample in samples], split) == (["y-0", "y-1"], "validation")
     message = refused("own", "--data", str(tmp_path / "saved"), "--image_column", "photo")
     assert "has no column 'photo'; its columns are image, id, conversations. Name the one of the image" in message
+    message = refused("own", "--data", str(tmp_path / "saved"), "--id_column", "number")
+    assert "has no column 'number'; its columns are image, id, conversations. Name the one of the id" in message
+    message = refused("own", "--data", str(tmp_path / "saved"), "--choices_column", "id")
+    assert "has conversations: leave --choices_column out." in message
 
 
 def test_tables_with_questions_and_all_their_answers(tmp_path):

@@ -88,6 +88,14 @@ def test_parts_are_taken_as_they_are_and_the_rest_is_initial(clip, language_mode
     assert model.generation_config.max_new_tokens == 7
 
 
+@pytest.mark.parametrize("name", ["revision", "torch_dtype", "tile_per_side", "token"])
+def test_arguments_that_would_do_nothing_are_refused(clip, language_model, name):
+    with pytest.raises(TypeError, match=f"has no argument {name}; it takes fields of PheyeConfig"):
+        PheyeForConditionalGeneration.from_pretrained_parts(clip, language_model, **CONFIG, **{name: "x"})
+    with pytest.raises(ValueError, match="one of high_res and high_res_vision_config"):
+        PheyeForConditionalGeneration.from_pretrained_parts(clip, language_model, "x", high_res_vision_config={})
+
+
 def test_the_language_model_gives_the_dtype_unless_one_is_named(clip, language_model):
     model = PheyeForConditionalGeneration.from_pretrained_parts(clip, language_model, **CONFIG)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

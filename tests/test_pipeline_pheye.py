@@ -231,7 +231,21 @@ def test_max_length_and_the_models_own_setting_count_before_the_default(pipe, ca
     pipe(PICTURES[0], generate_kwargs={"max_length": length + 3, **ENDLESS})
     monkeypatch.setattr(pipe.model.generation_config, "max_new_tokens", 2)
     pipe(PICTURES[0], generate_kwargs=ENDLESS)
-    assert [new_tokens(call) for call in calls] == [3, 2]
+    monkeypatch.setattr(pipe.model.generation_config, "max_new_tokens", None)
+    monkeypatch.setattr(pipe.model.generation_config, "max_length", length + 1)
+    pipe(PICTURES[0], generate_kwargs=ENDLESS)
+    assert [new_tokens(call) for call in calls] == [3, 2, 1]
+
+
+def test_a_generation_config_without_a_length_leaves_the_default(pipe, calls):
+    pipe(PICTURES[0], prompt="Why?", generate_kwargs={"generation_config": GenerationConfig(**ENDLESS)})
+    assert new_tokens(calls[0]) == 256
+
+
+@pytest.mark.parametrize("part", ["image_processor", "tokenizer"])
+def test_half_a_processor_is_refused(pipe, part):
+    with pytest.raises(TypeError, match="takes processor="):
+        type(pipe)(model=pipe.model, processor=pipe.processor, **{part: getattr(pipe.processor, part)})
 
 
 def test_max_new_tokens_given_twice_is_refused_with_both(pipe, model_folder):

@@ -394,6 +394,10 @@ def test_lists_of_lists_and_none_are_the_images_of_each_text():
     inputs = processor(images=[[one, two], None, two, []], text=["a", "b", "c", "d"], return_tensors="pt")
     assert inputs["image_grids"].tolist() == [[[2, 2]] * 2, [[0, 0]] * 2, [[2, 2], [0, 0]], [[0, 0]] * 2]
     assert processor(images=[None, None], text=["a", "b"]).keys() == {"input_ids", "attention_mask"}
+    processor.image_processor.max_images = 1
+    for given in ({"max_images": 2}, {"images_kwargs": {"max_images": 2}}):  # for this call alone
+        again = processor(images=[[one, two], None, two, []], text=["a", "b", "c", "d"], return_tensors="pt", **given)
+        assert all(torch.equal(again[name], inputs[name]) for name in inputs)
 
 
 def test_empty_texts_are_refused_by_their_place(processor):

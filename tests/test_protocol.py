@@ -70,6 +70,8 @@ def test_images_leave_placeholders():
         ({"tools": [{"x": "y" * 1000}]}, "tools", "is not served"),
         ({"logprobs": True}, "logprobs", "logprobs=True is not served"),
         ({"stream_options": 1}, "stream_options", "must be an object"),
+        ({"stream": 1}, "stream", "stream=1 must be true or false"),
+        ({"stream_options": {"include_usage": "true"}}, "include_usage", "must be true or false"),
         ({"messages": []}, "messages", "one object or more"),
         ({"messages": "What?"}, "messages", "one object or more"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages", "Message 0 has a part"),

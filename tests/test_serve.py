@@ -26,6 +26,7 @@ def test_the_key_may_be_in_the_environment(monkeypatch):
     monkeypatch.setenv("PHEYE_API_KEY", "secret")
     assert parse(["--model", "x"])["api_key"] == "secret"
     assert parse(["--model", "x", "--api_key", "other"])["api_key"] == "other"
+    assert parse(["--model", "x", "--api_key", ""])["api_key"] is None
     monkeypatch.delenv("PHEYE_API_KEY")
     assert parse(["--model", "x"])["api_key"] is None
     assert parse(["--model", "x"])["host"] == "127.0.0.1" and not parse(["--model", "x"])["allow_urls"]

@@ -1,15 +1,19 @@
 """The stages of the recipe are the paper's."""
 
+import json
+
 import pytest
 
 from pheye.training.formats import Source
 from pheye.training.stages import STAGES, completed, stage_sources
+from pheye.training.train import read_eval_sources, read_sources
 
 pytestmark = pytest.mark.once
 
 
-def named(*names: str, **fields) -> list[Source]:
-    return [Source(f"/data/{name}.json", name, **fields) for name in names]
+def named(*names: str, **fields) -> list[tuple[Source, set[str]]]:
+    """Sources of these names, and what was said of each."""
+    return [(Source(f"/data/{name}.json", name, **fields), {"path", "name", *fields}) for name in names]
 
 
 def test_learning_rates_and_sizes_are_those_of_the_recipe():
@@ -60,17 +64,31 @@ def test_records_fill_in_what_the_mixture_leaves_out():
 def test_what_the_mixture_says_comes_first():
     record = STAGES["tasks"].sources["vqav2"]
     own = Source("x.json", "vqav2", prompt="Short.", turns=3, samples=5)
-    assert completed(own, record) == own
-    weighted = completed(Source("x.json", "vqav2", weight=0.5), record)
+    assert completed(own, {"prompt", "turns", "caption", "samples"}, record) == own
+    weighted = completed(Source("x.json", "vqav2", weight=0.5), {"weight"}, record)
     assert (weighted.most, weighted.weight, weighted.prompt) == (None, 0.5, record.prompt)
+    bounded = completed(Source("x.json", "vqav2", most=5), {"most"}, record)
+    assert (bounded.most, bounded.prompt) == (5, record.prompt)
+
+
+def test_what_a_mixture_file_says_comes_first_even_if_it_is_the_default(tmp_path):
+    stage, path = STAGES["describe"], tmp_path / "mixture.json"
+    entry = {"path": "a.json", "caption": False, "prompt": "", "turns": 1, "most": 7}
+    path.write_text(json.dumps({"sources": dict.fromkeys(stage.sources, entry)}))
+    for sources in (read_sources([str(path)], "describe"), read_eval_sources([str(path)], "describe")):
+        assert [(one.caption, one.prompt, one.turns, one.most) for one in sources] == [(False, "", 1, 7)]
+    path.write_text(json.dumps({"sources": {name: {"path": "a.json"} for name in stage.sources}}))
+    [described] = read_sources([str(path)], "describe", all_turns=True)
+    assert described.caption and described.turns is None  # the option comes before the stage
 
 
 def test_own_data_under_other_names_stay_as_they_are():
     own = named("mine", "yours", turns=2)
-    assert stage_sources(STAGES["tasks"], own) == own
+    sources = [source for source, _ in own]
+    assert stage_sources(STAGES["tasks"], own) == sources
     stage = STAGES["instruct"]
     both = stage_sources(stage, named(*stage.sources) + own)
-    assert both[-2:] == own and {source.most for source in both} == {None}
+    assert both[-2:] == sources and {source.most for source in both} == {None}
 
 
 def test_a_stage_of_which_data_are_missing_is_refused_with_names_and_sizes():

@@ -40,6 +40,15 @@ def test_saved_data_with_and_without_splits(table, tmp_path):
         load_table(str(tmp_path / "two"), split="test")
     with pytest.raises(InputError, match="holds no splits; leave the split val out"):
         load_table(str(tmp_path / "one"), split="val")
+    for option in ("config", "data_files"):
+        with pytest.raises(InputError, match=f"has no choice of {option}; leave {option}='a' out"):
+            load_table(str(tmp_path / "one"), **{option: "a"})
+
+
+def test_a_table_file_has_no_configurations(table, tmp_path):
+    table.to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="has no choice of config; leave config='a' out"):
+        load_table(str(tmp_path / "rows.parquet"), config="a")
 
 
 def test_the_only_split_is_taken_and_of_several_the_usual_one(table, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -237,6 +238,19 @@ def test_a_base_that_is_not_whole_is_named_in_a_line(data, tmp_path, name, capsy
     base = save_base(tmp_path / "base")
     (base / name).write_bytes((base / name).read_bytes()[:50])
     assert str(base) in refusal(capsys, command(base, data, tmp_path / "out"))
+
+
+def test_a_streamed_run_ends_with_a_model(base, tmp_path):
+    rows = {"image": [], "question": ["What is it?"] * 5, "answers": [["a cat"]] * 5}
+    for index in range(5):
+        tiny_image(index).save(tmp_path / f"{index}.png")
+        rows["image"].append(str(tmp_path / f"{index}.png"))
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    options = ["--streaming", "--question_column", "question", "--answers_column", "answers", "--max_steps", "2"]
+    options += ["--per_device_train_batch_size", "2", "--effective_batch_size", "2"]
+    train.run(command(base, tmp_path / "rows.parquet", tmp_path / "out", *options))
+    assert weights(tmp_path / "out").keys() == weights(base).keys()
+    assert "What does the image show?" in (tmp_path / "out" / "README.md").read_text()  # a stream is not asked twice
 
 
 def test_data_to_evaluate_on_is_not_streamed(base, data, tmp_path, capsys):

@@ -21,6 +21,7 @@ from pheye.training.skipped import read_skipped
 from pheye.training.trained import choose_trained, trained_state
 from pheye.training.trainer import PheyeTrainer
 
+from budget_runs import model_with_budgets
 from tiny import tiny_model, tiny_processor
 from training_runs import STEPS, command, refusal, run_alone, save_base, weights, write_data
 
@@ -225,7 +226,7 @@ def stopping_at(step: int, error=KeyboardInterrupt, original=PheyeTrainer.traini
 
 def python_trainer(folder: Path, data: Path | None = None, trainer_class=PheyeTrainer, **options) -> PheyeTrainer:
     """A trainer as it is made in Python, with the options of `TrainingArguments` and of the trainer."""
-    model = tiny_model(lora_dropout=0.0)
+    model = options.pop("model", None) or tiny_model(lora_dropout=0.0)
     choose_trained(model)
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     of_training = {name: options.pop(name) for name in names & options.keys()}
@@ -263,6 +264,18 @@ def test_label_smoothing_smooths_the_loss_of_the_next_token(data, tmp_path, trai
         assert found != pytest.approx(smoothed(logits[:, 1:], batch["labels"][:, :-1], 0.1), rel=1e-2)
         found = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(50)).item()
         assert found == pytest.approx(smoothed(logits, batch["labels"], 0.1, 50), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_evaluation_takes_the_largest_budget_not_the_routers(data, tmp_path, smoothing):
+    model = model_with_budgets(router_size=4)
+    last = model.model.router.requires_grad_(False)
+    options = {"label_smoothing_factor": smoothing, "eval_dataset": Mixture(read_mixture([str(data)]), 42)}
+    trainer = python_trainer(tmp_path, data, PheyeTrainer, model=model, **options)
+    calls = []
+    last.register_forward_hook(lambda *_: calls.append(1))
+    trainer.evaluate()
+    assert not calls
 
 
 def test_the_command_smooths_labels_too(data, tmp_path):

@@ -113,6 +113,18 @@ def test_labels_and_a_router_by_the_loss(folder, data, tmp_path, capsys):
     assert budgets.main(again) == 0  # a router that is there goes on
 
 
+def test_labels_of_other_images_are_not_taken(folder, tmp_path, capsys):
+    labels, data = tmp_path / "labels.jsonl", write_questions(tmp_path / "own", 2)
+    options = ["--output", labels, "--rule", "loss", "--limit", 2]
+    assert budgets.main(given("label", folder, data, *options)) == 0
+    message = refused(capsys, "label", folder, data, *options, "--images", data.parent)
+    assert "was begun with other settings: images was" in message
+    rows = json.loads(data.read_text())
+    rows[0]["image"], rows[1]["image"] = rows[1]["image"], rows[0]["image"]
+    data.write_text(json.dumps(rows))
+    assert "was begun with other settings: samples was" in refused(capsys, "label", folder, data, *options)
+
+
 def test_labels_by_the_score(folder, data, tmp_path, capsys):
     labels = tmp_path / "labels.jsonl"
     options = ["--metric", "anls", "--max_new_tokens", 2, "--limit", 3, "--prompt", "{question} One word."]

@@ -25,6 +25,7 @@ from ..common.files import write_atomically
 from ..common.json_lines import read_lines, read_rows
 from ..common.models import find_model
 from ..configuration_pheye import PheyeConfig
+from ..evaluation.sources import WHERE_IMAGES_ARE
 from ..evaluation.tasks import METRICS, OWN, Task
 from ..modeling_pheye import PheyeForConditionalGeneration
 from ..processing_pheye import PheyeProcessor
@@ -158,10 +159,11 @@ def label(
     rule = rule_of(rule, margin, metric, max_new_tokens, task)
     device = device or state.device
     identity, load = open_model(model, revision, dtype, device)
+    images = {name: value for name, value in data.items() if name in WHERE_IMAGES_ARE}
     make_labels(
         load, budgets, requests[:limit], Path(output), rule, batch_size=batch_size,
         workers=default_workers(device) if workers is None else workers,
-        settings={"model": model, "files of the model": identity, "dtype": dtype},
+        settings={"model": model, "files of the model": identity, "dtype": dtype, **images},
     )  # fmt: skip
     if state.is_main_process:
         print(summary(read_rows(Path(output)), budgets))

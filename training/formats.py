@@ -37,8 +37,10 @@ class Source:
         image_folder: where relative image paths begin; for JSON, by default, the file's own folder.
         image_sources: where the images' names may lead, for others may have written them: to files of the image folder
             ("folder"), to all files ("local"), or to URLs as well ("any"). A mixture file cannot say it.
-        split: by default "train", where there are splits.
-        prompt: appended to every question.
+        subset, split: of a data set; the split is "train" by default, where there are splits.
+        streaming: read it while training, and do not download it first.
+        image_column, question_column, answers_column: of a data set with other names.
+        prompt: appended to every question that does not end with it.
         caption: whether one of ten instructions, drawn at random, takes the question's place.
         turns: how many turns of a row are shown at a time, drawn at random; None for all.
         samples: how many samples an epoch draws. By default, it draws every row once.
@@ -46,6 +48,9 @@ class Source:
         most: how many samples an epoch draws at most, unless `samples` is given.
 
     A stream has no size: the first that is given of `samples`, `most` and `weight` is its share of the mixture.
+
+    Raises:
+        InputError: if a field has a wrong kind or value, or two of them exclude each other.
     """
 
     path: str

@@ -57,14 +57,22 @@ def read_mixture(paths: list[str], **defaults) -> list[Source]:
 
     A mixture is {"sources": [{field of Source: value, ...}, ...]}, or {"sources": {name: {field: value}, ...}}; its
     relative paths begin at the file. `defaults` hold for the fields that a source leaves out.
+
+    Raises:
+        InputError: if there is none, a name is there twice, or a mixture has what is no field of a source.
     """
-    sources = []
+    return [source for source, _ in described_sources(paths, **defaults)]
+
+
+def described_sources(paths: list[str], **defaults) -> list[tuple[Source, set[str]]]:
+    """What `read_mixture` gives, each with the names of the fields that its mixture or `defaults` say."""
+    found = []
     for path in map(str, paths):
         mixture = load_mixture(path)
         entries = [{"path": path}] if mixture is None else [resolved(entry, Path(path)) for entry in mixture]
-        sources += [Source(**{**defaults, **entry}) for entry in entries]
-    check_names(sources)
-    return sources
+        found += [(Source(**{**defaults, **entry}), {*defaults, *entry}) for entry in entries]
+    check_names([source for source, _ in found])
+    return found
 
 
 def load_mixture(path: str) -> list[dict] | None:
@@ -186,6 +194,9 @@ class Mixture(torch.utils.data.Dataset):
 
     Rows with more than `max_images` images are left out. `counts` has the number of draws per epoch of each source, by
     name.
+
+    Raises:
+        InputError: if a source cannot be read, has no row that can be used, or two have one name.
     """
 
     def __init__(self, sources: list[Source], seed: int, max_images: int = 1):

@@ -19,7 +19,7 @@ from .formats import Source
 from .stages import STAGES
 from .vision_budgets import LARGEST, UNIVERSAL
 
-EFFECTIVE_BATCH = 128  # the paper's (spec section 8)
+EFFECTIVE_BATCH = 128  # the paper's
 SAVE_STEPS = 500
 MODEL_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")  # that are made from the model
 
@@ -110,7 +110,8 @@ class RunArguments:
     data: list[str] = field(metadata={"help": "data sets, or JSON files that list several (docs/training.md)"})
     max_length: int | None = field(default=None, metadata={"help": "tokens of a sample; what is longer is cut"})
     max_skipped_share: float = field(
-        default=0.01, metadata={"help": "of the run's samples without a readable image; more stop the run"}
+        default=0.01,
+        metadata={"help": "of the samples without a readable image; more stop a run of 100 samples or more"},
     )
     trained_only: bool = field(default=False, metadata={"help": "write only what was trained, not a whole model"})
     inspect: int = field(
@@ -138,7 +139,7 @@ class DataArguments:
     image_column: str | None = field(default=None, metadata={"help": "of a data set with questions and answers"})
     question_column: str | None = None
     answers_column: str | None = None
-    prompt: str = field(default="", metadata={"help": "appended to every question"})
+    prompt: str = field(default="", metadata={"help": "appended to every question that does not end with it"})
     caption: bool = field(default=False, metadata={"help": "put one of ten caption instructions for the question"})
     all_turns: bool = field(
         default=False, metadata={"help": "train on all turns of a conversation, not on one that is drawn"}
@@ -147,7 +148,7 @@ class DataArguments:
 
 @dataclass
 class PheyeTrainingArguments(TrainingArguments):
-    """TrainingArguments with the paper's recipe as defaults (spec section 8)."""
+    """TrainingArguments with the paper's recipe as defaults."""
 
     output_dir: str | None = HfArg(default=None, aliases=["--output"], help="folder of the run")
     effective_batch_size: int | None = field(
@@ -305,11 +306,13 @@ def idle_beside_others(training: PheyeTrainingArguments) -> dict[str, str]:
         idle |= dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_token"), "it needs --push_to_hub")
     if training.max_steps > 0:
         idle["num_train_epochs"] = "--max_steps says where the run ends"
-    if training.lr_scheduler_type == "constant":
-        idle["warmup_steps"] = "--lr_scheduler_type constant has no warm-up; give constant_with_warmup"
+    if training.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy"):
+        idle["warmup_steps"] = f"--lr_scheduler_type {training.lr_scheduler_type} has no warm-up"
+    if training.lr_scheduler_type in ("constant", "constant_with_warmup"):
+        idle["lr_scheduler_kwargs"] = f"--lr_scheduler_type {training.lr_scheduler_type} takes no further arguments"
     if not training.optim.startswith(("galore", "apollo")):
         idle["optim_target_modules"] = "only the optimizers of GaLore and APOLLO have target modules"
-    if training.optim in ("adamw_torch", "adamw_torch_fused", "adafactor"):
+    if training.optim in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"):
         idle["optim_args"] = f"--optim {training.optim} takes no further arguments"
     if training.optim in ("adafactor", "sgd", "adagrad", "rmsprop"):
         idle |= dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), f"--optim is {training.optim}")
@@ -425,7 +428,10 @@ class OptionParser(Parser, HfArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is written."""
+    """Shows defaults but None, which stands for one that the help names; and the description as it is written."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 @contextlib.contextmanager

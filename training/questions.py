@@ -17,6 +17,7 @@ from ..answering.rows import Request
 from ..common.command import InputError
 from ..common.tables import IMAGE_SOURCES
 from ..evaluation.formats import found_images
+from ..evaluation.samples import called
 from ..evaluation.sources import read_samples
 from ..evaluation.tasks import OWN, TASKS, Task
 from .collator import IGNORED, encode
@@ -67,8 +68,11 @@ def read_questions(
 
 
 def digest_of(requests: Sequence[Request]) -> str:
-    """Changes if ids, prompts or right answers do."""
-    parts = [[request.id, request.prompt, request.system, request.fields["references"]] for request in requests]
+    """Changes if ids, prompts, right answers or names of images do."""
+    parts = [
+        [request.id, request.prompt, request.system, request.fields["references"], called(request.image)]
+        for request in requests
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

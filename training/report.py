@@ -146,7 +146,7 @@ def origin_of(base: str, revision: str | None) -> dict[str, object]:
 
 def question_of(data) -> str:
     """A question as the model was asked in training."""
-    if hasattr(data, "__getitem__") and len(data):
+    if hasattr(data, "__len__") and len(data):  # a stream has no length
         question = next((turn["content"] for turn in data[0]["messages"] if turn["role"] == "user"), "")
         if 0 < len(question) <= LONGEST_QUESTION:
             return question

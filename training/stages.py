@@ -62,15 +62,15 @@ STAGES = {
 }
 
 
-def stage_sources(stage: Stage, sources: list[Source]) -> list[Source]:
-    """`sources` with what the stage's records say where they leave it out; those of other names stay as they are.
+def stage_sources(stage: Stage, described: list[tuple[Source, set[str]]]) -> list[Source]:
+    """Sources with what the stage's records say where they leave it out; those of other names stay as they are.
 
-    A field counts as left out where it has its default value.
+    described: each with the names of the fields that were said of it.
 
     Raises:
         InputError: if some of the stage's data sets are among the sources, but not all.
     """
-    given = {source.name for source in sources}
+    given = {source.name for source, _ in described}
     missing = {name: record for name, record in stage.sources.items() if name not in given}
     if missing and len(missing) < len(stage.sources):
         listed = ", ".join(f"{name} ({size_of(record, stage)})" for name, record in missing.items())
@@ -78,7 +78,7 @@ def stage_sources(stage: Stage, sources: list[Source]) -> list[Source]:
             f"Of the data of stage {stage.name!r}, these are missing: {listed}. Add them to the mixture file under "
             "these names, or give the sets that you have names of your own, to train on them as they are."
         )
-    return [completed(source, stage.sources.get(source.name)) for source in sources]
+    return [completed(source, said, stage.sources.get(source.name)) for source, said in described]
 
 
 def size_of(record: StageSource, stage: Stage) -> str:
@@ -87,16 +87,11 @@ def size_of(record: StageSource, stage: Stage) -> str:
     return f"{record.samples:,} samples"
 
 
-def completed(source: Source, record: StageSource | None) -> Source:
-    """`source` with the record's values in the place of defaults."""
+def completed(source: Source, said: set[str], record: StageSource | None) -> Source:
+    """`source` with the record's values for what was not `said` of it."""
     if record is None:
         return source
-    defaults = Source(source.path)
-    fields = {
-        field: getattr(record, field)
-        for field in ("prompt", "caption", "turns")
-        if getattr(source, field) == getattr(defaults, field)
-    }
-    if source.samples is None and source.weight is None:
+    fields = {field: getattr(record, field) for field in ("prompt", "caption", "turns") if field not in said}
+    if not said & {"samples", "weight", "most"}:
         fields["most"] = record.samples
     return replace(source, **fields)

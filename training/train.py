@@ -28,7 +28,7 @@ from .checkpoints import last_checkpoint, rotate, whole_checkpoint
 from .collator import PheyeCollator
 from .formats import Source
 from .inspection import show_samples
-from .mixture import Mixture, Stream, read_mixture
+from .mixture import Mixture, Stream, described_sources
 from .options import PheyeTrainingArguments, check_installed, parse_options, refused_options, settings_that_matter
 from .rows import fingerprint_of
 from .run_folder import DIGITS, begin, claim, finish, open_repo, push, save_result
@@ -46,24 +46,29 @@ def parse(argv: list[str] | None = None):
 # --- Data and model ---
 
 
-def read_sources(data: list[str], stage: str | None = None, all_turns: bool = False, **fields) -> list[Source]:
-    """The data sets that `data` names; `fields` of `Source`, and then the stage, fill in what a mixture file leaves
+def read_sources(data: list[str], stage: str | None = None, **options) -> list[Source]:
+    """The data sets that `data` names; options of the command, and then the stage, fill in what a mixture file leaves
     out."""
+    described = described_sources(data, **said_of_sources(**options))
+    return stage_sources(STAGES[stage], described) if stage else [source for source, _ in described]
+
+
+def said_of_sources(all_turns: bool = False, **fields) -> dict[str, object]:
+    """The fields of `Source` that options say, which is more than their default."""
     fields["turns"] = None if all_turns else 1
-    given = {name: value for name, value in fields.items() if value != getattr(Source("x"), name)}
-    sources = read_mixture(data, **given)
-    return stage_sources(STAGES[stage], sources) if stage else sources
+    return {name: value for name, value in fields.items() if value != getattr(Source("x"), name)}
 
 
-def read_eval_sources(data: list[str] | None, stage: str | None = None, **fields) -> list[Source]:
+def read_eval_sources(data: list[str] | None, stage: str | None = None, **options) -> list[Source]:
     """The data sets to evaluate on, as `read_sources` reads them; of a stage, as few as wanted."""
     if data is None:
         return []
-    sources = read_sources(data, **{**fields, "streaming": False})
-    for source in sources:
+    described = described_sources(data, **said_of_sources(**{**options, "streaming": False}))
+    for source, _ in described:
         if source.streaming:
             raise InputError(f"{source.name} is streamed, so its evaluation would not end; leave `streaming` out.")
-    return [completed(source, STAGES[stage].sources.get(source.name)) for source in sources] if stage else sources
+    records = STAGES[stage].sources if stage else {}
+    return [completed(source, said, records.get(source.name)) for source, said in described]
 
 
 def open_data(sources: list[Source], training: TrainingArguments, max_images: int) -> Mixture | Stream:

@@ -21,7 +21,7 @@ from ..modeling_pheye import PheyeForConditionalGeneration
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel
 
-# The paper's choice (spec section 8): all that stands between the two pretrained models. Where there is a branch, what
+# The paper's choice: all that stands between the two pretrained models. Where there is a branch, what
 # joins it to the vision tower belongs to this; the branch itself is pretrained, too. The router trains by itself.
 PAPER_PARTS = ("cross_attention_blocks", "global_lora", "local_lora", "view_encoding", "fusion_blocks")
 PAPER_PARTS += ("self_attention_blocks", "joint_attention", "visual_convolution")
@@ -174,7 +174,7 @@ def load_trained(model: PheyeForConditionalGeneration, folder: str | os.PathLike
         folder: an output folder of `--trained_only`, or a checkpoint.
 
     Raises:
-        InputError: if a tensor is not part of `model` or has another shape.
+        InputError: if `folder` has no such file, or a tensor is not part of `model` or has another shape.
     """
     state, settings = read_trained(folder)
     tuner = add_language_model_lora(model, **settings) if settings else None

@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..common.command import InputError
@@ -22,13 +21,6 @@ from .trained import TRAINED_FILE, check_names, copy_state, nonfinite, read_trai
 from .vision_budgets import LARGEST, UNIVERSAL, drawn_budget
 
 LEAST_JUDGED = 100  # samples of a run whose share of skipped ones is judged; one may be broken in a smaller one
-
-
-class NextTokenSmoother(LabelSmoother):
-    """Label smoothing of the next token; transformers shifts labels for the classes of its own list only."""
-
-    def __call__(self, model_output, labels, shift_labels: bool = True, **kwargs):
-        return super().__call__(model_output, labels, shift_labels=True, **kwargs)
 
 
 class PheyeTrainer(Trainer):
@@ -62,8 +54,6 @@ class PheyeTrainer(Trainer):
         self.skipped, self.samples = 0, float("inf")  # of this process and its main one's past; of the whole run
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)  # read only when logged
         self.has_bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
-        if self.label_smoother is not None:
-            self.label_smoother = NextTokenSmoother(self.args.label_smoothing_factor)
         if isinstance(self.data_collator, PheyeCollator):
             self.args.remove_unused_columns = False  # the collator reads what the model does not take
         self._check_options()
@@ -110,7 +100,7 @@ class PheyeTrainer(Trainer):
             append_skipped(self.args.output_dir, skipped, self.state.global_step + 1)
         if len(skipped) == seen:
             del inputs["labels"]
-        if budgets := len(self.model.config.self_attention_budgets):  # said here: without labels a router would choose
+        if budgets := len(self.model.config.self_attention_budgets):
             drawn = self.vision_budgets == UNIVERSAL
             step = (self.args.seed, self.state.global_step)
             inputs["vision_budget"] = drawn_budget(*step, budgets) if drawn else budgets - 1
@@ -172,6 +162,8 @@ class PheyeTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
+        if budgets := len(self.model.config.self_attention_budgets):
+            inputs["vision_budget"] = budgets - 1  # said, for without labels a router would choose
         tokens = int((labels[:, 1:] != IGNORED).sum())
         if tokens == 0:  # no image of this batch could be read
             del inputs["labels"]

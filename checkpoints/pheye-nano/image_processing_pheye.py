@@ -304,8 +304,8 @@ class PheyeImageProcessor(PilBackend):
     prompt may have several images (`max_images`), or has none: in a list of lists, each holds the images of a prompt,
     and None stands for none.
 
-    With `high_res_tile_size` T also into `high_res_pixel_values` (B, k * k, 3, T, T): the whole image at k * T pixels
-    a side, as tiles in the crops' order. Both are resized from the original; an image that is smaller is enlarged.
+    With `high_res_tile_size` T also into `high_res_pixel_values` (B, crops, 3, T, T): the whole image at T pixels a
+    side for each crop, as tiles in the crops' order. Both are resized from the original; a smaller image is enlarged.
 
     `size` is that of one view; `image_mean` and `image_std` are those of the vision tower's own preprocessor. An image
     may be a path, a URL, base64 text, encoded bytes, a PIL image, an array or a tensor; see `to_rgb` for modes.
@@ -579,14 +579,16 @@ def _check_numbers(resample, do_rescale, rescale_factor, do_normalize, image_mea
     if isinstance(resample, bool) or not isinstance(resample, int) or resample not in list(Image.Resampling):
         raise ValueError(f"resample={resample!r} must be one of PIL.Image.Resampling, such as BICUBIC (3).")
     if do_rescale and not _is_number(rescale_factor, 1e-6, LARGEST_VALUE / 255):
-        raise ValueError(f"rescale_factor={rescale_factor!r} must be a number greater than 0, such as 1 / 255.")
+        raise ValueError(
+            f"rescale_factor={rescale_factor!r} must be from 1e-06 to {LARGEST_VALUE / 255:.1f}, such as 1 / 255."
+        )
     if not do_normalize:
         return
     for name, values, least in (("image_mean", image_mean, -LARGEST_VALUE), ("image_std", image_std, 0)):
         is_three = isinstance(values, (list, tuple, np.ndarray)) and len(values) == 3
         if not is_three or not all(_is_number(value, least, LARGEST_VALUE) for value in values):
-            kind = "greater than 0" if least == 0 else "finite"
-            raise ValueError(f"{name}={values!r} must be three numbers, for red, green and blue, each {kind}.")
+            bounds = f"{'greater than' if least == 0 else 'from'} {least:.0f} and at most {LARGEST_VALUE:.0f}"
+            raise ValueError(f"{name}={values!r} must be three numbers, for red, green and blue, each {bounds}.")
     white = 255 * (rescale_factor if do_rescale else 1)
     for mean, std in zip(image_mean, image_std, strict=True):
         if not max(abs(mean), abs(white - mean)) / std < LARGEST_VALUE:

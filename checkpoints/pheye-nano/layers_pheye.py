@@ -159,7 +159,11 @@ def _checkpoint_after_step(step: Step, index: int, layer: nn.Module, checkpoint:
 
 
 def transformer_layers(model: nn.Module, count: int, kind: str) -> nn.ModuleList:
-    """The list of `count` transformer layers inside a `kind` of model, wherever its family keeps it."""
+    """The list of `count` transformer layers inside a `kind` of model, wherever its family keeps it.
+
+    Raises:
+        ValueError: if there is none.
+    """
     for module in model.modules():
         is_list = isinstance(module, nn.ModuleList) and len(module) == count
         if is_list and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):

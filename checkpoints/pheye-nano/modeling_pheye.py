@@ -493,7 +493,7 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
 
         Args:
             pixel_values: (B, V, 3, height, width), global view first.
-            high_res_pixel_values: (B, k * k, 3, T, T), where the model has a branch: the image as tiles.
+            high_res_pixel_values: (B, crops, 3, T, T), where the model has a branch: the image as tiles.
             image_grids: (B, I, 2), rows and columns of each image's crops, where the model has canvases, or rows have
                 several images or none.
 
@@ -502,7 +502,8 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
             the views that are there, in their order.
 
         Raises:
-            ValueError: if `pixel_values` has another rank, number of views or size.
+            ValueError: if `pixel_values` has another rank, number of views or size, or an input is missing that this
+                model needs beside it.
         """
         table = self._table_of(pixel_values, image_grids)
         return self._encode_views(pixel_values, high_res_pixel_values, table, **kwargs)
@@ -586,7 +587,7 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
 
         Args:
             pixel_values: (B, V, 3, height, width), global view first.
-            high_res_pixel_values: (B, k * k, 3, T, T), where the model has a branch: the image as tiles.
+            high_res_pixel_values: (B, crops, 3, T, T), where the model has a branch: the image as tiles.
             image_grids: (B, I, 2), as for `encode_views`.
 
         Returns:
@@ -594,7 +595,8 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
             `output_attentions` also the vision tower's own, whose rows are views (B * V).
 
         Raises:
-            ValueError: if `pixel_values` has another rank, number of views or size.
+            ValueError: if `pixel_values` has another rank, number of views or size, or an input is missing that this
+                model needs beside it.
         """
         table = self._table_of(pixel_values, image_grids)
         outputs = self._encode_views(pixel_values, high_res_pixel_values, table, **kwargs)
@@ -646,8 +648,8 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
         the mask (B, 1, 1, N) of those that are there, None for all.
 
         Raises:
-            ValueError: if both are given, if the features are not of this model's shape, or if `cache` holds text
-                that was read without an image.
+            ValueError: if both are given, or what goes with pixels without them; if the features are not of this
+                model's shape, or if `cache` holds text that was read without an image.
         """
         if pixel_values is None and high_res_pixel_values is not None:
             raise ValueError("high_res_pixel_values is given without pixel_values; give both.")
@@ -694,8 +696,12 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
         """Call the language model, or its base model, with the image.
 
         Args:
+            tower: the one of both to call.
             inputs: arguments of `forward`; what is not Pheye's own goes on to the language model.
             may_route: if no budget is given, let the router choose it where there is one; else the largest is taken.
+
+        Returns:
+            What the language model gives, and the call, which has collected what the blocks give.
 
         Raises:
             ValueError: if text and image do not fit each other or the model.
@@ -839,8 +845,18 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, PheyeGenerationMixin):
             language_model: folder or Hub id of a causal language model.
             high_res: folder or Hub id of a backbone for the high-resolution branch, such as ConvNeXt.
             dtype: of all parts; by default that in which the language model was saved.
-            config: fields of `PheyeConfig`, such as `tiles_per_side`.
+            config: fields of `PheyeConfig`, such as `tiles_per_side`, and `attn_implementation`.
+
+        Raises:
+            TypeError: for any other argument. ValueError: if the parts do not fit each other or the fields.
         """
+        if unknown := config.keys() - {*cls.config_class.__annotations__, "attn_implementation"}:
+            raise TypeError(
+                f"from_pretrained_parts has no argument {min(unknown)}; it takes fields of PheyeConfig, such as "
+                "tiles_per_side. For another revision of a part, give its folder."
+            )
+        if high_res is not None and "high_res_vision_config" in config:
+            raise ValueError("Give one of high_res and high_res_vision_config, not both.")
         language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or "auto")
         vision_config = AutoConfig.from_pretrained(vision)
         vision_tower = AutoModel.from_pretrained(
@@ -911,13 +927,15 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, PheyeGenerationMixin):
             input_ids: (R, T); R is a multiple of the number of images, rows of one image adjacent. Without an image,
                 here or in the cache, this is the bare language model.
             pixel_values: (B, V, 3, height, width), from the processor.
-            high_res_pixel_values: (B, k * k, 3, T, T), from the processor, where the model has a branch.
+            high_res_pixel_values: (B, crops, 3, T, T), from the processor, where the model has a branch.
             image_grids: (B, I, 2), from the processor, where the model has canvases, or rows have several images or
                 none.
+            attention_mask, position_ids, inputs_embeds, use_cache: as of the language model.
+            cache: of the language model; it also holds the image's keys and values. `past_key_values` is the same.
             image_hidden_states: (B, N, D), from `get_image_features`, in place of `pixel_values`.
-            vision_budget: how closely to read the images, where the model has self-attention blocks: an index into
-                `config.self_attention_budgets`, one for all images or (B,). By default the router's choice where there
-                is a router and no labels, else the largest.
+            vision_budget: how closely to read the images, where the model has budgets: an index into
+                `config.self_attention_budgets`, one for all images or a list or tensor (B,). By default the router's
+                choice where there is a router and no labels, else the largest.
             labels: (R, T), -100 where there is nothing to learn.
             output_cross_attentions: give the blocks' weights; for this call they attend eagerly, and the language
                 model as it always does. By default where `output_attentions` is asked for and all attention is eager.

@@ -33,17 +33,27 @@ class PheyeImageToTextPipeline(Pipeline):
     generator or a torch dataset, and optionally
 
     - `prompt`: the question or instruction; a one-sentence caption by default,
-    - `max_new_tokens`: 256 by default; `generate_kwargs`: anything else that `generate` takes,
+    - `max_new_tokens`: 256 by default, unless the generation config bounds the length,
+    - `generate_kwargs`: anything else that `generate` takes,
     - `vision_budget`: how closely to read the image, where the model has budgets,
     - `batch_size`: images per call of the model.
 
     Returns, per image, a list with a dict `{"generated_text": answer}` for each returned sequence.
+
+    Raises:
+        TypeError: for options that it does not have. ValueError: for an image that cannot be used, an empty prompt, or
+            an option that is given twice.
     """
 
     _load_processor = True
     _load_tokenizer = False
     _load_image_processor = False
     _load_feature_extractor = False
+
+    def __init__(self, *args, image_processor=None, tokenizer=None, **kwargs):
+        if image_processor is not None or tokenizer is not None:
+            raise TypeError("The image-to-text pipeline of Pheye takes processor=..., which holds both of its parts.")
+        super().__init__(*args, **kwargs)
 
     def _sanitize_parameters(
         self,
@@ -98,8 +108,9 @@ class PheyeImageToTextPipeline(Pipeline):
     def _forward(self, inputs: dict, **generate_kwargs) -> dict[str, torch.Tensor]:
         image_inputs = inputs.pop("image_inputs")
         inputs = {**inputs, **pad_rows(image_inputs if isinstance(image_inputs, list) else [image_inputs])}
-        length_given = {"max_new_tokens", "max_length", "generation_config"} & generate_kwargs.keys()
-        if not length_given and self.model.generation_config.max_new_tokens is None:
+        config = generate_kwargs.get("generation_config") or self.model.generation_config
+        lengths = [config.max_new_tokens, config.max_length]
+        if lengths == [None, None] and not {"max_new_tokens", "max_length"} & generate_kwargs.keys():
             generate_kwargs = {**generate_kwargs, "max_new_tokens": DEFAULT_MAX_NEW_TOKENS}
         images, prompt_length = inputs["input_ids"].shape
         sequences = self.model.generate(**inputs, **generate_kwargs, return_dict_in_generate=False)

@@ -15,6 +15,9 @@ def anls(answer: str, references: list[str], threshold: float = 0.5) -> float:
     """Between 0 and 1: the similarity to the nearest reference; 0 where the distance reaches `threshold`.
 
     Capitals and the amount of white space do not count.
+
+    Raises:
+        ValueError: if there are no references.
     """
     if not references:
         raise ValueError("ANLS needs at least one reference answer, and this question has none.")

@@ -24,6 +24,9 @@ def bleu(candidates: list[str], references: list[list[str]]) -> float:
     """Between 0 and 1, over the whole corpus; of several references, the one nearest in length counts for brevity.
 
     This is pycocoevalcap's score but where no candidate has four words: 0 here, a small positive number there.
+
+    Raises:
+        ValueError: if there is no candidate, or no reference for one.
     """
     tokens = [[tokenize(caption) for caption in group] for group in references]
     return bleu_of_tokens([tokenize(caption) for caption in candidates], tokens)

@@ -63,6 +63,9 @@ def cider(candidates: list[str], references: list[list[str]]) -> tuple[float, np
 
     How rare an n-gram is comes from `references`, so a score belongs to its corpus: a part of the samples, or a single
     one, scores otherwise.
+
+    Raises:
+        ValueError: if there is no candidate, or no reference for one.
     """
     tokens = [[tokenize(caption) for caption in group] for group in references]
     return cider_of_tokens([tokenize(caption) for caption in candidates], tokens)

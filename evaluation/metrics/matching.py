@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 if `answer` is one of `references`, but for capitals, the amount of white space, and a full stop right behind the last word."""
+    """1 if `answer` is one of `references`, but for capitals, the amount of white space, and a full stop right behind
+    the last word."""
 
     def plain(text: str) -> str:
         return " ".join(text.lower().split()).removesuffix(".")

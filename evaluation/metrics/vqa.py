@@ -61,6 +61,9 @@ def vqa_accuracy(answer: str, references: list[str]) -> float:
 
     Where all references are the same (white space around them aside), they and `answer` are compared as they stand;
     only otherwise are they processed, as in the official code.
+
+    Raises:
+        ValueError: if there are no references.
     """
     if not references:
         raise ValueError("VQA accuracy needs at least one reference answer, and this question has none.")

@@ -104,10 +104,14 @@ def reader_versions(names: Sequence[str]) -> dict[str, str]:
 # --- Costs ---
 
 
-def seconds(name: str, opened: Callable[[int], Read], images: Sequence[Image.Image], output: Path) -> dict:
+def seconds(
+    name: str, opened: Callable[[int], Read], images: Sequence[Image.Image], output: Path, model: str | None = None
+) -> dict:
     """Median seconds of a picture on one thread and two, each the least of REPEATS, and those of the CPU; from a file
-    where they were measured before."""
+    where they were measured before. The file is bound to the `model` that Pheye's are of."""
     path, settings = output / f"seconds-{name}.json", {"timed": len(images), "repeats": REPEATS}
+    if name == PHEYE:
+        settings["model"] = model
     if (record := read_record(path, settings, output)) is None:
         found = {}
         for threads in THREADS:

@@ -29,7 +29,7 @@ def test_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
     command = [*command_for(parts, data, tmp_path / "out"), "--tiles_per_side", "1", "--score_every", "2"]
     assert parse(command)["ways"] == list(WAYS)
     names = ("full", "fromage", "small_cap", "monkey")  # all are asked in test_connectors.py
-    command += ["--ways", *names, "--steps", "3"]
+    command += ["--steps", "3", "--ways", *names]
     assert main(command) == 0
     results = {name: tmp_path / "out" / f"{name}-0" / "result.json" for name in names}
     written = {}
@@ -52,10 +52,11 @@ def test_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
     assert lines["fromage"].split(" | ")[3] == "2" and lines["monkey"].split(" | ")[3] == "257"
     assert main(command) == 0
     assert {name: path.stat().st_mtime_ns for name, path in results.items()} == written
-    command[-1] = "4"
+    command[command.index("--steps") + 1] = "4"
     assert main(command) == 1
     assert "was begun with other settings: steps was 3 and is now 4" in capsys.readouterr().err
-    assert main([*command, "--ways", "full", "--output", str(tmp_path / "more")]) == 1
+    alone = command[: command.index("fromage")]
+    assert main([*alone, "--output", str(tmp_path / "more")]) == 1
     assert "has 6 samples; 4 steps take 8" in capsys.readouterr().err
 
 
@@ -130,6 +131,15 @@ def test_ways_with_other_blocks_are_refused_for_a_model_that_has_blocks(way, cap
     with pytest.raises(SystemExit):
         main(["--start", "x", "--data", "x", "--output", "y", "--ways", way])
     assert "with --start only full, k1, one_lora, no_lora;" in capsys.readouterr().err
+
+
+def test_the_start_of_new_blocks_is_refused_for_blocks_that_have_learnt(capsys):
+    with pytest.raises(SystemExit):
+        main(["--start", "x", "--data", "x", "--output", "y", "--initializer_range", "0.02"])
+    assert "--initializer_range is of new blocks" in capsys.readouterr().err
+    with_parts = ["--parts", "x", "--data", "x", "--output", "y"]
+    assert parse(with_parts)["initializer_range"] == 0.04
+    assert parse([*with_parts, "--initializer_range", "0"])["initializer_range"] == 0  # refused by the model's config
 
 
 @pytest.mark.parametrize("options", [["--minutes", "0"], ["--minutes", "1", "--steps", "5"]])
