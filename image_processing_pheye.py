@@ -580,7 +580,7 @@ def _check_numbers(resample, do_rescale, rescale_factor, do_normalize, image_mea
         raise ValueError(f"resample={resample!r} must be one of PIL.Image.Resampling, such as BICUBIC (3).")
     if do_rescale and not _is_number(rescale_factor, 1e-6, LARGEST_VALUE / 255):
         raise ValueError(
-            f"rescale_factor={rescale_factor!r} must be from 1e-06 to {LARGEST_VALUE / 255:.1f}, such as 1 / 255."
+            f"rescale_factor={rescale_factor!r} must be a number from 1e-06 to {LARGEST_VALUE / 255:.1f}."
         )
     if not do_normalize:
         return

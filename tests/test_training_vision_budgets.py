@@ -113,7 +113,7 @@ def test_evaluation_takes_the_largest_and_a_batch_without_images_what_the_step_t
     arguments = command(base, data, tmp_path / "out", *options, "--eval_data", str(data), "--max_steps", "1")
     train.run([*arguments, *UNIVERSAL])
     assert [budget for _, training, budget in taken if training] == DRAWN[:1] * 4
-    assert {budget for _, training, budget in taken if not training} == {None}
+    assert {budget for _, training, budget in taken if not training} == {3}
 
 
 def test_without_the_option_the_largest_budget_trains_and_the_router_does_not(base, data, tmp_path, taken):
