@@ -301,7 +301,7 @@ def experiments(
     results = [
         run(name, seed, output / f"{name}-{seed}", pictures, **options) for seed in range(seeds) for name in ways
     ]
-    write_report(results, output, device, uses=USES, curve_pictures=CURVE_PICTURES)
+    write_report(results, output, device, curve_pictures=CURVE_PICTURES)
 
 
 def parse(argv: list[str] | None) -> dict:

@@ -43,14 +43,13 @@ Characters wrong after equal steps, in %, of the first {curve_pictures} pictures
 """
 
 KEPT = """
-Features of pictures were kept, and used up to {uses} times. So the seconds of a step are those without the vision
-tower."""
+Features of pictures were kept. So the seconds of a step are those without the vision tower."""
 
 
-def write_report(results: list[dict], output: Path, device: str, *, uses: int, curve_pictures: int):
+def write_report(results: list[dict], output: Path, device: str, *, curve_pictures: int):
     """Write experiments.md and experiments.png from the results of all runs, whose answers lie in `output`.
 
-    uses: how often a run may use a picture whose features are kept; curve_pictures: those of the curves.
+    curve_pictures: how many of the held-out pictures the curves are of.
     """
     ways = {name: [result for result in results if result["way"] == name] for name in WAYS}
     ways = {name: runs for name, runs in ways.items() if runs}
@@ -66,7 +65,7 @@ def write_report(results: list[dict], output: Path, device: str, *, uses: int, c
         data=f"{data.parent.name}/{data.name}",
         start=start_of(settings),
         machine=machine(device),
-        kept=KEPT.format(uses=uses) if settings["keep_features"] else "",
+        kept=KEPT if settings["keep_features"] else "",
         scores="\n".join(scores_table(ways, answers)),
         first=WAYS[next(iter(ways))].title,
         differences="\n".join(differences_table(answers)),

@@ -55,9 +55,9 @@ def tables(tmp_path) -> list[list[list[str]]]:
         for seed in (0, 1)
         for way, right, steps in (("full", 6 - seed, 30), ("fromage", 2, 25 - 10 * seed))
     ]
-    write_report(results, tmp_path, "cpu", uses=4, curve_pictures=50)
+    write_report(results, tmp_path, "cpu", curve_pictures=50)
     report = (tmp_path / "experiments.md").read_text()
-    assert "steps for 1.5 minutes of 32 samples of one/data.jsonl" in report and "up to 4 times" in report
+    assert "steps for 1.5 minutes of 32 samples of one/data.jsonl" in report and "were kept" in report
     assert "of the first 6 pictures" in report and "an initializer_range of 0.04" in report
     assert (tmp_path / "experiments.png").stat().st_size > 1000
     blocks = [block.splitlines() for block in report.split("\n\n") if block.startswith("| way")]
