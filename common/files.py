@@ -149,7 +149,7 @@ def fingerprint(*paths: Path) -> str:
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
+        digest.update(os.fsencode(path.name) + f" {size} ".encode())
         with path.open("rb") as file:
             for place in range(0, size, max(READ, size // PLACES)):
                 file.seek(place)

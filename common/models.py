@@ -6,8 +6,9 @@ from pathlib import Path
 from .command import InputError
 from .files import fingerprint
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "*processor_config.json",
-           "chat_template*")  # fmt: skip
+FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
+         "merges.txt", "added_tokens.json", "special_tokens_map.json", "*processor_config.json",
+         "chat_template*")  # fmt: skip
 UNFINISHED = {
     "trained.safetensors": "holds only what was trained: put it onto its base model first, by `load_trained` of "
     "pheye.training.trained",
@@ -37,6 +38,6 @@ def find_model(model: str, revision: str | None = None) -> str:
         raise InputError(f"The config.json of {model} is no whole JSON object: {error}.") from error
     if kind != "pheye":
         raise InputError(f"{model} is a {kind} model; give the folder or Hub id of a Pheye.")
-    if file.parent.parent.name == "snapshots":
+    if not folder.is_dir() and file.parent.parent.name == "snapshots":
         return file.parent.name
-    return fingerprint(*sorted({path for pattern in WEIGHTS for path in file.parent.glob(pattern)}))
+    return fingerprint(*sorted({path for pattern in FILES for path in file.parent.glob(pattern)}))

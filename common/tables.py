@@ -168,7 +168,7 @@ def folders_of(paths: Sequence[str]) -> list[str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     downloads = require("datasets").config.HF_DATASETS_CACHE
-    own = [os.path.dirname(os.path.normpath(path)) or "." for path in paths]
+    own = [path if os.path.isdir(path) else os.path.dirname(os.path.normpath(path)) or "." for path in paths]
     return list(dict.fromkeys([".", *own, str(downloads), HF_HUB_CACHE]))
 
 
@@ -218,7 +218,8 @@ class ImageColumn:
         return self.all_of(row)[place]
 
     def checked(self, image: str | bytes | None) -> str | bytes | None:
-        if isinstance(image, str) and len(image) <= LONGEST_PATH:  # or else it is base64
+        # A longer text that is no URL is base64.
+        if isinstance(image, str) and (len(image) <= LONGEST_PATH or image[:8].lower().startswith(WEB)):
             self.check(image)
         return image
 
@@ -231,7 +232,7 @@ class ImageColumn:
     def check(self, name: str):
         if name[:8].lower().startswith(WEB):
             if self.image_sources != "any":
-                raise ValueError(f"{name!r} is a URL; --image_sources any fetches images.")
+                raise ValueError(f"{name[:LONGEST_PATH]!r} is a URL; --image_sources any fetches images.")
         elif self.image_sources == "folder" and not any(is_inside(folder, name) for folder in self.folders):
             raise ValueError(
                 f"{name!r} leads out of the working directory and of the table's own folder; --image_sources local "

@@ -114,6 +114,8 @@ def attention(
             opened = to_rgb(load_image(image))
         except ValueError as error:
             raise InputError(str(error)) from error
+    if data and output.with_suffix(".json").resolve() == data.resolve():
+        raise InputError(f"{data} would be written over: beside {output} goes a .json. Choose another --output.")
     identity, load = open_model(model, revision, dtype, device or default_device())
     about = {"model": model, "revision": identity, "versions": versions()}
     loaded, processor = load()
@@ -136,7 +138,7 @@ def attention(
         if not result["words"]:
             print("The answer has no words, so only the crops were drawn; ask something else.", file=sys.stderr)
     text = json.dumps({**about, **result}, ensure_ascii=False, indent=1)
-    write_atomically(output.with_suffix(".json"), [text.encode() + b"\n"])
+    write_atomically(output.with_suffix(".json"), [text.encode(errors="backslashreplace") + b"\n"])
     print(f"Wrote {output} and {output.with_suffix('.json')}.")
 
 

@@ -133,7 +133,7 @@ def plot_change(comparison: dict, path: Path, names: Sequence[str] = ("before", 
 
 def result_names(paths: Sequence[Path]) -> list[str]:
     """Short names of two results: of their folders, unless the files' own names differ."""
-    names = [path.stem for path in paths]
+    names = [path.name if path.is_dir() else path.stem for path in paths]
     return names if names[0] != names[1] else [path.resolve().parent.name for path in paths]
 
 

@@ -213,7 +213,7 @@ def difference(result: dict, published: Published) -> str | None:
     split = {"validation": "val"}.get(result["split"], result["split"])
     if split != published.split:
         return f"they are of {published.split}, and this is {split}"
-    if result["samples"] < published.samples:
+    if result["samples"] != published.samples:
         return f"they are of all {published.samples:,} samples of {split}, and this is of {result['samples']:,}"
     return None
 

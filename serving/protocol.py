@@ -12,6 +12,8 @@ from ..image_opening_pheye import WEB, download, from_base64, naming
 from ..pipeline_pheye import DEFAULT_MAX_NEW_TOKENS
 
 MOST_STOPS, LONGEST_STOP = 4, 200  # characters
+MOST_PARTS = 1000  # of all messages
+LEAST_TEMPERATURE = 1e-4  # with less, logits would overflow; it is as good as 0
 # Fields that would change the answer and are not served, with what they may say all the same.
 NOT_SERVED = {
     "n": (1,),
@@ -40,7 +42,8 @@ class RequestError(ValueError):
     def body(self) -> dict:
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
         kind = kind if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        message = str(self).encode("utf-8", "backslashreplace").decode()  # it may quote half a character
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclass
@@ -63,11 +66,12 @@ class ChatRequest:
     includes_usage: bool = False
 
 
-def read_request(body: bytes, model: str, allow_urls: bool) -> ChatRequest:
+def read_request(body: bytes, model: str, allow_urls: bool, max_images: int) -> ChatRequest:
     """What the body of a request asks of the model of this name.
 
     Args:
         allow_urls: whether images may be fetched from public addresses.
+        max_images: how many images the model takes; with more, none is fetched.
 
     Raises:
         RequestError: if it is no whole request, or asks for what is not served.
@@ -101,13 +105,14 @@ def read_request(body: bytes, model: str, allow_urls: bool) -> ChatRequest:
     options = given.get("stream_options", {})
     if not isinstance(options, dict):
         raise RequestError("stream_options must be an object.", param="stream_options")
-    messages, images = read_messages(given.get("messages"), allow_urls)
+    messages, images = read_messages(given.get("messages"), allow_urls, max_images)
+    # Who asks for a share of the probability asks for a draw.
+    temperature = number(given, "temperature", 0, 2, 0 if top_p == 1 else 1)
     return ChatRequest(
         messages,
         images,
         max_tokens=integer(given, longest, 1, 2**31, DEFAULT_MAX_NEW_TOKENS),
-        # Who asks for a share of the probability asks for a draw.
-        temperature=number(given, "temperature", 0, 2, 0 if top_p == 1 else 1),
+        temperature=temperature if temperature >= LEAST_TEMPERATURE else 0,
         top_p=top_p,
         stop=stop,
         seed=integer(given, "seed", -(2**63), 2**63 - 1, None),
@@ -143,10 +148,19 @@ def truth(given: dict, name: str) -> bool:
     return bool(value)
 
 
-def read_messages(messages, allow_urls: bool) -> tuple[list[dict], list[bytes]]:
+def read_messages(messages, allow_urls: bool, max_images: int) -> tuple[list[dict], list[bytes]]:
     """The messages with placeholders for images, and the images' bytes."""
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise RequestError("messages must be a list of one object or more.", param="messages")
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    if len(parts) > MOST_PARTS:
+        raise RequestError(f"The messages have {len(parts)} parts; give at most {MOST_PARTS}.", param="messages")
+    asked = sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts)
+    if asked > max_images:
+        raise RequestError(
+            f"The messages have {asked} images, but this model takes {max_images} (max_images).", param="messages"
+        )
     read, images = [], []
     for number, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")

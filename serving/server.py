@@ -33,6 +33,7 @@ class Server:
 
     def __init__(self, worker: Worker, name: str, api_key: str | None, allow_urls: bool):
         self.worker, self.name, self.api_key, self.allow_urls = worker, name, api_key, allow_urls
+        self.max_images = worker.processor.image_processor.max_images
         self.requests = self.bytes = 0
         # Each of these threads may hold one whole image.
         self.preparing = ThreadPoolExecutor(max(1, min(4, torch.get_num_threads())), "images")
@@ -103,7 +104,8 @@ class Server:
 
     def check_key(self, request: Request):
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if self.api_key is not None and not hmac.compare_digest(given.encode(), self.api_key.encode()):
+        # Starlette reads each byte of a header as a character.
+        if self.api_key is not None and not hmac.compare_digest(given.encode("latin-1"), self.api_key.encode()):
             raise RequestError("Give the server's API key.", status=401, code="invalid_api_key")
 
     async def prepared(self, request: Request) -> tuple[ChatRequest, Job, asyncio.Queue]:
@@ -115,7 +117,7 @@ class Server:
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         def prepare(body: bytearray) -> tuple[ChatRequest, Job]:
-            read = read_request(body, self.name, self.allow_urls)
+            read = read_request(body, self.name, self.allow_urls, self.max_images)
             return read, self.worker.prepare(read, send)
 
         body = bytearray()

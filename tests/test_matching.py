@@ -23,3 +23,9 @@ def test_exact_match(answer, score):
 )
 def test_letter_or_text_of_the_right_option(answer, score):
     assert option_accuracy(answer, ["B", "a dog"]) == score
+
+
+@pytest.mark.parametrize("text", ["p.m.", "u.s.", "(a)", "C"])
+def test_the_text_of_the_right_option_may_look_like_a_letter(text):
+    assert option_accuracy(text, ["B", text]) == 1
+    assert option_accuracy("A", ["B", text]) == 0

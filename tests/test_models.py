@@ -41,6 +41,18 @@ def test_other_settings_are_another_model(folder):
     assert find_model(str(folder)) not in (identity, other)
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "vocab.json", "merges.txt"])
+def test_files_that_change_answers_are_part_of_the_model(folder, name):
+    identity = find_model(str(folder))
+    (folder / name).write_text('{"repetition_penalty": 5.0}')
+    assert find_model(str(folder)) != identity
+
+
+def test_a_folder_is_told_by_its_files_wherever_it_lies(folder, tmp_path):
+    inside = shutil.copytree(folder, tmp_path / "snapshots" / "mine")
+    assert find_model(str(inside)) == find_model(str(folder))
+
+
 def test_a_folder_has_no_revision(folder):
     with pytest.raises(InputError, match=r"no revision 'v1'; leave --revision out"):
         find_model(str(folder), "v1")

@@ -93,7 +93,7 @@ def test_tables_with_conversations(tmp_path):
         assert samples[2].image() == str(tmp_path / "n1.jpg")
         assert (samples[1].references, split) == (("3",), "train")
     datasets.DatasetDict(train=data, validation=data.select([1])).save_to_disk(tmp_path / "saved")
-    samples, split = read("own", "--data", str(tmp_path / "saved"), "--id_column", "id")
+    samples, split = read("own", "--data", str(tmp_path / "saved"), "--id_column", "id", "--image_sources", "local")
     assert ([sample.id for sample in samples], split) == (["y-0", "y-1"], "validation")
     message = refused("own", "--data", str(tmp_path / "saved"), "--image_column", "photo")
     assert "has no column 'photo'; its columns are image, id, conversations. Name the one of the image" in message

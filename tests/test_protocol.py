@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from pheye.serving import protocol
 from pheye.serving.protocol import MOST_STOPS, ChatRequest, Form, RequestError, event, read_request
 
 from serving_runs import data_url, question
@@ -15,7 +16,7 @@ TEXT = {"role": "user", "content": "What?"}
 
 def read(allow_urls=False, **fields) -> ChatRequest:
     body = {"model": MODEL, "messages": [TEXT], **fields}
-    return read_request(json.dumps(body).encode(), MODEL, allow_urls)
+    return read_request(json.dumps(body).encode(), MODEL, allow_urls, max_images=2)
 
 
 def refused(**fields) -> RequestError:
@@ -73,6 +74,8 @@ def test_images_leave_placeholders():
         ({"stream": 1}, "stream", "stream=1 must be true or false"),
         ({"stream_options": {"include_usage": "true"}}, "include_usage", "must be true or false"),
         ({"messages": []}, "messages", "one object or more"),
+        ({"messages": [TEXT] * 1001}, "messages", "have 1001 parts; give at most 1000"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 1001}]}, "messages", "1001 parts"),
         ({"messages": "What?"}, "messages", "one object or more"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages", "Message 0 has a part"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "without a url"),
@@ -85,10 +88,30 @@ def test_what_is_not_served_is_named(fields, param, said):
     assert error.body()["error"]["param"] == param and error.status == (404 if param == "model" else 400)
 
 
+def test_too_many_images_are_refused_before_one_is_fetched(monkeypatch):
+    monkeypatch.setattr(protocol, "download", lambda *args, **kwargs: pytest.fail("fetched"))
+    part = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    with pytest.raises(RequestError, match=r"have 3 images, but this model takes 2 \(max_images\)"):
+        read(
+            allow_urls=True, messages=[{"role": "user", "content": [part, part]}, {"role": "user", "content": [part]}]
+        )
+
+
+def test_a_temperature_that_would_overflow_is_none():
+    assert read(temperature=1e-38).temperature == 0 and read(temperature=1e-3).temperature == 1e-3
+
+
+def test_half_a_character_is_quoted_as_it_can_be():
+    with pytest.raises(RequestError) as error:
+        read(messages=[{"role": "user", "content": "x"}], model="\ud800")
+    assert "\\ud800" in json.dumps(error.value.body(), ensure_ascii=False)
+    RequestError("role \ud800").body()["error"]["message"].encode()
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'"x"', b"[" * 100_000])
 def test_what_is_no_object_is_refused(body):
     with pytest.raises(RequestError, match="The body"):
-        read_request(body, MODEL, False)
+        read_request(body, MODEL, False, 1)
 
 
 @pytest.mark.parametrize("allow_urls", [False, True])

@@ -45,6 +45,25 @@ def test_saved_data_with_and_without_splits(table, tmp_path):
             load_table(str(tmp_path / "one"), **{option: "a"})
 
 
+def test_a_folder_of_data_leads_to_its_own_files_and_not_to_those_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    inside, beside = str(tmp_path / "data" / "a.png"), str(tmp_path / "a.png")
+    table = datasets.Dataset.from_dict({"image": [inside, beside]})
+    table.save_to_disk(tmp_path / "data")
+    column = ImageColumn(table, "image", str(tmp_path / "data"))
+    assert column[0] == inside
+    with pytest.raises(ValueError, match="leads out of the working directory"):
+        column[1]
+
+
+def test_a_long_url_is_a_url(tmp_path):
+    table = datasets.Dataset.from_dict({"image": ["https://example.org/" + "a" * 5000, str(tmp_path / "a.png")]})
+    with pytest.raises(ValueError, match="is a URL; --image_sources any"):
+        ImageColumn(table, "image", str(tmp_path / "t.parquet"))[0]
+    assert ImageColumn(table, "image", str(tmp_path / "t.parquet"), "any")[0].startswith("https://example.org/aaa")
+
+
 def test_a_table_file_has_no_configurations(table, tmp_path):
     table.to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(InputError, match="has no choice of config; leave config='a' out"):

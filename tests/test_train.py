@@ -253,6 +253,20 @@ def test_a_streamed_run_ends_with_a_model(base, tmp_path):
     assert "What does the image show?" in (tmp_path / "out" / "README.md").read_text()  # a stream is not asked twice
 
 
+def test_weights_that_the_last_step_spoilt_are_not_saved(base, data, tmp_path, monkeypatch, capsys):
+    def spoil(self, *args, original=PheyeTrainer.training_step, **kwargs):
+        loss = original(self, *args, **kwargs)
+        parameter = next(one for one in self.model.parameters() if one.requires_grad)
+        parameter.data.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(PheyeTrainer, "training_step", spoil)
+    options = ["--max_steps", "1", "--effective_batch_size", "4", "--per_device_train_batch_size", "4"]
+    options += ["--save_strategy", "no"]
+    message = refusal(capsys, command(base, data, tmp_path / "out", *options))
+    assert "trained tensors hold NaN or infinity" in message and not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_data_to_evaluate_on_is_not_streamed(base, data, tmp_path, capsys):
     mixture = tmp_path / "mixture.json"
     mixture.write_text(json.dumps({"sources": [{"path": "org/set", "streaming": True}]}))

@@ -16,7 +16,7 @@ from pheye import PheyeForConditionalGeneration
 from pheye.training import train
 from pheye.training.checkpoints import checkpoints, last_checkpoint
 from pheye.training.collator import PheyeCollator
-from pheye.training.mixture import Mixture, MixtureSampler, read_mixture
+from pheye.training.mixture import FixedMixture, Mixture, MixtureSampler, read_mixture
 from pheye.training.skipped import read_skipped
 from pheye.training.trained import choose_trained, trained_state
 from pheye.training.trainer import PheyeTrainer
@@ -323,14 +323,30 @@ def evaluated(model, data: Path) -> float:
     return total / tokens
 
 
+def test_every_evaluation_is_of_the_same_samples(tmp_path, data):
+    rows = json.loads(data.read_text())
+    for number, row in enumerate(rows):
+        row["conversations"] += [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "no " * (1 + number)}]
+    several = data.with_name("several.json")
+    several.write_text(json.dumps(rows))
+    found = []
+    for kind in (FixedMixture, Mixture):
+        evaluation = kind(read_mixture([str(several)]), 42)
+        workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+        trainer = python_trainer(tmp_path / kind.__name__, data, eval_dataset=evaluation, **workers)
+        found.append([trainer.evaluate()["eval_loss"] for _ in range(3)])
+    assert len({*found[0]}) == 1 and len({*found[1]}) > 1  # the loader stays, and is told an epoch each time
+
+
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_the_loss_of_evaluation_is_that_of_all_answer_tokens(data, tmp_path, size):
+def test_the_loss_of_evaluation_is_that_of_all_answer_tokens(data, tmp_path, size, capsys):
     held_out = write_data(tmp_path, 8)
     (tmp_path / "2.png").write_bytes(b"broken")
     evaluation = Mixture(read_mixture([str(held_out)]), 42)
     trainer = python_trainer(tmp_path / "out", data, eval_dataset=evaluation, per_device_eval_batch_size=size)
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(evaluated(trainer.model.eval(), held_out), rel=1e-5)
+    assert "1 samples of the evaluation data were left out: their image could not be read." in capsys.readouterr().out
     for index in range(8):
         (tmp_path / f"{index}.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match="No image of the evaluation data could be read"):

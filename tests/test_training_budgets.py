@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pheye import PheyeForConditionalGeneration
 from pheye.common.command import InputError
@@ -123,6 +124,17 @@ def test_labels_of_other_images_are_not_taken(folder, tmp_path, capsys):
     rows[0]["image"], rows[1]["image"] = rows[1]["image"], rows[0]["image"]
     data.write_text(json.dumps(rows))
     assert "was begun with other settings: samples was" in refused(capsys, "label", folder, data, *options)
+
+
+@pytest.mark.parametrize("way", ["find", "label"])
+def test_a_model_whose_loss_is_nan_is_refused_and_stays(folder, data, tmp_path, capsys, way):
+    state = load_file(folder / "model.safetensors")
+    name = next(name for name in state if "self_attention_blocks" in name)
+    save_file({**state, name: state[name] * float("nan")}, folder / "model.safetensors", {"format": "pt"})
+    before = (folder / "config.json").read_bytes()
+    options = [] if way == "find" else ["--output", tmp_path / "labels.jsonl", "--rule", "loss"]
+    assert "The loss of an answer is nan at budget" in refused(capsys, way, folder, data, *options)
+    assert (folder / "config.json").read_bytes() == before
 
 
 def test_labels_by_the_score(folder, data, tmp_path, capsys):

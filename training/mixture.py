@@ -247,6 +247,13 @@ class Mixture(torch.utils.data.Dataset):
         return compose(row, self.sources[number], f"{self.seed} {self.epoch} {index}")
 
 
+class FixedMixture(Mixture):
+    """A mixture to evaluate on: every pass shows the same, whatever epoch accelerate tells it."""
+
+    def set_epoch(self, epoch: int):
+        pass
+
+
 class MixtureSampler(torch.utils.data.Sampler):
     """The indices of a mixture in an order that is a function of its seed and epoch."""
 

@@ -132,6 +132,9 @@ def answered(processor, conversations: list[list[dict]], answers: list[str]) -> 
 def losses_of(model, text: dict[str, torch.Tensor], image: dict[str, torch.Tensor], budget: int) -> torch.Tensor:
     """The loss of each row's answer (B,), summed over its tokens.
 
+    Raises:
+        InputError: if a text is too long. FloatingPointError: if a loss is NaN or infinite.
+
     Args:
         text: from `answered`.
         image: from `encoded`.
@@ -144,7 +147,13 @@ def losses_of(model, text: dict[str, torch.Tensor], image: dict[str, torch.Tenso
     losses = F.cross_entropy(
         logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED, reduction="none"
     )
-    return losses.sum(dim=1).cpu()
+    losses = losses.sum(dim=1).cpu()
+    if not losses.isfinite().all():
+        raise FloatingPointError(
+            f"The loss of an answer is {losses[~losses.isfinite()][0].item()} at budget {budget}. Mend the model, or "
+            "give --dtype float32."
+        )
+    return losses
 
 
 def tokens_of(text: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -66,7 +66,7 @@ def picture_of(views: torch.Tensor) -> str:
 
 
 def held_out(pictures: Sequence[str], share: float) -> torch.Tensor:
-    """Which samples (S,) are of the pictures that are kept for the test: the same whatever else there is to train on.
+    """Which samples (S,) are of the pictures that are kept for the test: those with the first digests.
 
     Raises:
         InputError: if all pictures or none would be.

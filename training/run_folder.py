@@ -108,7 +108,11 @@ def save_result(
         base: the model that the run began with.
         trained_only: whether to write only what was trained, in the place of a whole model.
         repo: the repository that the model will be pushed to.
+
+    Raises:
+        FloatingPointError: if the weights hold NaN or infinity. OSError: if a file cannot be written.
     """
+    trainer.check_finite()
     output = Path(trainer.args.output_dir)
     staging = output / UNFINISHED
     accelerator, model = trainer.accelerator, trainer.accelerator.unwrap_model(trainer.model)

@@ -28,7 +28,7 @@ from .checkpoints import last_checkpoint, rotate, whole_checkpoint
 from .collator import PheyeCollator
 from .formats import Source
 from .inspection import show_samples
-from .mixture import Mixture, Stream, described_sources
+from .mixture import FixedMixture, Mixture, Stream, described_sources
 from .options import PheyeTrainingArguments, check_installed, parse_options, refused_options, settings_that_matter
 from .rows import fingerprint_of
 from .run_folder import DIGITS, begin, claim, finish, open_repo, push, save_result
@@ -71,11 +71,13 @@ def read_eval_sources(data: list[str] | None, stage: str | None = None, **option
     return [completed(source, said, records.get(source.name)) for source, said in described]
 
 
-def open_data(sources: list[Source], training: TrainingArguments, max_images: int) -> Mixture | Stream:
+def open_data(
+    sources: list[Source], training: TrainingArguments, max_images: int, kind: type[Mixture] = Mixture
+) -> Mixture | Stream:
     """The samples of `sources`, to be drawn by the seed."""
     seed = training.seed if training.data_seed is None else training.data_seed
     if not any(source.streaming for source in sources):
-        return Mixture(sources, seed, max_images)
+        return kind(sources, seed, max_images)
     if training.max_steps <= 0:
         raise InputError("A streamed data set has no length; give --max_steps.")
     training.accelerator_config.dispatch_batches = False  # every process opens its own images
@@ -256,7 +258,7 @@ def run(argv: list[str] | None = None) -> PheyeTrainer | None:
         folder = output.with_name(f"{output.name}-samples")
         show_samples(data, processor, folder, of_run.inspect, of_run.max_length)
         return None
-    eval_data = open_data(eval_sources, training, max_images) if eval_sources else None
+    eval_data = open_data(eval_sources, training, max_images, FixedMixture) if eval_sources else None
     check_installed(training)
     training.distributed_state.wait_for_everyone()  # all have looked into the folder before one writes there
     with training.main_process_first():

@@ -145,9 +145,11 @@ class PheyeTrainer(Trainer):
     # --- Evaluation ---
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self.evaluated = [0.0, 0.0]  # sum of losses, and of answer tokens
+        self.evaluated, self.unread = [0.0, 0.0], 0  # sum of losses, and of answer tokens; samples without an image
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, tokens = self._summed(*self.evaluated)
+        loss, tokens, unread = self._summed(*self.evaluated, float(self.unread))
+        if unread and self.is_world_process_zero():
+            print(f"{unread:.0f} samples of the evaluation data were left out: their image could not be read.")
         if f"{metric_key_prefix}_loss" in output.metrics:
             if tokens == 0:
                 raise InputError("No image of the evaluation data could be read, so there is nothing to evaluate on.")
@@ -156,8 +158,8 @@ class PheyeTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss, logits and labels; what else the model gives, such as the image's features, is not gathered."""
-        for name in ("skipped", "seen"):
-            inputs.pop(name, None)
+        self.unread += len(inputs.pop("skipped", []))
+        inputs.pop("seen", None)
         if "labels" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -179,13 +181,17 @@ class PheyeTrainer(Trainer):
     def _get_output_dir(self, trial) -> str:
         return self.staging or super()._get_output_dir(trial)
 
-    def _save_checkpoint(self, model, trial):
+    def check_finite(self):
+        """Refuse to save weights that are spoilt."""
         bad = nonfinite(self.accelerator.unwrap_model(self.model))
         if bad:
             raise FloatingPointError(
                 f"At step {self.state.global_step}, {len(bad)} trained tensors hold NaN or infinity ({bad[0]} first); "
                 f"nothing was saved. {self.advice()}"
             )
+
+    def _save_checkpoint(self, model, trial):
+        self.check_finite()
         output, staging = Path(self.args.output_dir), Path(self.args.output_dir) / UNFINISHED
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._alone(lambda: clear(staging))

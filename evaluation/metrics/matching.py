@@ -17,5 +17,7 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 def option_accuracy(answer: str, references: Sequence[str]) -> float:
     """1 if `answer` begins with the letter of the right option, or is its text; `references` are these two."""
     letter, text = references
+    if exact_match(answer, [text]):  # also one that looks like a letter, such as "p.m."
+        return 1.0
     chosen = re.match(r"\(?([A-Za-z])(?:[).:]|\s*$)", answer.strip())
-    return float(chosen[1].upper() == letter) if chosen else exact_match(answer, [text])
+    return float(chosen is not None and chosen[1].upper() == letter)
