@@ -70,9 +70,10 @@ class PheyeImageCache(CacheLayer):
     def batch_repeat_interleave(self, repeats: int): ...
 
     def batch_select_indices(self, indices: torch.Tensor):
-        raise NotImplementedError(
-            "Rows of a cache that holds an image cannot be selected: they share the image's row."
-        )
+        if self.is_initialized:
+            raise NotImplementedError(
+                "Rows of a cache that holds an image cannot be selected: they share the image's row."
+            )
 
 
 def image_caches(cache: Cache, text_layers: int, blocks: int) -> list[PheyeImageCache]:

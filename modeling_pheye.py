@@ -183,7 +183,8 @@ class PheyePreTrainedModel(PreTrainedModel):
             scale = math.sqrt(2 * depth) if getattr(module, "ends_residual", False) else 1
             spread = 0 if getattr(module, "starts_at_zero", False) else self.config.initializer_range / scale
             init.normal_(module.weight, std=spread)
-            init.zeros_(module.bias)
+            if module.bias is not None:  # as of a new head of the language model
+                init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0 if getattr(module, "starts_at_zero", False) else 0.02)
         elif getattr(module, "starts_at_zero", False):
@@ -564,7 +565,9 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
         order = is_crop.argsort(stable=True)
         back, order = order.argsort().to(views.device), order.to(views.device)
         maps = None if maps is None else [level[order] for level in maps]
-        outputs = run_with(global_views, self._call_vision_tower, views[order], maps, eagerly=True, **kwargs)
+        # Not a part of what compiles the whole model: compiled code cannot tell LoRA how many views are global.
+        run = torch.compiler.disable(run_with) if torch.compiler.is_compiling() else run_with
+        outputs = run(global_views, self._call_vision_tower, views[order], maps, eagerly=True, **kwargs)
 
         def put_back(value: torch.Tensor | tuple | None):
             if isinstance(value, tuple):
@@ -665,10 +668,10 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
         table = self.views_of(image_grids, rows, None)
         if table is not None and not table.shape[1]:
             return None, None  # no row has an image
-        mask = None if table is None else self._mask_of(table)
         if image_hidden_states is None:
             outputs = self.get_image_features(pixel_values, high_res_pixel_values, image_grids, return_dict=True)
-            return outputs.last_hidden_state, mask
+            features = outputs.last_hidden_state
+            return features, self._mask_of(table, features.device)
         views = self.config.views_per_image if table is None else table.shape[1]
         tokens, width = self.tokens_read(views), self.config.vision_config.hidden_size
         if image_hidden_states.ndim != 3 or image_hidden_states.shape[1:] != (tokens, width):
@@ -677,18 +680,18 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
                 f"{tokens}, {width}). Make it with this model's own get_image_features."
             )
         # As if it had been encoded here.
-        return image_hidden_states.to(next(self.view_encoding.parameters()).dtype), mask
+        features = image_hidden_states.to(next(self.view_encoding.parameters()).dtype)
+        return features, self._mask_of(table, features.device)
 
     def tokens_read(self, views: int) -> int:
         """How many tokens the text reads of so many views."""
         return views * self.config.tokens_per_view
 
-    def _mask_of(self, table: torch.Tensor) -> torch.Tensor | None:
-        there = table[..., IMAGE] >= 0  # (B, V)
-        if there.all():
+    def _mask_of(self, table: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+        there = None if table is None else table[..., IMAGE] >= 0  # (B, V)
+        if there is None or there.all():
             return None
-        mask = there.repeat_interleave(self.config.tokens_per_view, dim=1)[:, None, None]
-        return mask.to(next(self.view_encoding.parameters()).device)
+        return there.repeat_interleave(self.config.tokens_per_view, dim=1)[:, None, None].to(device)
 
     def call_language_model(
         self, tower: nn.Module, inputs: dict, may_route: bool = True

@@ -223,6 +223,7 @@ class PheyeProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # The Auto classes would ask whether to trust the folder's code, which is not needed: ours is here. For the
         # same reason the tokenizer is given a config; it asks for the model's type and nothing else.
+        kwargs.pop("backend", None)  # of transformers' own image processors
         image_processor = PheyeImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         of_images = image_processor.valid_kwargs.__annotations__  # a tokenizer would keep them, and save them
         kwargs = {name: value for name, value in kwargs.items() if name not in of_images}

@@ -257,7 +257,7 @@ class PheyeRouter(nn.Module):
 
 def last_states(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """The states (R, D) of each row's last token in (R, T, D); its mask (R, at least T) may be padded on any side."""
-    if attention_mask is None or attention_mask.ndim != 2:
+    if getattr(attention_mask, "ndim", None) != 2:  # none, or made already, by kind of layer in some models
         return hidden_states[:, -1]
     here = attention_mask[:, -hidden_states.shape[1] :] != 0
     places = torch.arange(here.shape[1], device=here.device)

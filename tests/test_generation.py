@@ -261,6 +261,9 @@ def test_rows_of_a_cache_with_an_image_are_not_selected_silently(model, question
     cache = model(**question).past_key_values
     with pytest.raises(NotImplementedError, match="share the image's row"):
         cache.batch_select_indices(torch.tensor([0]))
+    text = model(question["input_ids"]).past_key_values
+    text.batch_select_indices(torch.tensor([0]))
+    assert text.get_seq_length() == question["input_ids"].shape[1]
 
 
 @torch.no_grad()

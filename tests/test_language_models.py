@@ -107,6 +107,8 @@ def test_family_survives_saving_and_resizing(family, tmp_path):
     reloaded, info = PheyeForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(model(**batch).logits, reloaded.eval()(**batch).logits)
+    model.resize_token_embeddings(310, mean_resizing=False)  # new rows are drawn, of heads with and without a bias
+    assert model(**batch).logits.shape[-1] == 310
 
 
 @pytest.mark.parametrize("family", DROPPING_FAMILIES)

@@ -237,6 +237,11 @@ def test_max_length_and_the_models_own_setting_count_before_the_default(pipe, ca
     assert [new_tokens(call) for call in calls] == [3, 2, 1]
 
 
+def test_a_dict_of_what_generate_gives_makes_no_difference(pipe):
+    expected = pipe(PICTURES[0], max_new_tokens=NEW)
+    assert pipe(PICTURES[0], max_new_tokens=NEW, generate_kwargs={"return_dict_in_generate": True}) == expected
+
+
 def test_a_generation_config_without_a_length_leaves_the_default(pipe, calls):
     pipe(PICTURES[0], prompt="Why?", generate_kwargs={"generation_config": GenerationConfig(**ENDLESS)})
     assert new_tokens(calls[0]) == 256

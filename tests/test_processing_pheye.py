@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from jinja2.exceptions import TemplateError
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, AutoTokenizer
 
@@ -343,6 +344,27 @@ def test_lists_of_different_lengths_are_refused_with_both(processor, images, tex
         processor(images=pictures, text=words)
     with pytest.raises(ValueError, match=message):
         processor(images=[[picture] for picture in pictures], text=words)
+
+
+def test_one_image_that_is_not_loaded_may_stand_at_several_places(processor, tmp_path):
+    tiny_image(0, 640, 480).save(tmp_path / "a.png")
+    loaded = Image.open(tmp_path / "a.png")
+    loaded.load()
+    texts, threads = ["a", "b", "c", "d"], torch.get_num_threads()
+    expected = processor(images=[loaded] * 4, text=texts, return_tensors="pt")
+    try:
+        torch.set_num_threads(4)
+        for _ in range(5):
+            lazy = Image.open(tmp_path / "a.png")
+            found = processor(images=[lazy] * 4, text=texts, return_tensors="pt")
+            assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_choice_of_a_backend_is_that_of_other_image_processors(model_folder):
+    for name in ("pil", "torchvision"):
+        assert AutoProcessor.from_pretrained(model_folder, trust_remote_code=True, backend=name).image_processor.size
 
 
 def test_an_array_of_images_must_match_the_texts_too(processor):

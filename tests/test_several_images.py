@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 
 from pheye import PheyeForConditionalGeneration, PheyeProcessor
@@ -15,7 +16,7 @@ from pheye.training.inspection import show_samples
 from pheye.training.mixture import Mixture, Stream, compose
 from pheye.training.rows import open_rows
 
-from tiny import randomize, tiny_config, tiny_processor
+from tiny import randomize, tiny_config, tiny_image, tiny_processor
 from toy_data import by_id, conversation, image_table, images, messages, with_images, write_json
 from training_runs import QUIET
 
@@ -45,6 +46,14 @@ def tables(folder) -> str:
         images=[[], images(2), images(1, 0)],
         messages=[messages(("Why?", "So.")), messages(("Who?", "Me.")), messages(("Both?", "Yes, both."))],
     )
+
+
+@torch.no_grad()
+def test_an_offloaded_model_has_its_mask_where_the_features_are(parts):
+    model, processor = parts
+    batch = processor(images=[[tiny_image(0), tiny_image(1)], None], text=["one", "another text"], return_tensors="pt")
+    offloaded = cpu_offload(copy.deepcopy(model), torch.device("cpu"))
+    assert torch.allclose(offloaded(**batch).logits, model(**batch).logits, atol=1e-5)
 
 
 @pytest.fixture

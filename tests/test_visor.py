@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from test_canvases_pheye import shapes
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, Qwen2Config
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor
 from pheye.layers_pheye import CACHE
@@ -331,6 +331,17 @@ def test_compiled_decoding(model):
     compiled._compile_all_devices = True
     expected = model.generate(**inputs, **options, disable_compile=True)
     assert torch.equal(model.generate(**inputs, **options, compile_config=compiled), expected)
+
+
+def test_a_router_reads_masks_that_are_made_by_kind_of_layer():
+    text = Qwen2Config(
+        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    routed = tiny_model(tiny_config(text_config=text, self_attention_layers=[3, 5], router_size=8))
+    inputs = {"input_ids": tiny_text(), "pixel_values": tiny_pixels(), "max_new_tokens": NEW, "min_new_tokens": NEW}
+    static = routed.generate(**inputs, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, routed.generate(**inputs))
 
 
 @pytest.mark.parametrize("sees", [False, True])

@@ -422,7 +422,12 @@ class PheyeImageProcessor(PilBackend):
             with naming(image, "" if has_name else f"Image {place + 1} of {len(found)}: "):
                 return self.inputs_of(image, **options)
 
-        rows = _map(inputs_of, range(len(found)))
+        # An image that stands at several places is worked on once: no two threads may load one object of Pillow.
+        first = {}
+        for place, image in enumerate(found):
+            first.setdefault(id(image), place)
+        made = dict(zip(first, _map(inputs_of, list(first.values())), strict=True))
+        rows = [made[id(image)] for image in found]
         if has_grids:
             return BatchFeature(pad_rows(_rows(rows, prompts)), tensor_type=return_tensors)
         names = [name for name in (rows[0] if rows else self.model_input_names) if name != "image_grids"]

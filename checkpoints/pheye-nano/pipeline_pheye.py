@@ -113,7 +113,7 @@ class PheyeImageToTextPipeline(Pipeline):
         if lengths == [None, None] and not {"max_new_tokens", "max_length"} & generate_kwargs.keys():
             generate_kwargs = {**generate_kwargs, "max_new_tokens": DEFAULT_MAX_NEW_TOKENS}
         images, prompt_length = inputs["input_ids"].shape
-        sequences = self.model.generate(**inputs, **generate_kwargs, return_dict_in_generate=False)
+        sequences = self.model.generate(**inputs, **{**generate_kwargs, "return_dict_in_generate": False})
         return {"answer_ids": sequences[:, prompt_length:].unflatten(0, (images, -1))}
 
     def postprocess(self, outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
