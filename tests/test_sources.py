@@ -10,6 +10,12 @@ pytestmark = pytest.mark.once
 
 
 @pytest.fixture(autouse=True)
+def in_the_folder_of_the_images(tmp_path, monkeypatch):
+    """Names in a table may lead to the working directory; of a folder of data not beside it."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
 def fresh_state():
     """accelerate keeps its state for the life of a process."""
     PartialState._reset_state()
