@@ -51,7 +51,7 @@ class PheyeGenerationMixin(GenerationMixin):
 
     def _end_at_last_position(self, generation_config, model_kwargs: dict):
         """The library would go on, to an index error or to positions that the language model never saw."""
-        left = self.pheye.positions_left(model_kwargs["position_ids"].shape[-1])
+        left = self.pheye.positions_left(int(model_kwargs["position_ids"].max()) + 1)  # padding takes none
         if left is None:
             return
         longest = generation_config._text_length + max(left, 1)  # the last token needs no position

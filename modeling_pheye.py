@@ -759,7 +759,15 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
             return
         self._check_hooks()
         if learned_positions(self.config.text_config) is not None:
-            self.positions_left(text.shape[1] + text_in(cache))
+            self.check_positions(text, cache, others.get("position_ids"))
+
+    def check_positions(self, text: torch.Tensor, cache: Cache | None, position_ids: torch.LongTensor | None):
+        """Refuse a text that has more tokens than the language model has positions; with positions of its own, as of
+        padded or packed texts, one that goes behind the last."""
+        length, most = text.shape[1] + text_in(cache), self.config.text_positions
+        if position_ids is not None and most is not None and length > most:  # asked then alone: a device would wait
+            length = int(position_ids.max()) + 1
+        self.positions_left(length)
 
     def positions_left(self, length: int) -> int | None:
         """The language model's positions behind a text of this length, whether cached or not; None if all are left.
@@ -953,7 +961,7 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, PheyeGenerationMixin):
                 "learn; was the answer cut off or masked whole?"
             )
         if not torch.compiler.is_compiling():
-            self.pheye.positions_left(given_text(input_ids, inputs_embeds).shape[1] + text_in(cache))
+            self.pheye.check_positions(given_text(input_ids, inputs_embeds), cache, position_ids)
         outputs, call = self.pheye.call_language_model(
             self.pheye.language_model,
             {

@@ -341,6 +341,16 @@ def test_answers_end_at_the_last_position(short_model, options):
     assert short_model.generate(**text_alone, **options).shape[1] == POSITIONS
 
 
+def test_padding_takes_no_positions(short_model):
+    batch = ask("abcd")
+    expected = short_model.generate(**batch, **GREEDY)[:, 4:]
+    for length in (POSITIONS, POSITIONS + 9):
+        pad = {"input_ids": torch.zeros(1, length - 4, dtype=torch.long), "attention_mask": torch.zeros(1, length - 4)}
+        padded = {name: torch.cat([value.to(batch[name].dtype), batch[name]], 1) for name, value in pad.items()}
+        found = short_model.generate(**{**batch, **padded}, **GREEDY)[:, length:]
+        assert torch.equal(found, expected)
+
+
 def test_answers_to_embeddings_and_full_prompts_end_at_the_last_position(short_model):
     batch = ask("abcd")
     embeds = short_model.get_input_embeddings()(batch.pop("input_ids"))

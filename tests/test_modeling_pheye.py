@@ -455,6 +455,10 @@ def test_more_text_than_positions_is_refused():
         model(text(1, 17), pixels(1))
     with pytest.raises(ValueError, match="17 tokens, but the language model has 16 positions; shorten"):
         model.generate(text(1, 17), pixel_values=pixels(1), max_new_tokens=1)
+    packed = torch.arange(10).repeat(2)[None]  # two texts in a row, with positions of their own
+    assert model(text(1, 20), pixels(1), position_ids=packed).logits.shape[1] == 20
+    with pytest.raises(ValueError, match="20 tokens, but the language model has 16 positions; shorten"):
+        model(text(1, 20), pixels(1), position_ids=torch.arange(20)[None])
     scaled = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0, "partial_rotary_factor": 0.5}
     tiny_model(text_config=tiny_text_config(max_position_embeddings=16, rope_parameters=scaled))(
         text(1, 17), pixels(1)
