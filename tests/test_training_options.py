@@ -172,8 +172,10 @@ def test_what_is_free_depends_on_other_options():
     assert "workers" in differences(
         settings(source=streamed), settings("--dataloader_num_workers", "1", source=streamed)
     )
+    batch = "--per_device_train_batch_size", "4"
+    assert "batch" in differences(settings(source=streamed), settings(*batch, source=streamed))
     dropping = "--dataloader_drop_last", "True"
-    assert "batch" in differences(settings(*dropping), settings(*dropping, "--per_device_train_batch_size", "4"))
+    assert "batch" in differences(settings(*dropping), settings(*dropping, *batch))
 
 
 def test_lists_of_options_name_options_that_there_are():

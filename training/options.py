@@ -399,8 +399,9 @@ def settings_that_matter(
         "eval_data": [dataclasses.asdict(source) for source in eval_sources],
     }
     del settings["vision_gradient_checkpointing"]  # as --gradient_checkpointing
-    if any(source.streaming for source in sources):  # what was read is skipped by process and worker
-        settings |= {"processes": training.world_size, "dataloader_num_workers": training.dataloader_num_workers}
+    if any(source.streaming for source in sources):  # what was read is skipped by process, worker and batch
+        bound = ("dataloader_num_workers", "per_device_train_batch_size")
+        settings |= {"processes": training.world_size, **{name: getattr(training, name) for name in bound}}
     return settings
 
 
