@@ -293,8 +293,11 @@ def test_images_are_worked_on_one_by_one_and_not_all_whole_in_memory(monkeypatch
     monkeypatch.setattr(image_opening_pheye, "decode_strictly", count)
     monkeypatch.setattr("pheye.image_processing_pheye.cut_views", close)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    pixels([tmp_path / "a.png"] * 5)
+    pixels([tmp_path / "a.png" for _ in range(5)])
     assert most == [1] * 5
+    path = tmp_path / "a.png"
+    pixels([path] * 5)
+    assert most == [1] * 6  # one image at five places
 
 
 # --- Files ---
