@@ -31,7 +31,7 @@ from .protocol import ChatRequest, RequestError
 
 CACHED_BYTES = 256 * 2**20  # of images that were encoded
 LONGEST_PROMPT = 2**18  # characters; the tokenizer takes seconds for millions
-LONGEST_TEXT = 2**15  # tokens, of a language model that does not say how many positions it was trained on
+LONGEST_TEXT = 2**17  # tokens, of a language model whose positions have no end
 
 
 @dataclass
@@ -201,8 +201,8 @@ class Worker:
                 ids = self.processor.tokenizer(text)["input_ids"]
             longest = request.max_tokens
             left = self.model.model.positions_left(len(ids))
-            if left is None:  # positions without an end, of which the model was trained on so many
-                left = getattr(self.model.config.text_config, "max_position_embeddings", LONGEST_TEXT) - len(ids)
+            if left is None:  # positions without an end
+                left = LONGEST_TEXT - len(ids)
             longest = min(longest, max(left, 1))
             images = image_inputs = features = None
             if request.images:

@@ -12,7 +12,7 @@ from pheye.serving import batches
 from pheye.serving.batches import End, Worker
 from pheye.serving.protocol import ChatRequest, RequestError
 
-from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
+from tiny import tiny_config, tiny_image, tiny_model, tiny_processor, tiny_text_config
 
 NEW = 12
 QUESTIONS = ("What?", "What is written on the sign?", "Who is that, and where does she go?")
@@ -230,6 +230,14 @@ def test_no_answer_is_cut_short_by_a_longer_prompt_beside_it(make_worker, calls,
 
 
 @pytest.mark.parametrize("begun", [True, False])
+def test_an_answer_has_an_end_where_positions_have_none(make_worker):
+    scaled = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0, "partial_rotary_factor": 0.5}
+    model = tiny_model(tiny_config(text_config=tiny_text_config(rope_parameters=scaled)))
+    assert model.config.text_positions is None
+    job = make_worker(model).prepare(ask("What?", max_tokens=2**31), print)
+    assert job.longest + len(job.ids) == batches.LONGEST_TEXT
+
+
 def test_an_abandoned_request_stops_computing(make_worker, begun):
     worker = make_worker(batch_size=1)
     pieces, others = queue.Queue(), queue.Queue()
