@@ -229,7 +229,6 @@ def test_no_answer_is_cut_short_by_a_longer_prompt_beside_it(make_worker, calls,
     assert found[0][1].tokens == positions - length and found[1][1].tokens == 4
 
 
-@pytest.mark.parametrize("begun", [True, False])
 def test_an_answer_has_an_end_where_positions_have_none(make_worker):
     scaled = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0, "partial_rotary_factor": 0.5}
     model = tiny_model(tiny_config(text_config=tiny_text_config(rope_parameters=scaled)))
@@ -238,6 +237,7 @@ def test_an_answer_has_an_end_where_positions_have_none(make_worker):
     assert job.longest + len(job.ids) == batches.LONGEST_TEXT
 
 
+@pytest.mark.parametrize("begun", [True, False])
 def test_an_abandoned_request_stops_computing(make_worker, begun):
     worker = make_worker(batch_size=1)
     pieces, others = queue.Queue(), queue.Queue()
