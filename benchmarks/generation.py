@@ -331,7 +331,8 @@ def print_tables(result: dict):
         print(f"| same answers of 8 | {result['same answers of 8']} |")
 
 
-def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command's options; those without effect beside others are refused."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="x4-672", help="or a model's folder, or toy, to try the command")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
@@ -373,6 +374,11 @@ def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
         parser.error("--compile measures encoding, which --only_steps leaves out")
     if args.joint and not args.budget:
         parser.error("--joint needs --budget")
+    return args
+
+
+def main(argv: list[str] | None = None, config: PheyeConfig | None = None):
+    args = parse(argv)
     start_memory = memory("VmRSS")
     config = config or chosen_config(args.variant)
 

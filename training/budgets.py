@@ -255,7 +255,7 @@ def parse(argv: list[str] | None) -> dict:
     )
     for way, run in ((finding, find), (labelling, label), (routing, route)):
         way.set_defaults(run=run)
-        way.add_argument("--model", required=True, metavar="FOLDER")
+        way.add_argument("--model", required=True, metavar="FOLDER_OR_ID" if way is labelling else "FOLDER")
         add_data_options(way)
         way.add_argument("--dtype", default="auto", choices=DTYPES, help="(default: as the model was saved)")
         way.add_argument("--device", help="such as cpu or cuda (default: an accelerator if there is one)")

@@ -54,7 +54,7 @@ def read_sources(data: list[str], stage: str | None = None, **options) -> list[S
 
 
 def said_of_sources(all_turns: bool = False, **fields) -> dict[str, object]:
-    """The fields of `Source` that options say, which is more than their default."""
+    """The fields of `Source` that options of the command say: those that are not at their default."""
     fields["turns"] = None if all_turns else 1
     return {name: value for name, value in fields.items() if value != getattr(Source("x"), name)}
 
