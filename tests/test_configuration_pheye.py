@@ -198,6 +198,16 @@ def test_vocab_size_follows_a_resize():
     assert reloaded.vocab_size == 300
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_whether_embeddings_are_tied_is_what_the_language_model_says(is_tied):
+    config = tiny_config(text_config=tiny_text_config(tie_word_embeddings=is_tied))
+    assert config.tie_word_embeddings is config.to_dict()["tie_word_embeddings"] is is_tied
+    assert "tie_word_embeddings" not in config.to_diff_dict()  # what is saved says it once, of the language model
+    assert PheyeConfig.from_dict(config.to_dict()).tie_word_embeddings is is_tied
+    untied = PheyeConfig.from_dict(config.to_diff_dict(), tie_word_embeddings=False)
+    assert not untied.text_config.tie_word_embeddings
+
+
 # --- Sub-configs ---
 
 

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig
 
 from pheye import PheyeForConditionalGeneration
 
-from tiny import tiny_image, tiny_model, tiny_processor
+from tiny import tiny_config, tiny_image, tiny_model, tiny_processor, tiny_text_config
 
 TRAINED = ("global_lora", "local_lora", "view_encoding", "cross_attention_blocks")
 
@@ -163,6 +164,17 @@ def test_peft_lora_on_the_language_model_and_the_vision_tower_with_whole_blocks_
     whole, info = PheyeForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.allclose(whole(**batch).logits, logits, atol=1e-4)
+
+
+def test_peft_tokens_trained_in_tied_embeddings_are_merged_into_the_head_too(batch):
+    sizes = {name: getattr(tiny_text_config(), name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    base = tiny_model(tiny_config(text_config=LlamaConfig(num_attention_heads=4, tie_word_embeddings=True, **sizes)))
+    tokens = batch["input_ids"][0, -3:].tolist()
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=tokens))
+    model = trained_step(model, batch)
+    logits = model(**batch).logits
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(**batch).logits, logits, atol=1e-4)
 
 
 def test_adapter_loads_by_transformers_own_methods(batch, tmp_path):

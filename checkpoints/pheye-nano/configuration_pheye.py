@@ -179,11 +179,14 @@ class PheyeConfig(PreTrainedConfig):
         own = [name for name in own if not (isinstance(kwargs[name], dict) and config_dict.get(name) is not None)]
         return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in own}}, **kwargs)
 
+    def to_dict(self) -> dict:
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
+
     def to_diff_dict(self) -> dict:
-        """What is saved: without settings of what the model has not."""
+        """What is saved: without settings of what the model has not, or what stands in a part's."""
         parts = ("canvases", "high_res_vision_config", "high_res_fusion_layers", "self_attention_layers")
         parts += ("self_attention_budgets", "router_size", "visual_convolution_kernel")
-        without = {name for name in parts if not getattr(self, name)}
+        without = {name for name in parts if not getattr(self, name)} | {"tie_word_embeddings"}
         if self.max_images == 1:
             without.add("max_images")
         if not self.self_attention_layers:
@@ -276,6 +279,15 @@ class PheyeConfig(PreTrainedConfig):
     @vocab_size.setter
     def vocab_size(self, value: int):
         self.text_config.vocab_size = value
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the language model's head has the weights of its embeddings; PEFT asks for it here."""
+        return getattr(self.text_config, "tie_word_embeddings", False)
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool):
+        self.text_config.tie_word_embeddings = value
 
     def _check(self):
         """Raise ValueError where a number is out of range or two of them contradict each other."""

@@ -127,6 +127,7 @@ class PheyePreTrainedModel(PreTrainedModel):
         "PheyeLora",
     ]
     _skip_keys_device_placement = ["cache", "past_key_values"]
+    _tied_weights_keys = {}  # none beside the language model's own; PEFT looks for those where there is a dict
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
