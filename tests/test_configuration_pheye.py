@@ -189,11 +189,13 @@ def test_tokens_per_view_are_those_that_the_vision_transformer_gives(name):
     assert features.shape == (1, config.tokens_per_image, 32) == (1, 5 * tokens, 32)
 
 
-def test_vocab_size_follows_a_resize():
+@pytest.mark.parametrize("has_head", [True, False])
+def test_vocab_size_follows_a_resize(has_head):
     model = tiny_model()
     assert model.config.vocab_size == model.config.text_config.vocab_size == 257
-    model.resize_token_embeddings(300)
+    (model if has_head else model.base_model).resize_token_embeddings(300)
     assert model.config.vocab_size == model.config.text_config.vocab_size == 300
+    assert model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape == (300, 128)
     reloaded = PheyeConfig.from_dict(model.config.to_dict())
     assert reloaded.vocab_size == 300
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from test_visor import LAYERS, close, visor_config
 from transformers import AutoModel, GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
 
@@ -133,6 +134,27 @@ def test_both_ways_to_compute_it_have_the_same_loss_and_gradients(family):
             assert found[1][1][name] is None, name
         else:
             close(found[1][1][name], gradient)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_states_and_weights_on_request_are_one_of_each_layer(checkpointed):
+    model, text = joint_model("llama", "eager"), tiny_text()
+    if checkpointed:
+        model.train().gradient_checkpointing_enable()
+    output = model(text, tiny_pixels(), vision_budget=3, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == len(model.model.decoder_layers()) + 1
+    assert {weights.shape[-1] for weights in output.attentions} == {text.shape[1]}
+    assert len(output.attentions) == len(model.model.decoder_layers())
+    generated = model.eval().generate(
+        text, pixel_values=tiny_pixels(), max_new_tokens=2, return_dict_in_generate=True, output_hidden_states=True
+    )
+    assert {len(states) for states in generated.hidden_states} == {len(output.hidden_states)}
+
+
+def test_an_offloaded_model_gives_the_same():
+    model, text = joint_model("llama"), tiny_text()
+    offloaded = cpu_offload(copy.deepcopy(model), torch.device("cpu"))
+    close(offloaded(text, tiny_pixels(), vision_budget=3).logits, model(text, tiny_pixels(), vision_budget=3).logits)
 
 
 def test_the_image_never_sees_the_text():
