@@ -191,10 +191,13 @@ def test_who_interrupts_a_run_is_told_what_is_kept(base, data, tmp_path, monkeyp
 
     arguments = command(base, data, output, "--effective_batch_size", "4", "--save_steps", "2")
     interrupt_at(2)
-    assert "There is no checkpoint yet, so the same command begins anew" in interrupted(arguments, capsys)
+    none = "There is no checkpoint to go on from, so the same command begins anew"
+    assert none in interrupted(arguments, capsys)
     interrupt_at(4)
     assert f"{output / 'checkpoint-2'} is kept; the same command goes on from it." in interrupted(arguments, capsys)
     assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2", "run.json", "run.lock"]
+    without = command(base, data, tmp_path / "other", *arguments[-4:], "--save_only_model", "true")
+    assert none in interrupted(without, capsys)  # what it saved has no optimizer
     monkeypatch.undo()
     assert train.run(arguments).state.global_step == 4
 

@@ -87,16 +87,23 @@ def test_a_checkpoint_without_checksums_or_optimizer_is_not_gone_on_from(output)
 
 def test_the_oldest_are_removed_but_neither_the_last_nor_the_best_nor_what_is_none(output):
     shutil.copytree(output / "checkpoint-2", output / "checkpoint-2.bak")
-    rotate(output, None, None)
-    rotate(output, 3, None)
+    rotate(output, None, None, 10)
+    rotate(output, 3, None, 10)
     assert len(checkpoints(output)) == 3
-    rotate(output, 1, str(output / "checkpoint-2"))  # the best stays beside the last
+    rotate(output, 1, str(output / "checkpoint-2"), 10)  # the best stays beside the last
     assert [path.name for path in checkpoints(output)] == ["checkpoint-2", "checkpoint-10"]
-    rotate(output, 2, str(output / "checkpoint-2"))
+    rotate(output, 2, str(output / "checkpoint-2"), 10)
     assert [path.name for path in checkpoints(output)] == ["checkpoint-2", "checkpoint-10"]
-    rotate(output, 1, str(output / "checkpoint-10"))
+    rotate(output, 1, str(output / "checkpoint-10"), 10)
     assert [path.name for path in checkpoints(output)] == ["checkpoint-10"]
     assert (output / "checkpoint-2.bak").is_dir()
+
+
+def test_those_behind_the_step_of_a_run_that_began_before_them_are_removed_first(output):
+    rotate(output, 2, None, 9)
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-2", "checkpoint-9"]
+    rotate(output, 1, None, 5)  # a run that began anew, and has saved its step 2
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-2"]
 
 
 def test_one_whose_removal_is_cut_short_is_absent(output, monkeypatch):
@@ -106,10 +113,10 @@ def test_one_whose_removal_is_cut_short_is_absent(output, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        rotate(output, 2, None)
+        rotate(output, 2, None, 10)
     monkeypatch.undo()
     assert [path.name for path in checkpoints(output)] == ["checkpoint-9", "checkpoint-10"]
-    rotate(output, 1, None)
+    rotate(output, 1, None, 10)
     assert [path.name for path in output.iterdir()] == ["checkpoint-10"]
 
 

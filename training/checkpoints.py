@@ -14,14 +14,18 @@ OPTIMIZERS = ("optimizer*", "global_step*")  # the Trainer's file or folder, and
 UNFINISHED = "unfinished"  # folder of an output, of what has no place there yet, or no longer
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def checkpoints(output: str | os.PathLike) -> list[Path]:
     """The checkpoints in an output folder by their steps; folders of other names are none."""
-    found = {}
+    found = []
     for path in Path(output).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(0|[1-9][0-9]*)", path.name)
         if step and path.is_dir():
-            found[int(step[1])] = path
-    return [found[step] for step in sorted(found)]
+            found.append(path)
+    return sorted(found, key=step_of)
 
 
 def last_checkpoint(output: str | os.PathLike) -> Path | None:
@@ -77,10 +81,10 @@ def publish(source: Path, target: Path):
     os.replace(source, target)
 
 
-def rotate(output: str | os.PathLike, limit: int | None, best: str | None):
+def rotate(output: str | os.PathLike, limit: int | None, best: str | None, step: int):
     """Remove the oldest checkpoints beyond `limit`, but neither the last one nor the `best`; each is there whole or
-    not at all."""
-    earlier = checkpoints(output)[:-1]
+    not at all. Those behind `step`, where the run is, come first: it could not go on from them, and began before."""
+    earlier = sorted(checkpoints(output), key=lambda path: (step_of(path) <= step, step_of(path)))[:-1]
     if limit is None or limit <= 0:
         return
     others = [path for path in earlier if best is None or path != Path(best)]

@@ -24,7 +24,7 @@ from ..configuration_pheye import PheyeConfig
 from ..modeling_pheye import PheyeForConditionalGeneration
 from ..processing_pheye import PheyeProcessor
 from .callbacks import Plan
-from .checkpoints import last_checkpoint, rotate, whole_checkpoint
+from .checkpoints import rotate, whole_checkpoint
 from .collator import PheyeCollator
 from .formats import Source
 from .inspection import show_samples
@@ -195,7 +195,8 @@ def train_to_end(trainer: PheyeTrainer):
         remedy = "Give the same command with a smaller --per_device_train_batch_size to go on."
         raise InputError(f"{error}\n{remedy}") from error
     if training.should_save:  # once more, for a kill may have come before what a new checkpoint makes superfluous
-        rotate(training.output_dir, training.save_total_limit, trainer.state.best_model_checkpoint)
+        state = trainer.state
+        rotate(training.output_dir, training.save_total_limit, state.best_model_checkpoint, state.global_step)
 
 
 @contextlib.contextmanager
@@ -204,9 +205,12 @@ def interruptible(output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        last = last_checkpoint(output)
+        last, _ = whole_checkpoint(output)
         if last is None:
-            kept = "There is no checkpoint yet, so the same command begins anew; a smaller --save_steps saves sooner."
+            kept = (
+                "There is no checkpoint to go on from, so the same command begins anew; a smaller --save_steps saves "
+                "sooner."
+            )
         else:
             kept = f"{last} is kept; the same command goes on from it."
         raise Interrupted(kept) from error

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..common.command import InputError
 from .callbacks import CountSkipped, Ends, Progress, StopAtBadLoss
-from .checkpoints import UNFINISHED, clear, flaw_of, last_checkpoint, publish, rotate
+from .checkpoints import UNFINISHED, clear, flaw_of, publish, rotate, whole_checkpoint
 from .collator import IGNORED, PheyeCollator
 from .mixture import Mixture, MixtureSampler
 from .skipped import SKIPPED_FILE, append_skipped, keep_until
@@ -208,7 +208,7 @@ class PheyeTrainer(Trainer):
         self._alone(lambda: publish(staging / name, output / name))
         self._alone(lambda: clear(staging))
         if self.args.should_save:
-            rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate(output, self.args.save_total_limit, self.state.best_model_checkpoint, self.state.global_step)
 
     def _find_best(self):
         """Name the best checkpoint where it will stand, not where it is being written or stood in another run."""
@@ -235,7 +235,7 @@ class PheyeTrainer(Trainer):
         )
 
     def advice(self) -> str:
-        last = last_checkpoint(self.args.output_dir)
+        last, _ = whole_checkpoint(self.args.output_dir)
         if last is None:
             return "There is no earlier checkpoint; run the same command again to begin anew once the cause is mended."
         return f"{last.name} is whole; run the same command again to go on from it once the cause is mended."
