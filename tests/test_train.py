@@ -64,18 +64,24 @@ def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 
 
 def test_the_gradient_is_that_of_the_whole_batch_over_accumulation_and_processes(base_without_dropout, data, tmp_path):
-    base = base_without_dropout
+    base, held_out = base_without_dropout, data.with_name("held_out.json")
+    held_out.write_text(json.dumps(json.loads(data.read_text())[:5]))  # of which accelerate makes eight
+    evaluation = ["--eval_data", str(held_out), "--per_device_eval_batch_size", "2", "--eval_on_start"]
     whole = step_of_sgd(
-        base, data, tmp_path / "a", "--per_device_train_batch_size", "16", "--effective_batch_size", "16"
+        base, data, tmp_path / "a", "--per_device_train_batch_size", "16", "--effective_batch_size", "16", *evaluation
     )
     accumulated = step_of_sgd(
         base, data, tmp_path / "b", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "16"
     )
-    spread = step_of_sgd(
-        base, data, tmp_path / "c", "--per_device_train_batch_size", "8", "--effective_batch_size", "16", processes=2
-    )
+    sizes = ["--per_device_train_batch_size", "8", "--effective_batch_size", "16"]
+    spread = step_of_sgd(base, data, tmp_path / "c", *sizes, *evaluation, processes=2)
     assert relative_difference(accumulated, whole) < 1e-5
     assert relative_difference(spread, whole) < 1e-5
+    alone, shared = (
+        json.loads((tmp_path / run / "checkpoint-1" / "trainer_state.json").read_text())["log_history"] for run in "ac"
+    )
+    losses = [next(row["eval_loss"] for row in log if "eval_loss" in row) for log in (alone, shared)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert relative_difference(mean_of_means(base, data), whole) > 0.05
 
 

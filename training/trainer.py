@@ -159,11 +159,11 @@ class PheyeTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss, logits and labels; what else the model gives, such as the image's features, is not gathered."""
         self.unread += len(inputs.pop("skipped", []))
-        inputs.pop("seen", None)
+        seen = inputs.pop("seen", None)
         if "labels" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
+        labels = inputs["labels"] = self._once(inputs["labels"], seen or len(inputs["labels"]))
         if budgets := len(self.model.config.self_attention_budgets):
             inputs["vision_budget"] = budgets - 1  # said, for without labels a router would choose
         tokens = int((labels[:, 1:] != IGNORED).sum())
@@ -175,6 +175,15 @@ class PheyeTrainer(Trainer):
         self.evaluated = [self.evaluated[0] + float(loss) * tokens, self.evaluated[1] + tokens]
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
         return (loss, None, None) if prediction_loss_only else (loss, logits.detach(), labels)
+
+    def _once(self, labels: torch.Tensor, samples: int) -> torch.Tensor:
+        """Labels of a batch (B, T) of so many samples, without those of samples that stand in the data's last round a
+        second time: accelerate fills it up from the beginning, so that all processes have batches of one size."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        count = max(0, state.remainder - self.accelerator.process_index * samples)
+        return labels.index_fill(0, torch.arange(count, len(labels), device=labels.device), IGNORED)
 
     # --- Checkpoints: written aside, then moved to their place in one step ---
 
