@@ -392,7 +392,7 @@ def parse(argv: list[str] | None) -> dict:
     files.add_argument("--annotations", metavar="FILE", help="answers to the questions of VQAv2 or OK-VQA")
     files.add_argument("--images", metavar="FOLDER", help="(default: the folder of the file)")
     dataset = parser.add_argument_group("data sets only")
-    dataset.add_argument("--image_column", help="(default: image)")
+    dataset.add_argument("--image_column", help=f"(default: image); also the field of a file for --task {OWN}")
     dataset.add_argument("--question_column", help="(default: question)")
     dataset.add_argument("--choices_column", help="options of A-OKVQA (default: choices)")
     dataset.add_argument(

@@ -6,7 +6,6 @@ one image, several or none. A turn is asked about the images up to it, as traini
 
 import functools
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -36,19 +35,29 @@ LLAVA = (
 
 
 def own_file_samples(
-    path: Path, task: Task, *, images: str | None, annotations: str | None, image_sources: str | None
+    path: Path,
+    task: Task,
+    *,
+    images: str | None,
+    annotations: str | None,
+    image_column: str | None,
+    image_sources: str | None,
 ) -> list[Sample]:
     """The turns of a file of training data, or the samples of any benchmark's official file.
 
-    images: where relative names begin, by default the file's own folder; annotations: for VQA's files.
+    images: where relative names begin, by default the file's own folder; annotations: for VQA's files; image_column:
+    the field of training data's images.
     """
     if has_turns(path):
         if annotations is not None:
             raise InputError(f"{path} holds its answers: leave --annotations out.")
-        return json_samples(path, task, images, image_sources)
+        return json_samples(path, task, images, image_column, image_sources)
     data = load_json(path)
-    if image_sources is not None:
-        raise InputError(f"The images of {path} are in the folder of --images: leave --image_sources out.")
+    for name, value in (("image_column", image_column), ("image_sources", image_sources)):
+        if value is not None:
+            raise InputError(
+                f"{path} names its images as its benchmark does, in the folder of --images: leave --{name} out."
+            )
     for form, known in FORMATS.items():
         if known.fits(data):
             return file_samples(path, task, annotations, form)
@@ -72,8 +81,10 @@ def source_of(path: str, task: Task, **fields) -> Source:
     return Source(path, turns=None, caption=not task.asks, **given)
 
 
-def json_samples(path: Path, task: Task, images: str | None, image_sources: str | None) -> list[Sample]:
-    source = source_of(str(path), task, image_folder=images, image_sources=image_sources)
+def json_samples(
+    path: Path, task: Task, images: str | None, image_column: str | None, image_sources: str | None
+) -> list[Sample]:
+    source = source_of(str(path), task, image_folder=images, image_column=image_column, image_sources=image_sources)
     rows = JsonRows(source, max_images=sys.maxsize)  # how many the model takes is known when it is loaded
     opened = []
     for row in (rows[index] for index in range(len(rows))):
@@ -165,22 +176,22 @@ def turn_samples(
 ) -> list[Sample]:
     """A sample per turn of rows (id, images, system message, turns). Ids that are not unique give way to numbers."""
     rows = list(rows)
-    if max(Counter(row_id for row_id, *_ in rows).values(), default=0) > 1:
-        rows = [(str(number), *rest) for number, (_, *rest) in enumerate(rows)]
+
+    def ids_by(names: Iterable) -> list[str]:
+        counts = [len(turns) for *_, turns in rows]
+        named = zip(names, counts, strict=True)
+        return [f"{name}-{number}" if count > 1 else name for name, count in named for number in range(count)]
+
+    ids = ids_by(row_id for row_id, *_ in rows)
+    if len({*ids}) < len(ids):
+        ids = ids_by(map(str, range(len(rows))))
     samples = []
-    for row_id, images, system, turns in rows:
+    for _, images, system, turns in rows:
         for number, (_, answers) in enumerate(turns):
             question, own = shown(images, turns, number)
-            samples.append(
-                Sample(
-                    row_id if len(turns) == 1 else f"{row_id}-{number}",
-                    image=own[0] if len(own) == 1 else own,
-                    question=question,
-                    references=tuple(answers),
-                    split=split,
-                    system=system,
-                )
-            )
+            image = own[0] if len(own) == 1 else own
+            asked = {"image": image, "question": question, "references": tuple(answers), "system": system}
+            samples.append(Sample(ids[len(samples)], split=split, **asked))
     return samples
 
 

@@ -157,10 +157,10 @@ def file_samples_of(
 ) -> list[Sample]:
     """All samples of a file that is no table."""
     others = dict(dataset_options)
-    image_sources = others.pop("image_sources", None) if task.format == OWN else None
+    own = {name: others.pop(name, None) for name in ("image_column", "image_sources")} if task.format == OWN else {}
     refuse_unused(f"{path} is a file", others)
     if task.format == OWN:
-        return own_file_samples(path, task, images=images, annotations=annotations, image_sources=image_sources)
+        return own_file_samples(path, task, images=images, annotations=annotations, **own)
     return file_samples(path, task, annotations)
 
 

@@ -78,7 +78,13 @@ def test_a_sample_is_asked_in_the_very_words_that_training_shows(tmp_path):
 
 
 def test_ids_that_are_not_unique_give_way_to_numbers(tmp_path):
-    rows = [{"id": "a", "conversations": TALK[:2]}, {"id": "a", "conversations": TALK}]
+    rows = [{"id": "a", "conversations": TALK[:2]}] * 2
+    samples, _ = read("own", *save(rows, tmp_path / "val.json"))
+    assert [sample.id for sample in samples] == ["0", "1"]
+    rows = [
+        {"id": "a-1", "conversations": TALK[:2]},
+        {"id": "a", "conversations": TALK},
+    ]  # whose turns are a-0 and a-1
     samples, _ = read("own", *save(rows, tmp_path / "val.json"))
     assert [sample.id for sample in samples] == ["0", "1-0", "1-1"]
 
@@ -114,7 +120,16 @@ def test_files_of_the_benchmarks(tmp_path):
     toy = textvqa_toy()
     samples, split = read("own", *write(toy, tmp_path))
     assert (samples, split) == (toy.samples, "val")
-    assert "leave --image_sources out" in refused("own", *write(toy, tmp_path), "--image_sources", "any")
+    for option in ("--image_sources", "--image_column"):
+        assert f"leave {option} out" in refused("own", *write(toy, tmp_path), option, "any")
+
+
+def test_the_field_of_the_images_may_have_another_name(tmp_path):
+    options = save([{"id": "a", "conversations": TALK[:2], "picture": "n1.jpg"}], tmp_path / "val.json")
+    samples, _ = read("own", *options, "--image_column", "picture")
+    assert [sample.image for sample in samples] == [tmp_path / "n1.jpg"]
+    with_none = save([{"id": "a", "conversations": TALK[:2], "image": None}], tmp_path / "val.json")
+    assert "Name the field by --image_column" in refused("own", *with_none, "--image_column", "picture")
 
 
 def test_captions_have_no_question(tmp_path):
