@@ -22,7 +22,9 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """The commit of this checkout, with a + where files differ from it; "unknown" outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=7", "--dirty=+"]
+    root = Path(__file__).parent.parent  # its own repository, not that of a project whose environment holds it
+    command = ["git", "--git-dir", root / ".git", "--work-tree", root]
+    command += ["describe", "--always", "--abbrev=7", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
