@@ -85,10 +85,10 @@ class PheyeModelOutputWithPast(BaseModelOutputWithPast):
     """Outputs of `PheyeModel`.
 
     last_hidden_state (R, T, D); cache (past_key_values before transformers 5.24): the language model's cache, with the
-    image's keys and values behind its own; hidden_states, attentions: the language model's; cross_attentions: per
-    block (R, H, T, N), on request; image_hidden_states (B, N, D), where this call encoded or was given
-    an image, and there, if the model has budgets, vision_budget (B,), the one taken; router_logits (R, budgets), where
-    the router chose it.
+    image's keys and values behind its own; hidden_states, attentions: the language model's, of a joint layer those of
+    the text alone; cross_attentions: per block (R, H, T, N), on request; image_hidden_states (B, N, D), where this call
+    encoded or was given an image, and there, if the model has budgets, vision_budget (B,), the one taken; router_logits
+    (R, budgets), where the router chose it.
     """
 
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -171,6 +171,14 @@ class PheyePreTrainedModel(PreTrainedModel):
 
     def disable_input_require_grads(self):
         self.base_model.language_model.disable_input_require_grads()
+
+    # Also the model without the head has the language model's: what resizes its embeddings must resize that one too.
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base_model.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.base_model.language_model.set_output_embeddings(new_embeddings)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -896,12 +904,6 @@ class PheyeForConditionalGeneration(PheyePreTrainedModel, PheyeGenerationMixin):
     def model(self) -> PheyeModel:
         """The model without the head, by the name it has in most of transformers."""
         return self.pheye
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.pheye.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module):
-        self.pheye.language_model.set_output_embeddings(new_embeddings)
 
     def get_image_features(
         self,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
+from transformers.utils.output_capturing import _active_collector
 
 from .blocks_pheye import PheyeAttentionBlock, PheyeImageCache
 from .configuration_pheye import HEAD_WIDTH, PheyeConfig
@@ -84,7 +85,7 @@ class PheyeJointAttention(nn.Module):
         """The layer on images alone: their new states (B, N, D), and the layer's keys and values (B, H, N, D)."""
         states, recorder = self.visual_up(visual_states), RecordingCache()
         keywords = self.keywords(rotary, states, causal(states.shape[1], mask, states.device))
-        seen = first(layer(states, **keywords, **{CACHE: recorder}))
+        seen = run_again(layer, states, **keywords, **{CACHE: recorder})
         return visual_states + self.visual_down(seen - states), recorder.keys, recorder.values
 
     def see_both(
@@ -112,7 +113,7 @@ class PheyeJointAttention(nn.Module):
         own = self.keywords(rotary, states, torch.cat([above, below], dim=2))
         for name in ("position_ids", "position_embeddings"):
             own[name] = join(own[name], keywords[name], rows)
-        both = first(layer(torch.cat([states, hidden_states], dim=1), **{**keywords, **own, CACHE: None}))
+        both = run_again(layer, torch.cat([states, hidden_states], dim=1), **{**keywords, **own, CACHE: None})
         seen, joint = both.split([tokens, length], dim=1)
         return visual_states + self.visual_down((seen - states)[::each]), joint
 
@@ -138,9 +139,9 @@ class PheyeJointAttention(nn.Module):
             torch.cat([image_keys, recorder.keys], dim=2), torch.cat([image_values, recorder.values], dim=2)
         )
         mask = self.mask(torch.cat([there, text], dim=-1), hidden_states)
-        return first(layer(hidden_states, **{**keywords, "attention_mask": mask, CACHE: both}))
+        return run_again(layer, hidden_states, **{**keywords, "attention_mask": mask, CACHE: both})
 
-    def add_to(
+    def forward(
         self, hidden_states: torch.Tensor, joint: torch.Tensor, number: int, has_joint: torch.Tensor | None
     ) -> torch.Tensor:
         """The text's states (R, T, D) behind the layer: what it saw alone, and by the gate what it saw with its image,
@@ -169,8 +170,15 @@ class RecordingCache:
         return self.keys, self.values
 
 
-def first(output: torch.Tensor | tuple) -> torch.Tensor:
-    """A layer's states; some families give them in a tuple."""
+def run_again(layer: nn.Module, *args, **kwargs) -> torch.Tensor:
+    """A layer's states in a run beside the language model's own, which `output_hidden_states` and `output_attentions`
+    leave out. Some families give states in a tuple."""
+    collector = None if torch.compiler.is_compiling() else _active_collector.set(None)
+    try:
+        output = layer(*args, **kwargs)
+    finally:
+        if collector is not None:
+            _active_collector.reset(collector)
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -421,7 +429,7 @@ class PheyeRefinementMixin:
         if call.visual_states is None:
             has_joint = None if cache.mask is None else cache.mask.flatten(1).any(dim=1)
             both = joint.see_text(layer, before, keywords, recorder, (cache.keys, cache.values, cache.mask))
-            return joint.add_to(hidden_states, both, place, has_joint)
+            return joint(hidden_states, both, place, has_joint)
         rows = self._active(number, call.vision_budget)
         images, has_joint = len(call.visual_states), None
         if len(rows) < images:
@@ -434,7 +442,7 @@ class PheyeRefinementMixin:
             if cache is not None:
                 cache.update(*image)
             both = joint.see_text(layer, before, keywords, recorder, image)
-        return joint.add_to(hidden_states, both, place, has_joint)
+        return joint(hidden_states, both, place, has_joint)
 
     def _see_image(
         self,
