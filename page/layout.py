@@ -17,7 +17,7 @@ or say what is on a photograph, and it knows nothing of the world: it answers an
 above. About one sign in twenty it gets wrong by a letter or more."""
 ABOUT_OTHERS = "Its answers may be wrong. It sees one picture and one question at a time, and was trained in English."
 QUESTIONS = "What is written on the sign?", "How many circles are there?", "What colour is the triangle?"
-TOGETHER = 2  # answers at once
+TOGETHER = 2  # answers at once, and pictures that are opened
 MOST_WAITING = 32
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the network
 MAP_BUTTONS = ["fullscreen", "download"]
@@ -101,7 +101,13 @@ def one_picture(page: gr.Blocks, handlers: Handlers, questions: tuple[str, ...])
     for button, draw in drawings.items():
         button.click(lambda draw=draw: first(draw), None, fresh, show_progress="hidden")
     picture.input(
-        handlers.choose, picture, fresh, preprocess=False, show_progress="hidden", trigger_mode="always_last"
+        handlers.choose,
+        picture,
+        fresh,
+        preprocess=False,
+        show_progress="hidden",
+        trigger_mode="always_last",
+        concurrency_limit=TOGETHER,
     )
     buttons = [ask, stop]
     asked = gr.on([ask.click, question.submit], handlers.begin, None, buttons, queue=False)

@@ -97,7 +97,8 @@ class Visits:
             visit = self.open.setdefault(session, Visit())
             self.open.move_to_end(session)
             if len(self.open) > MOST_VISITORS:
-                self.open.popitem(last=False)
+                # But not one that is being answered, and could no longer be stopped.
+                del self.open[next(name for name, other in self.open.items() if not other.turn.locked())]
             return visit
 
     def close(self, session: str):

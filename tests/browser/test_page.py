@@ -370,3 +370,9 @@ def test_no_path_and_no_address_of_a_visitor_is_opened(served, monkeypatch, path
     event = httpx.post(call, json={"data": [picture, "What?"]}).json()["event_id"]
     assert httpx.get(f"{call}/{event}").text.startswith("event: error")
     assert not opened
+
+
+def test_few_pictures_are_opened_at_once_as_few_answers_are_made(served):
+    page = layout.build(served.model, served.processor, "pheye-nano")
+    limits = {function.name: function.concurrency_limit for function in page.fns.values()}
+    assert limits["choose"] == limits["answer"] == limits["table"] == layout.TOGETHER

@@ -169,6 +169,9 @@ def test_no_more_visits_are_held_than_there_is_room_for(monkeypatch):
     held = Visits()
     first, _, again, _ = held.of("a"), held.of("b"), held.of("a"), held.of("c")
     assert again is first and list(held.open) == ["a", "c"]
+    with first.turn:  # he is being answered, and may stop that
+        held.of("d")
+        assert list(held.open) == ["a", "d"] and held.of("a") is first
 
 
 def test_pace_is_asked_row_by_row():
