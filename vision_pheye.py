@@ -95,7 +95,7 @@ class PheyeLora(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For the frozen module's input (B, views, ...), A(x) as (B, views, N, rank) and B, scaled, as (rank, D)."""
         scaling = self.scaling
-        if self.training and self.dropout:
+        if self.training and self.dropout and self.A.requires_grad:  # frozen LoRA stays as it was trained
             x, rest = dropout(x, self.dropout)
             scaling *= rest
         A = self.A.to(x.dtype)

@@ -10,7 +10,7 @@ Ways that differ in what the views go through begin with the blocks of `--start`
 stage; ways that differ in the blocks, or have none, begin with new ones between the eyes and the language model of
 `--parts`, on pictures for as many crops (`draw_data --stage tasks --tiles_per_side 1`). All take as many steps, or
 with `--minutes` steps for as long, with a seed on the same samples, and answer the same held-out questions. Times on a
-CPU are the processor's, so that other work beside a run changes neither its steps nor its figures; use one thread.
+CPU are the processor's, so that waiting for other work counts for nothing (its use of caches does); use one thread.
 `--keep_features` encodes each picture once for all runs, where no LoRA trains. With `--steps` a run uses it up to four
 times.
 The output folder gets a result per run and, from all of them, experiments.md and its curves, experiments.png. A run
@@ -78,7 +78,7 @@ def train(
     """Train what requires gradients for `steps` steps, or until the steps have taken so many `minutes`. With a folder
     for `features`, those of pictures are kept there.
 
-    Returns: the number of steps, the mean loss of the last tenth, the median seconds of a step, and the curve: every
+    Returns: the number of steps, the mean loss of the last tenth, the mean seconds of a step, and the curve: every
         `score_every` steps and at the end what the steps have taken, their loss, and scores on `pictures`.
 
     Raises:
@@ -113,7 +113,7 @@ def train(
     return {
         "steps": len(losses),
         "loss": round(statistics.mean(losses[-math.ceil(len(losses) / 10) :]), 4),
-        "seconds_per_step": round(statistics.median(seconds), 3),
+        "seconds_per_step": round(statistics.mean(seconds), 3),
         "curve": curve,
     }
 

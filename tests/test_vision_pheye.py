@@ -156,6 +156,17 @@ def test_update_in_training_is_on_average_that_of_evaluation():
     assert error.min() > 0 and ((trained.mean(0) - expected).abs() < 5 * error).all()
 
 
+def test_frozen_lora_drops_nothing():
+    lora = PheyeLora(nn.Linear(8, 6), rank=2, alpha=6.0, dropout=0.25).train()
+    nn.init.normal_(lora.A), nn.init.normal_(lora.B)
+    x = torch.randn(1, 1, 40, 8)
+    trained = lora(x)[0]
+    frozen = lora.requires_grad_(False)(x)
+    expected = lora.eval()(x)
+    assert not torch.equal(trained, expected[0])
+    assert all(torch.equal(*factors) for factors in zip(frozen, expected, strict=True))
+
+
 # --- LoRA for each kind of view, without a model ---
 
 

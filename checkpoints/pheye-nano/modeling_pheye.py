@@ -84,11 +84,11 @@ takes_cache = deprecate_kwarg("past_key_values", END_OF_OLD_NAME, new_name="cach
 class PheyeModelOutputWithPast(BaseModelOutputWithPast):
     """Outputs of `PheyeModel`.
 
-    last_hidden_state (R, T, D); cache (past_key_values before transformers 5.24): the language model's cache, with the
-    image's keys and values behind its own; hidden_states, attentions: the language model's, of a joint layer those of
-    the text alone; cross_attentions: per block (R, H, T, N), on request; image_hidden_states (B, N, D), where this call
-    encoded or was given an image, and there, if the model has budgets, vision_budget (B,), the one taken; router_logits
-    (R, budgets), where the router chose it.
+    last_hidden_state (R, T, D); cache (past_key_values before transformers 5.24): the language model's cache, with
+    the image's keys and values behind its own; hidden_states, attentions: the language model's, of a joint layer
+    those of the text alone; cross_attentions: per block (R, H, T, N), on request; image_hidden_states (B, N, D),
+    where this call encoded or was given an image, and there, if the model has budgets, vision_budget (B,), the one
+    taken; router_logits (R, budgets), where the router chose it.
     """
 
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None

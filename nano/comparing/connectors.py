@@ -336,8 +336,8 @@ def views_apart(model: PheyeForConditionalGeneration) -> PheyeForConditionalGene
 # --- Resamplers: the blocks read queries in place of the image's tokens ---
 
 
-def new_queries(config: PheyeConfig) -> nn.Parameter:
-    return nn.Parameter(0.02 * torch.randn(QUERIES, config.vision_config.hidden_size))
+def new_queries(config: PheyeConfig, spread: float) -> nn.Parameter:
+    return nn.Parameter(spread * torch.randn(QUERIES, config.vision_config.hidden_size))
 
 
 def query_block(config: PheyeConfig) -> PheyeAttentionBlock:
@@ -358,7 +358,7 @@ class Perceiver(nn.Module):
 
     def __init__(self, config: PheyeConfig):
         super().__init__()
-        self.queries = new_queries(config)
+        self.queries = new_queries(config, 1.0)  # as in open implementations
         self.layers = nn.ModuleList(query_block(config) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(config.vision_config.hidden_size, eps=1e-5)
 
@@ -377,13 +377,14 @@ class Monkey(nn.Module):
     """Monkey's resampler: queries attend over the image's tokens once, without a residual and without an MLP; then the
     norm that Qwen-VL has behind it.
 
-    Qwen-VL adds the patches' positions in their grid to queries and keys. The tokens here carry their own and those of
-    their view, and there are several grids, so nothing is added (our choice).
+    Monkey has as many queries for each view; here they serve all views together, as the Perceiver's do. Qwen-VL adds
+    the patches' positions in their grid to queries and keys. The tokens here carry their own and those of their view,
+    and the queries have no grid, so nothing is added (our choice).
     """
 
     def __init__(self, config: PheyeConfig):
         super().__init__()
-        self.queries, self.block = new_queries(config), query_block(config)
+        self.queries, self.block = new_queries(config, 0.02), query_block(config)
         del self.block.mlp_norm, self.block.mlp_in, self.block.mlp_out
         self.norm = nn.LayerNorm(config.vision_config.hidden_size, eps=1e-5)
 

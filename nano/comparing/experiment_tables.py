@@ -35,12 +35,15 @@ In points, of the same pictures: the way, less {first}.
 
 ## Curves
 
-Characters wrong after equal steps, in %, of the first {curve_pictures} pictures.
+Characters wrong after equal steps, in %, of the first {curve_pictures} pictures.{falling}
 
 {curves}
 
 ![Loss and characters wrong by step, and characters wrong by time](experiments.png)
 """
+
+FALLING = """
+The learning rate falls with the time. So ways with slow steps are further on in their time after equal steps."""
 
 KEPT = """
 Features of pictures were kept. So the seconds of a step are those without the vision tower."""
@@ -66,6 +69,7 @@ def write_report(results: list[dict], output: Path, device: str, *, curve_pictur
         start=start_of(settings),
         machine=machine(device),
         kept=KEPT if settings["keep_features"] else "",
+        falling="" if minutes is None else FALLING,
         scores="\n".join(scores_table(ways, answers)),
         first=WAYS[next(iter(ways))].title,
         differences="\n".join(differences_table(answers)),

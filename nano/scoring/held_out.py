@@ -121,7 +121,11 @@ def character_error(rows: Sequence[dict]) -> float:
 
 
 def interval(samples: Sequence, statistic=None) -> list[float]:
-    """`confidence_interval` in four digits."""
+    """`confidence_interval` in four digits. Of shares that are 0 or 1 throughout it is the exact one, for a bootstrap
+    sees no spread there."""
+    if statistic is None and len(samples) and {*map(float, samples)} in ({0.0}, {1.0}):
+        edge = 1 - 0.025 ** (1 / len(samples))
+        return [round(1 - edge, 4), 1.0] if samples[0] else [0.0, round(edge, 4)]
     return [round(edge, 4) for edge in confidence_interval(samples, statistic=statistic)]
 
 

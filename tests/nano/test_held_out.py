@@ -135,6 +135,13 @@ def test_an_interval_is_that_of_a_known_distribution():
     assert (low, high) == pytest.approx((0.8 - 1.96 * error, 0.8 + 1.96 * error), abs=0.004)
 
 
+@pytest.mark.parametrize("count", [500, 7])
+def test_an_interval_of_none_or_all_is_the_exact_one(count):
+    low, high = held_out.interval([0.0] * count)
+    assert low == 0 and (1 - high) ** count == pytest.approx(0.025, rel=0.05)
+    assert held_out.interval(np.ones(count)) == pytest.approx([1 - high, 1])
+
+
 def test_what_is_kept_counts_words_read_in_full_pictures():
     def rows(*answers):
         return [{**row(answer, "CAT"), "id": index} for index, answer in enumerate(answers)]
