@@ -35,8 +35,8 @@ HIGHEST_ALPHA = 1e6
 # 2412.08378, by two accounts that agree); towers of other depths get the same shares.
 FILA_LAYERS, FILA_DEPTH = (2, 6, 12, 20), 24
 
-# Grids of crops, rows and columns: FILA's five (by second-hand accounts), and all of at most nine crops and four along
-# a side.
+# Grids of crops, rows and columns: five after FILA (by second-hand accounts), and all of at most nine crops and four
+# along a side.
 CANVASES = {
     "fila": [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1]],
     "wide": [[rows, columns] for rows, columns in product(range(1, 5), repeat=2) if rows * columns <= 9],
@@ -98,7 +98,7 @@ class PheyeConfig(PreTrainedConfig):
         high_res_vision_config: config (or its dict) of a backbone with stages, such as ConvNeXt's, that sees the whole
             image at high resolution beside the vision transformer (after FILA, arXiv 2412.08378); None for no branch.
         high_res_fusion_layers: before which layers of the vision transformer the maps of the backbone's last stages
-            join it, one each, ascending; by default FILA's, scaled to the transformer's depth.
+            join it, one each, ascending; by default those after FILA, scaled to the transformer's depth.
         self_attention_kind: how an image is refined (after VISOR, arXiv 2603.23495): "block", by blocks of their own,
             or "joint", by layers of the language model on image and text together.
         self_attention_layers: "block": before which layers' cross-attention blocks the image is refined, but not
@@ -389,6 +389,11 @@ class PheyeConfig(PreTrainedConfig):
             )
         if not isinstance(budgets, (list, tuple)):
             raise ValueError(f"self_attention_budgets={budgets!r} must be a list of lists of layers.")
+        if budgets and not layers:
+            raise ValueError(
+                f"self_attention_budgets={budgets!r} has the entry {budgets[0]!r}, but there are no "
+                "self_attention_layers to choose from."
+            )
         for place, budget in enumerate(budgets):
             if not _is_ascending(budget) or not set(budget) <= {*layers} or budget in budgets[:place]:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""What keeping the shape of a picture brings to Pheye-nano: equal crops, stretched, against canvases (after FILA).
+"""What keeping the shape of a picture brings to Pheye-nano: a stretched picture's crops against canvases (after FILA).
 
     python -m pheye.nano.canvases --model checkpoints/pheye-nano --data nano-runs/mixture.json --output OUTPUT
         [--steps 200] [--seeds 2] [--count 250]
@@ -40,7 +40,7 @@ from .scoring.tables import table
 WAYS = {"stretched": None, "fila": "fila", "wide": "wide"}  # canvases of the model
 TITLES = {
     "stretched": "3 x 3 crops, stretched",
-    "fila": "FILA's five canvases, of up to 4 crops",
+    "fila": "five canvases after FILA, of up to 4 crops",
     "wide": "all canvases of up to 9 crops",
 }
 HEIGHTS = 10, 14, 20, 28  # edges of groups of capitals, in pixels of the crops

@@ -20,7 +20,7 @@ from pheye.image_processing_pheye import cut_views, resize
 from pheye.layers_pheye import CACHE
 from pheye.vision_pheye import join_tiles, view_maps
 
-from tiny import randomize, tiny_config, tiny_image, tiny_text, tiny_vision_config
+from tiny import randomize, tiny_config, tiny_image, tiny_pixels, tiny_text, tiny_vision_config
 
 FILA = [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1]]
 MODEL = [[1, 2], [2, 2], [3, 1]]
@@ -50,6 +50,7 @@ def canvas_processor(**kwargs) -> PheyeImageProcessor:
         ((2000, 500), (1, 3)),
         ((100, 100), (1, 2)),
         ((5000, 1), (1, 2)),
+        ((1, 5000), (1, 2)),
         ((1, 1), (1, 2)),
     ],
 )
@@ -77,6 +78,14 @@ def test_an_image_fills_its_canvas_as_far_as_its_shape_allows(size, canvas):
     assert abs((right - left) - slow_width) <= max(1, size[0] / size[1]) + 1
     assert abs((bottom - top) - slow_height) <= max(1, size[1] / size[0]) + 1
     assert abs(left - (canvas[0] - right)) <= 1 and abs(top - (canvas[1] - bottom)) <= 1  # in the middle
+
+
+@pytest.mark.parametrize(("height", "fitted"), [(333, 298), (334, 299), (335, 300), (336, 301)])  # 298.4 to 301.1
+def test_the_side_that_does_not_bind_is_rounded(height, fitted):
+    left, top, right, bottom = fit(500, height, 448, 448)
+    assert (right - left, bottom - top) == (448, fitted)
+    left, top, right, bottom = fit(height, 500, 448, 448)
+    assert (right - left, bottom - top) == (fitted, 448)
 
 
 def test_a_box_is_the_same_place_at_every_size():
@@ -416,8 +425,25 @@ def test_features_stand_in_for_pixels_with_their_grids():
     features = model.get_image_features(**batch).last_hidden_state
     expected = model(text, **batch).logits
     assert torch.equal(model(text, image_hidden_states=features, image_grids=grids).logits, expected)
-    with pytest.raises(ValueError, match="image_grids is missing"):
+    with pytest.raises(ValueError, match="image_grids is missing beside pixel_values or image_hidden_states"):
         model(text, image_hidden_states=features)
+
+
+def test_vectors_of_places_begin_like_those_of_views_and_those_of_images_at_zero():
+    config = canvas_config(canvases="wide", vision_config=tiny_vision_config(hidden_size=256))
+    encoding = PheyeForConditionalGeneration(config).model.view_encoding
+    for embedding in (encoding.row_embedding, encoding.column_embedding):
+        assert embedding.weight.std().item() == pytest.approx(0.02, rel=0.15)
+    assert not encoding.image_embedding.weight.any()
+
+
+def test_without_grids_each_row_has_one_image_where_there_are_no_canvases():
+    model = canvas_model(canvases=None)
+    text, pixels = tiny_text(2, 4), tiny_pixels(2)
+    grids = torch.full((2, 1, 2), 2)
+    assert torch.equal(model(text, pixels).logits, model(text, pixels, image_grids=grids).logits)
+    features = model.get_image_features(pixels).last_hidden_state
+    assert torch.equal(model(text, image_hidden_states=features).logits, model(text, pixels).logits)
 
 
 def test_threads_with_other_canvases_get_their_own_answers():

@@ -72,6 +72,16 @@ def tiles(images: int = 2, tiles_per_side: int = 2, size: int = 64) -> torch.Ten
     return torch.randn(images, tiles_per_side**2, 3, size, size, generator=generator)
 
 
+def test_new_fusion_blocks_begin_as_the_specification_says():
+    model = PheyeForConditionalGeneration(
+        hybrid_config(vision_config=tiny_vision_config(hidden_size=256, num_hidden_layers=5))
+    )
+    for block in model.model.fusion_blocks:
+        assert block.mlp_in.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        assert not (block.mlp_in.bias.any() or block.mlp_out.weight.any() or block.mlp_out.bias.any())
+        assert block.state_norm.eps == block.map_norm.eps == 1e-5
+
+
 def fresh_pair(tiles_per_side: int = 2, dtype: torch.dtype = torch.float32):
     """A plain model, and a hybrid one with its weights and a new branch."""
     vision = tiny_vision_config(num_hidden_layers=5)

@@ -232,6 +232,7 @@ def test_checkpointing_that_is_not_reentrant_goes_with_drawn_budgets(base, data,
 def test_of_few_layers_all_subsets_are_measured():
     losses = measured_subsets([3, 5, 7], lambda subsets: {subset: len(subset) for subset in subsets})
     assert len(losses) == 8 and {(), (3, 7), (3, 5, 7)} <= losses.keys()
+    assert len(measured_subsets(list(range(5)), lambda subsets: dict.fromkeys(subsets, 0.0))) == 2**5
 
 
 def test_of_many_layers_the_one_that_hurts_least_is_left_out_each_time():

@@ -11,15 +11,25 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from test_canvases_pheye import shapes
+from torch import nn
 from transformers import CompileConfig, DynamicCache, Qwen2Config
 
 from pheye import PheyeConfig, PheyeForConditionalGeneration, PheyeImageProcessor
 from pheye.layers_pheye import CACHE
 from pheye.visor_pheye import PheyeRouter, PheyeSelfAttentionBlock, last_states
 
-from tiny import randomize, tiny_config, tiny_model, tiny_pixels, tiny_text, tiny_text_config
+from tiny import (
+    randomize,
+    tiny_config,
+    tiny_model,
+    tiny_pixels,
+    tiny_text,
+    tiny_text_config,
+    tiny_vision_config,
+)
 
 LAYERS = {"block": [3, 5], "joint": [2, 4]}  # of 6, with cross-attention before 1, 3 and 5
+OWN = re.compile(r"(?!vision_tower|language_model)").match  # names of Pheye's own modules
 BUDGETS = 4  # none, one, the other, both
 NEW = 4
 
@@ -491,6 +501,52 @@ def test_the_convolution_stays_inside_a_view_and_leaves_class_tokens_alone():
     close(convolution(states), expected)
 
 
+def test_the_convolution_is_the_last_of_what_encodes_an_image():
+    model, pixels = visor_model(visual_convolution_kernel=3), tiny_pixels()
+    encoded = model.model.view_encoding(model.model.encode_views(pixels).last_hidden_state)
+    features = model.get_image_features(pixels).last_hidden_state
+    close(features, model.model.visual_convolution(encoded))
+    assert not torch.allclose(features, encoded, atol=1e-3)
+
+
+# --- New parts ---
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_new_parts_begin_as_the_specification_says(kind):
+    text = tiny_text_config(num_hidden_layers=6, hidden_size=256)
+    vision = tiny_vision_config(hidden_size=256)
+    config = visor_config(kind, text_config=text, vision_config=vision, router_size=256, visual_convolution_kernel=7)
+    model = PheyeForConditionalGeneration(config).model
+    drawn, zero = [model.router.mlp_in, model.router.mlp_out], [model.visual_convolution.convolution]
+    if kind == "block":
+        for block in model.self_attention_blocks:
+            drawn += [block.to_q, block.to_k, block.to_v, block.mlp_in]
+            zero += [block.to_out, block.mlp_out]
+    else:
+        drawn, zero = [*drawn, model.joint_attention.visual_up], [*zero, model.joint_attention.visual_down]
+        assert not model.joint_attention.gates.any()
+    for linear in drawn:
+        assert linear.weight.std().item() == pytest.approx(0.01, rel=0.1) and not linear.bias.any()
+    for linear in zero:
+        assert not linear.weight.any()
+    assert {
+        module.eps for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) and OWN(name)
+    } == {1e-5}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_quantizers_and_device_maps_leave_new_parts_whole(kind):
+    model = visor_model(kind=kind, router_size=8, visual_convolution_kernel=3)
+    parts = {f"pheye.{name}" for name, part in model.model.named_children() if any(True for _ in part.parameters())}
+    assert {*model.config.modules_to_not_quantize} == (parts - {"pheye.language_model"}) | {
+        "pheye.language_model.lm_head"
+    }
+    blocks = {type(module).__name__ for name, module in model.model.named_modules() if OWN(name)}
+    whole = {name for name in blocks if name.endswith("Block")}
+    assert len(whole) == (2 if kind == "block" else 1) and whole <= {*model._no_split_modules}
+
+
 # --- Saving ---
 
 
@@ -543,6 +599,7 @@ def test_an_old_checkpoint_gets_parts_that_change_nothing(tmp_path, kind):
         ({"self_attention_budgets": [[3, 5], [3]]}, r"\[3\] behind \[3, 5\].*cheapest first"),
         ({"self_attention_budgets": [3]}, "entry 3"),
         ({"self_attention_layers": [], "self_attention_budgets": [[3]]}, r"entry \[3\]"),
+        ({"self_attention_layers": [], "self_attention_budgets": [[]]}, r"entry \[\], but there are no"),
         ({"self_attention_layers": [], "self_attention_budgets": [], "router_size": 8}, "router_size=8"),
         ({"self_attention_budgets": [[3, 5]], "router_size": 8}, r"router_size=8.*\[\[3, 5\]\]"),
         ({"router_size": -1}, "router_size=-1"),

@@ -1,6 +1,7 @@
 """The joint form against the sequence [image; text], read by a language model of transformers that has one layer."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -155,6 +156,19 @@ def test_an_offloaded_model_gives_the_same():
     model, text = joint_model("llama"), tiny_text()
     offloaded = cpu_offload(copy.deepcopy(model), torch.device("cpu"))
     close(offloaded(text, tiny_pixels(), vision_budget=3).logits, model(text, tiny_pixels(), vision_budget=3).logits)
+
+
+def test_text_gets_by_the_gate_what_it_saw_with_its_image(monkeypatch):
+    model, number, runs, after = joint_model("llama"), LAYERS["joint"][0], [], []
+    seen, config = Seen(model, monkeypatch), model.config
+    model.model.decoder_layers()[number].register_forward_hook(lambda layer, args, output: runs.append(output))
+    block = model.model.cross_attention_blocks[config.cross_attention_layers.index(number + 1)]
+    block.register_forward_pre_hook(lambda block, args: after.append(args[0]))
+    model(tiny_text(), tiny_pixels(), vision_budget=1)
+    alone = runs[0][0] if isinstance(runs[0], tuple) else runs[0]
+    gate = model.model.joint_attention.gates[0].item()
+    assert abs(gate) > 0.1
+    close(after[0], alone + math.tanh(gate) * (seen.both - alone))
 
 
 def test_the_image_never_sees_the_text():

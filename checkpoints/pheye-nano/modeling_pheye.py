@@ -417,10 +417,10 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
         return [view_maps(whole, rows, columns, self.config.patches_per_side) for whole in maps]
 
     def views_of(self, image_grids: torch.Tensor | None, rows: int, views: int | None) -> torch.Tensor | None:
-        """The view table (B, V, 6) of the images of a call; None if each row has one image of k x k crops.
+        """The view table (B, V, 6) of the images of a call; None if each row has one image of k x k crops, as all can.
 
         Args:
-            image_grids: (B, I, 2), or None.
+            image_grids: (B, I, 2), or None: one image of k x k crops for each row.
             rows: B, for which there are pixels or features.
             views: V of the pixels, if there are any.
 
@@ -428,12 +428,14 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
             ValueError: if the grids are missing, none of this model's, or do not fit.
         """
         config = self.config
-        if image_grids is None:
-            if config.canvases is None and config.max_images == 1:
+        if image_grids is None and config.canvases is None:
+            if config.max_images == 1:
                 return None
+            image_grids = torch.tensor(config.grids).expand(rows, 1, 2)
+        elif image_grids is None:
             raise ValueError(
-                "image_grids is missing: this model's images have canvases, or a prompt has several. Make it with "
-                "this model's own processor."
+                "image_grids is missing beside pixel_values or image_hidden_states: this model has several canvases. "
+                "Make it with this model's own processor."
             )
         shape = tuple(image_grids.shape)
         if len(shape) != 3 or shape[0] != rows or shape[2] != 2 or image_grids.is_floating_point():

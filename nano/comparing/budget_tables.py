@@ -34,7 +34,8 @@ held-out pictures with a sign and a question about shapes, and {fine} with fine 
 ## What each budget reads
 
 Answers that are exactly right, in %. `GFLOP` is what one encoded picture, a prompt and a first token take, and seconds
-are those of an answer; both are without the vision tower.
+are those of an answer; both are without the vision tower. `python -m pheye.benchmarks.complexity --model` counts what
+encoding a picture takes more, at each budget.
 
 {curve}
 

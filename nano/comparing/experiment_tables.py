@@ -10,7 +10,7 @@ from ...common.files import write_atomically
 from ...common.json_lines import read_rows
 from ...common.machine import machine
 from ...evaluation.tertiles import TERTILES
-from ..scoring.held_out import SHAPES, SIGN, exact_shares, interval, percent, with_interval
+from ..scoring.held_out import SHAPES, SIGN, exact_shares, interval, percent, share_interval, with_interval
 from ..scoring.tables import table
 from .ways import WAYS
 
@@ -102,10 +102,10 @@ def scores_table(ways: dict[str, list[dict]], answers: dict[str, list[list[dict]
         signs, shapes = (exact_shares(answers[name], kind) for kind in KINDS.values())
         tertiles = [mean(runs, lambda run, size=size: run["scores"]["by_tertile"][size]["exact"]) for size in TERTILES]
         cells = [WAYS[name].title, str(len(runs)), *(f"{runs[0][count]:,}" for count in ("parameters", "keys"))]
-        cells += [with_interval(signs.mean(), interval(signs))]
+        cells += [with_interval(signs.mean(), share_interval(signs))]
         cells += [", ".join(percent(run["scores"][SIGN]["exact"]) for run in runs), ", ".join(map(percent, tertiles))]
         cells += [percent(mean(runs, lambda run: run["scores"][SIGN]["character_error"]))]
-        cells += [with_interval(shapes.mean(), interval(shapes)), f"{mean(runs, lambda run: run['loss']):.2f}"]
+        cells += [with_interval(shapes.mean(), share_interval(shapes)), f"{mean(runs, lambda run: run['loss']):.2f}"]
         cells += [f"{mean(runs, lambda run: run['steps']):.0f}"]
         cells += [f"{mean(runs, lambda run, cost=cost: run[cost]):.2f}" for cost in COSTS]
         rows.append(cells)

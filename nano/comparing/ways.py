@@ -56,11 +56,11 @@ WAYS = {
     "small_outputs": Way("blocks that begin near zero in their outputs alone", join=connectors.small_outputs),
     "tanh_gate": Way("blocks with Flamingo's tanh gates", join=connectors.tanh_gate),
     "casa": Way("blocks whose text attends to text, too (CASA)", join=connectors.casa),
-    "refined": Way("blocks, and blocks over the image between them (VISOR)", refines="block"),
+    "refined": Way("blocks, and blocks over the image between them (after VISOR)", refines="block"),
     "refined_apart": Way(
         "the same, in which each view sees itself alone", refines="block", join=connectors.views_apart
     ),
-    "refined_jointly": Way("blocks, and layers over image and text between them (VISOR)", refines="joint"),
+    "refined_jointly": Way("blocks, and layers over image and text between them (after VISOR)", refines="joint"),
     "perceiver": Way("Perceiver resampler, 6 layers, before the blocks", join=connectors.perceiver),
     "monkey": Way("Monkey resampler, before the blocks", join=connectors.monkey),
 }

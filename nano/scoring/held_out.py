@@ -121,12 +121,17 @@ def character_error(rows: Sequence[dict]) -> float:
 
 
 def interval(samples: Sequence, statistic=None) -> list[float]:
-    """`confidence_interval` in four digits. Of shares that are 0 or 1 throughout it is the exact one, for a bootstrap
-    sees no spread there."""
-    if statistic is None and len(samples) and {*map(float, samples)} in ({0.0}, {1.0}):
-        edge = 1 - 0.025 ** (1 / len(samples))
-        return [round(1 - edge, 4), 1.0] if samples[0] else [0.0, round(edge, 4)]
+    """`confidence_interval` in four digits."""
     return [round(edge, 4) for edge in confidence_interval(samples, statistic=statistic)]
+
+
+def share_interval(right: Sequence[float]) -> list[float]:
+    """`interval` of a share, from a number of 0 to 1 for each sample; the exact one if it is none or all, where a
+    bootstrap sees no spread."""
+    if {*map(float, right)} not in ({0.0}, {1.0}):
+        return interval(right)
+    edge = round(1 - 0.025 ** (1 / len(right)), 4)
+    return [round(1 - edge, 4), 1.0] if right[0] else [0.0, edge]
 
 
 def summary(rows: Sequence[dict]) -> dict:

@@ -137,9 +137,11 @@ def test_an_interval_is_that_of_a_known_distribution():
 
 @pytest.mark.parametrize("count", [500, 7])
 def test_an_interval_of_none_or_all_is_the_exact_one(count):
-    low, high = held_out.interval([0.0] * count)
+    low, high = held_out.share_interval([0.0] * count)
     assert low == 0 and (1 - high) ** count == pytest.approx(0.025, rel=0.05)
-    assert held_out.interval(np.ones(count)) == pytest.approx([1 - high, 1])
+    assert held_out.share_interval(np.ones(count)) == pytest.approx([1 - high, 1])
+    some = [0.0, 1.0, 1.0, 0.5]
+    assert held_out.share_interval(some) == held_out.interval(some)
 
 
 def test_what_is_kept_counts_words_read_in_full_pictures():
