@@ -27,8 +27,10 @@ STEPS = 2
 ANSWERS = ["A cat.", "Nothing at all, as far as can be told.", "Two.", "Me and my friends."]  # of unequal length
 
 
-def wrapped_classes() -> list[str]:
-    return yaml.safe_load(CONFIG.read_text())["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")
+def wrapped_classes(model: nn.Module) -> list[str]:
+    """Those of the file, and what its comment says for a model with blocks over the image."""
+    names = yaml.safe_load(CONFIG.read_text())["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    return names + ["PheyeSelfAttentionBlock"] * bool(model.pheye.self_attention_blocks)
 
 
 def config_of(kind: str) -> PheyeConfig:
@@ -91,7 +93,7 @@ def train(model: nn.Module, batch: dict, bf16: bool, processes: int = 1, kind: s
 def shard_by_torch(model: nn.Module, mesh, bf16: bool) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    names = wrapped_classes()
+    names = wrapped_classes(model)
     for module in model.modules():
         if type(module).__name__ in names:
             fully_shard(module, mesh=mesh)
@@ -105,7 +107,7 @@ def shard_by_accelerate(model: nn.Module, mesh, bf16: bool) -> nn.Module:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=wrapped_classes(),
+        transformer_cls_names_to_wrap=wrapped_classes(model),
         mixed_precision_policy="bf16" if bf16 else None,
     )
     accelerator = SimpleNamespace(
