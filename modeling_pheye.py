@@ -434,7 +434,7 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
             image_grids = torch.tensor(config.grids).expand(rows, 1, 2)
         elif image_grids is None:
             raise ValueError(
-                "image_grids is missing beside pixel_values or image_hidden_states: this model has several canvases. "
+                "image_grids is missing beside pixel_values or image_hidden_states: this model has canvases. "
                 "Make it with this model's own processor."
             )
         shape = tuple(image_grids.shape)
