@@ -112,6 +112,9 @@ def test_labels_and_a_router_by_the_loss(folder, data, tmp_path, capsys):
     assert after(**inputs).vision_budget.tolist() == [3]
     again = given("route", out, data, *options[:2], "--output", tmp_path / "again", "--held_out", 0.34)
     assert budgets.main(again) == 0  # a router that is there goes on
+    wide = given("route", folder, data, *options[:2], "--output", tmp_path / "wide", "--held_out", 0.34, "--epochs", 1)
+    assert budgets.main(wide) == 0
+    assert PheyeForConditionalGeneration.from_pretrained(tmp_path / "wide").config.router_size == 512
 
 
 def test_labels_of_other_images_are_not_taken(folder, tmp_path, capsys):
