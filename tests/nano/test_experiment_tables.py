@@ -68,7 +68,7 @@ def test_a_score_is_the_mean_of_the_seeds_and_each_is_given(tables):
     full, fromage = ([cell.strip() for cell in row] for row in tables[0])
     assert full[:4] == [WAYS["full"].title, "2", "1,234", "514"]
     assert full[4].startswith("91.7 (") and full[5] == "100.0, 83.3" and full[6] == "100.0, 100.0, 75.0"
-    assert full[7] == "8.3" and full[8] == "0.0 (0.0 to 0.0)" and full[9:] == ["0.50", "30", "1.25", "0.50"]
+    assert full[7] == "8.3" and full[8] == "0.0 (0.0 to 45.9)" and full[9:] == ["0.50", "30", "1.25", "0.50"]
     assert fromage[4].startswith("33.3 (") and fromage[10] == "20"
 
 
