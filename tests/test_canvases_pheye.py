@@ -444,6 +444,9 @@ def test_without_grids_each_row_has_one_image_where_there_are_no_canvases():
     assert torch.equal(model(text, pixels).logits, model(text, pixels, image_grids=grids).logits)
     features = model.get_image_features(pixels).last_hidden_state
     assert torch.equal(model(text, image_hidden_states=features).logits, model(text, pixels).logits)
+    for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 2}):
+        asked = {"pixel_values": pixels, "max_new_tokens": 3, **options}
+        assert torch.equal(model.generate(text, **asked), model.generate(text, image_grids=grids, **asked))
 
 
 def test_threads_with_other_canvases_get_their_own_answers():

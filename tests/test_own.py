@@ -81,10 +81,8 @@ def test_ids_that_are_not_unique_give_way_to_numbers(tmp_path):
     rows = [{"id": "a", "conversations": TALK[:2]}] * 2
     samples, _ = read("own", *save(rows, tmp_path / "val.json"))
     assert [sample.id for sample in samples] == ["0", "1"]
-    rows = [
-        {"id": "a-1", "conversations": TALK[:2]},
-        {"id": "a", "conversations": TALK},
-    ]  # whose turns are a-0 and a-1
+    # The turns of "a" would be a-0 and a-1.
+    rows = [{"id": "a-1", "conversations": TALK[:2]}, {"id": "a", "conversations": TALK}]
     samples, _ = read("own", *save(rows, tmp_path / "val.json"))
     assert [sample.id for sample in samples] == ["0", "1-0", "1-1"]
 
