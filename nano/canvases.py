@@ -11,6 +11,7 @@ OUTPUT gets a folder for each run and, from all of them, canvases.md. A run that
 import argparse
 import itertools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,21 @@ from .scoring.held_out import (
 )
 from .scoring.tables import table
 
-WAYS = {"stretched": None, "fila": "fila", "wide": "wide"}  # canvases of the model
-TITLES = {
-    "stretched": "3 x 3 crops, stretched",
-    "fila": "five canvases after FILA, of up to 4 crops",
-    "wide": "all canvases of up to 9 crops",
+
+@dataclass(frozen=True)
+class Way:
+    """canvases: of the model, or none: pictures are stretched onto k x k crops, by default as many as it had."""
+
+    title: str
+    canvases: str | None = None
+    tiles_per_side: int | None = None
+
+
+WAYS = {
+    "stretched": Way("3 x 3 crops, stretched"),
+    "stretched_2": Way("2 x 2 crops, stretched", tiles_per_side=2),
+    "fila": Way("five canvases after FILA, of up to 4 crops", "fila"),
+    "wide": Way("all canvases of up to 9 crops", "wide"),
 }
 HEIGHTS = 10, 14, 20, 28  # edges of groups of capitals, in pixels of the crops
 
@@ -76,8 +87,12 @@ Words read exactly, in %, of all shapes, by the height of their capitals in pixe
 
 
 def build(way: str, folder: Path, seed: int, device: str) -> tuple[PheyeForConditionalGeneration, PheyeProcessor]:
-    """The model in `folder` with the canvases of a way, its trained parts chosen, and its processor."""
-    return opened(folder, device, seed, canvases=WAYS[way]), PheyeProcessor.from_pretrained(folder, canvases=WAYS[way])
+    """The model in `folder` with the crops of a way, its trained parts chosen, and its processor."""
+    canvases, tiles_per_side = WAYS[way].canvases, WAYS[way].tiles_per_side
+    processor = PheyeProcessor.from_pretrained(folder, canvases=canvases)
+    if tiles_per_side:
+        processor.image_processor.tiles_per_side = tiles_per_side
+    return opened(folder, device, seed, tiles_per_side, canvases=canvases), processor
 
 
 def on_canvas(picture: HeldOutPicture, config: PheyeConfig) -> tuple[float, int]:
@@ -145,7 +160,7 @@ def shapes_table(ways: dict[str, list[dict]]) -> list[str]:
         exact, shapes = exact_of(runs), values_of(runs, "shape")
         cells = [with_interval(exact[chosen].mean(), interval(exact[chosen])) for chosen in each_shape(shapes)]
         seconds = np.mean([run["seconds_per_step"] for run in runs])
-        lines.append([TITLES[name], *cells, percent(exact.mean()), f"{seconds:.2f}"])
+        lines.append([WAYS[name].title, *cells, percent(exact.mean()), f"{seconds:.2f}"])
     names = [f"{shape} (95 % interval)" for shape in ASPECTS]
     return table(["way", *names, "all", "s per step"], lines)
 
@@ -159,17 +174,18 @@ def sizes_table(ways: dict[str, list[dict]]) -> list[str]:
     for name, runs in ways.items():
         shapes, pixels, views = (values_of(runs, field) for field in ("shape", "pixels", "views"))
         means = [(pixels[chosen].mean(), views[chosen].mean()) for chosen in each_shape(shapes)]
-        lines.append([TITLES[name], *(f"{height:.1f} in {count:.1f}" for height, count in means)])
+        lines.append([WAYS[name].title, *(f"{height:.1f} in {count:.1f}" for height, count in means)])
     return table(["way", *ASPECTS], lines)
 
 
 def differences_table(ways: dict[str, list[dict]]) -> list[str]:
     lines = []
-    for name in [name for name in ways if name != "stretched"] if "stretched" in ways else ():
-        gain = exact_of(ways[name]) - exact_of(ways["stretched"])
+    shaped, stretched = ([name for name in ways if bool(WAYS[name].canvases) is has] for has in (True, False))
+    for name, other in itertools.product(shaped, stretched):
+        gain = exact_of(ways[name]) - exact_of(ways[other])
         chosen = [*each_shape(values_of(ways[name], "shape")), np.ones(len(gain), bool)]
         cells = [with_interval(gain[one].mean(), interval(gain[one])) for one in chosen]
-        lines.append([f"{TITLES[name]}, less stretched", *cells])
+        lines.append([f"{WAYS[name].title}, less {WAYS[other].title}", *cells])
     return table(["difference", *(f"{shape} (95 % interval)" for shape in (*ASPECTS, "all"))], lines)
 
 
@@ -181,7 +197,7 @@ def heights_table(ways: dict[str, list[dict]]) -> list[str]:
         for low, high in itertools.pairwise(edges):
             chosen = exact[(low <= pixels) & (pixels < high)]
             cells.append(f"{percent(chosen.mean())} ({len(chosen)})" if len(chosen) else "")
-        lines.append([TITLES[name], *cells])
+        lines.append([WAYS[name].title, *cells])
     between = [f"{low} to {high}" for low, high in itertools.pairwise(HEIGHTS)]
     return table(["way", f"below {HEIGHTS[0]}", *between, f"{HEIGHTS[-1]} and more"], lines)
 

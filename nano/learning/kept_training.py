@@ -21,6 +21,7 @@ from ...training.collator import IGNORED
 from ...training.trained import choose_trained
 from ...training.vision_budgets import drawn_budget
 from .checkpoints import autocast, rate_share
+from .crops import with_crops
 from .features import BATCH, FeatureStore, as_image, kept_image, schedule
 
 # Samples of one call on a processor. torch's own attention is slow there in training, and two plain products are not
@@ -29,13 +30,16 @@ PART = 4
 TOKENS = 16  # of an answer, at most
 
 
-def opened(folder: Path, device: str, seed: int = 0, **fields) -> PheyeForConditionalGeneration:
-    """The model in `folder`, of whose trained parts all but LoRA train. `fields` replace some of its configuration;
-    `seed` is of the parts that are new with them."""
+def opened(
+    folder: Path, device: str, seed: int = 0, tiles_per_side: int | None = None, **fields
+) -> PheyeForConditionalGeneration:
+    """The model in `folder`, of whose trained parts all but LoRA train. `fields` replace some of its configuration,
+    and `tiles_per_side` the number of its crops; `seed` is of the parts that are new with them."""
     torch.manual_seed(seed)
     attention = "eager" if device == "cpu" else "sdpa"
     options = {"dtype": torch.float32, "attn_implementation": attention, **fields}
-    model = PheyeForConditionalGeneration.from_pretrained(folder, **options).eval().to(device)
+    model = PheyeForConditionalGeneration.from_pretrained(folder, **options).eval()
+    model = (with_crops(model, tiles_per_side, with_lora=False) if tiles_per_side else model).to(device)
     has_lora = model.config.global_lora_rank or model.config.local_lora_rank
     choose_trained(model, freeze=["lora"] if has_lora else None)
     return model

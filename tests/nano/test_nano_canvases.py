@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from pheye.nano import canvases, draw_data
-from pheye.nano.canvases import TITLES, on_canvas, write_report
+from pheye.nano.canvases import WAYS, build, on_canvas, write_report
 from pheye.nano.learning import kept_training
 from pheye.nano.scoring.held_out import ASPECTS, held_out_pictures
 
@@ -39,9 +40,23 @@ def test_heights_are_those_in_the_crops():
     assert height == pytest.approx(picture.cap_height * width * 9 / 16, rel=0.01) and views == 5
 
 
+def test_fewer_crops_have_new_vectors_and_keep_the_rest(tmp_path):
+    config = tiny_config(tiles_per_side=3)
+    tiny_model(config).save_pretrained(tmp_path)
+    tiny_processor(config).save_pretrained(tmp_path)
+    (before, _), (model, processor) = (build(way, tmp_path, 0, "cpu") for way in ("stretched", "stretched_2"))
+    assert model.config.tiles_per_side == processor.image_processor.tiles_per_side == 2
+    old, new = before.state_dict(), model.state_dict()
+    name = "pheye.view_encoding.view_embedding.weight"
+    assert {part for part in old if not torch.equal(new[part], old[part])} == {name}
+    assert torch.equal(new[name][0], old[name][0])
+    torch.testing.assert_close(new[name][1:].mean(0), old[name][1:].mean(0))
+    trained = [{part for part, values in one.named_parameters() if values.requires_grad} for one in (before, model)]
+    assert trained[0] == trained[1] and name in trained[0] and not any("lora" in part for part in trained[1])
+
+
 def test_ways_are_trained_once_and_asked_about_each_shape(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kept_training, "TOKENS", 2)
-    monkeypatch.setattr(canvases, "WAYS", {"stretched": None, "fila": "fila"})
     model = tmp_path / "model"
     tiny_model(text_config=tiny_text_config(max_position_embeddings=2048)).save_pretrained(model)
     tiny_processor().save_pretrained(model)
@@ -54,7 +69,7 @@ def test_ways_are_trained_once_and_asked_about_each_shape(tmp_path, monkeypatch,
         assert len(rows) == 3 * len(ASPECTS) == len({row["id"] for row in rows})
         assert {row["views"] for row in rows} <= views
     cells = cells_of(tmp_path / "out" / "canvases.md")
-    assert len(cells[TITLES["stretched"]]) == len(cells[TITLES["fila"]]) == 3
+    assert len(cells[WAYS["stretched"].title]) == len(cells[WAYS["fila"].title]) == 3
     monkeypatch.setattr(canvases, "train", None)
     assert canvases.main(command) == 0
     assert canvases.main([*command, "--rate", "1"]) == 1
@@ -74,11 +89,11 @@ def test_tables_say_where_each_way_reads(tmp_path):
         results.append({"way": way, "seed": 0, "seconds_per_step": 1.0, "rows": rows})
     write_report(results, {"steps": 1, "rate": 1, "model": "m", "count": 10}, "a machine", tmp_path)
     cells = cells_of(tmp_path / "canvases.md")
-    by_shape, sizes, heights = cells[TITLES["stretched"]]
+    by_shape, sizes, heights = cells[WAYS["stretched"].title]
     everything, nothing = "100.0 (100.0 to 100.0)", "0.0 (0.0 to 0.0)"
     assert by_shape == [everything, everything, nothing, everything, "75.0", "1.00"]
     assert sizes == ["21.0 in 5.0"] * 3 + ["8.0 in 5.0"]
     assert heights == ["100.0 (10)", "", "", "66.7 (30)"]
-    [difference] = cells[f"{TITLES['fila']}, less stretched"]
+    [difference] = cells[f"{WAYS['fila'].title}, less {WAYS['stretched'].title}"]
     assert difference[:4] == [nothing, nothing, everything, "-100.0 (-100.0 to -100.0)"]
     assert difference[4].startswith("0.0 (-")
