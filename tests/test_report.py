@@ -34,7 +34,7 @@ def card(folder: Path, base: str, log=LOG, best: str | None = "checkpoint-2", **
     )
     state = SimpleNamespace(log_history=log, global_step=3, best_global_step=2, best_model_checkpoint=best)
     data = Data([{"messages": [{"role": "user", "content": 'Which "word"?'}]}] * 64)
-    trainer = SimpleNamespace(args=training, state=state, train_dataset=data)
+    trainer = SimpleNamespace(args=training, state=state, train_dataset=data, pretrained_learning_rate=None)
     (folder / "data.json").write_text("[]")
     sources = [
         Source(str(folder / "data.json"), prompt="Briefly."),

@@ -16,6 +16,7 @@ from pheye.training.trained import (
     describe_trained,
     load_trained,
     save_trained,
+    set_rate_of_pretrained,
     trained_state,
 )
 
@@ -89,6 +90,42 @@ def test_patterns_add_and_take_away():
 def test_patterns_that_cannot_be_meant_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         choose_trained(tiny_model(), **arguments)
+
+
+def adamw(model, rate: float) -> torch.optim.Optimizer:
+    """With decay of matrices alone, as the Trainer makes it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if (p.ndim > 1) is has], "weight_decay": 0.1 * has} for has in (True, False)
+    ]
+    return torch.optim.AdamW(groups, lr=rate)
+
+
+def test_what_is_pretrained_gets_a_rate_of_its_own():
+    model = tiny_model()
+    add_language_model_lora(model)
+    choose_trained(model, train=["vision_tower", r"language_model\.lm_head"])
+    optimizer = adamw(model, rate=1.0)
+    set_rate_of_pretrained(optimizer, model, 0.1)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(found) == len(trained) == sum(len(group["params"]) for group in optimizer.param_groups)
+    slow = {name for name, p in trained.items() if found[id(p)][0] == 0.1}
+    assert slow == {name for name in trained if "vision_tower" in name or "lm_head" in name}
+    assert any("lora_A" in name for name in trained) and {rate for rate, _ in found.values()} == {0.1, 1.0}
+    assert all(found[id(p)][1] == 0.1 * (p.ndim > 1) for p in trained.values())
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 1.0, 0.1, 0.1]
+
+
+def test_a_rate_that_reaches_nothing_is_refused():
+    model = tiny_model()
+    choose_trained(model)
+    with pytest.raises(ValueError, match=r"--pretrained_learning_rate 0\.1 has no effect here: .* give --train"):
+        set_rate_of_pretrained(adamw(model, 1.0), model, 0.1)
+    flat = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=1.0)
+    choose_trained(model, train=["vision_tower"])
+    with pytest.raises(ValueError, match="SGD does not hold the parameters by themselves"):
+        set_rate_of_pretrained(flat, model, 0.1)
 
 
 def test_the_line_says_part_by_part_what_trains():

@@ -7,9 +7,11 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from pheye import PheyeForConditionalGeneration
@@ -94,6 +96,42 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(base, data, tmp_pat
     assert (output / "model.safetensors").read_bytes() == expected
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(losses) == len({*losses})
+
+
+def test_pretrained_parts_learn_at_their_own_rate_and_go_on_at_it(base, data, tmp_path):
+    options = [*STEPS, "--train", "vision_tower"]
+    found = {}
+    for name, rate in {"same": "1e-2", "none": "0", "tenth": "1e-3"}.items():
+        arguments = command(base, data, tmp_path / name, *options, "--pretrained_learning_rate", rate)
+        found[name] = train.run(arguments)
+    train.run(command(base, data, tmp_path / "one rate", *options))
+    file = "model.safetensors"
+    assert (tmp_path / "same" / file).read_bytes() == (tmp_path / "one rate" / file).read_bytes()
+
+    old, new = load_file(base / file), load_file(tmp_path / "none" / file)
+    changed = {name.split(".")[1] for name in new if not torch.equal(old[name], new[name])}
+    assert changed == {"global_lora", "local_lora", "view_encoding", "cross_attention_blocks"}
+    moved = load_file(tmp_path / "tenth" / file)
+    assert any("vision_tower" in name and not torch.equal(old[name], moved[name]) for name in moved)
+    assert "| learning rate of pretrained parts | 0.001 |" in (tmp_path / "tenth" / "README.md").read_text()
+    rates = [row["learning_rate"] for row in found["tenth"].state.log_history if "learning_rate" in row]
+    assert max(rates) == 1e-2
+
+    (tmp_path / "tenth" / "config.json").unlink()  # as if the run had been killed
+    shutil.rmtree(tmp_path / "tenth" / "checkpoint-8")
+    train.run(arguments)
+    again = load_file(tmp_path / "tenth" / file)
+    assert all(torch.equal(again[name], moved[name]) for name in moved)
+
+
+def test_a_rate_that_deepspeeds_own_optimizer_would_not_get_is_refused(data, tmp_path):
+    trainer = python_trainer(tmp_path, data, PheyeTrainer, model=tiny_model())
+    trainer.pretrained_learning_rate = 0.1
+    trainer.args.hf_deepspeed_config = SimpleNamespace(config={})
+    trainer._check_options()
+    trainer.args.hf_deepspeed_config.config["optimizer"] = {"type": "AdamW"}
+    with pytest.raises(ValueError, match=r"--pretrained_learning_rate 0\.1 does not reach"):
+        trainer._check_options()
 
 
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(base, data, tmp_path, monkeypatch, capsys):

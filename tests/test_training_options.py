@@ -94,6 +94,7 @@ def test_an_option_that_would_do_nothing_is_refused_by_name(options, remedy):
         (["--data_seed", str(2**32)], "below 2"),
         (["--learning_rate", "nan"], "and finite"),
         (["--learning_rate", "-1"], "at least 0"),
+        (["--pretrained_learning_rate", "-1"], "at least 0"),
         (["--label_smoothing_factor", "1"], "below 1"),
         (["--max_length", "-5"], "at least 1"),
         (["--dataloader_num_workers", "-1"], "at least 0"),
@@ -146,6 +147,7 @@ def settings(*options: str, source: Source | None = None) -> dict:
     [
         ("label_smoothing_factor", "0.3"), ("neftune_noise_alpha", "5"), ("dataloader_drop_last", "True"),
         ("learning_rate", "1e-3"), ("seed", "1"), ("data_seed", "1"), ("weight_decay", "0.1"),
+        ("pretrained_learning_rate", "1e-4"),
         ("lr_scheduler_kwargs", '{"num_cycles": 2}'), ("max_steps", "5"), ("full_determinism", "True"),
         ("average_tokens_across_devices", "False"), ("ignore_data_skip", "True"), ("tf32", "False"),
         ("torch_compile", "True"), ("effective_batch_size", "64"), ("max_length", "50"), ("image_sources", "any"),

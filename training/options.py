@@ -26,7 +26,8 @@ MODEL_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")  # that are made from
 POSITIVE = ("effective_batch_size", "gradient_accumulation_steps", "per_device_train_batch_size", "num_train_epochs",
             "per_device_eval_batch_size", "save_steps", "save_total_limit", "eval_steps", "logging_steps",
             "early_stopping_patience")  # fmt: skip
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "label_smoothing_factor", "dataloader_num_workers")
+NOT_NEGATIVE = ("learning_rate", "pretrained_learning_rate", "weight_decay", "max_grad_norm", "label_smoothing_factor",
+                "dataloader_num_workers")  # fmt: skip
 
 # Options of TrainingArguments without effect here, and why.
 WITHOUT_EFFECT = {
@@ -155,6 +156,9 @@ class PheyeTrainingArguments(TrainingArguments):
         default=None, metadata={"help": f"samples per step over all devices; {EFFECTIVE_BATCH} by default"}
     )
     learning_rate: float | None = field(default=None, metadata={"help": "by default that of the stage, or 5e-5"})
+    pretrained_learning_rate: float | None = field(
+        default=None, metadata={"help": "of what --train lets train of the pretrained models; by default that of all"}
+    )
     lr_scheduler_type: str = "cosine"
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int | None = field(default=None, metadata={"help": "in place of the effective batch"})

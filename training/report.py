@@ -120,6 +120,8 @@ def facts_of(trainer, stage: str | None) -> dict[str, object]:
         "seed": training.seed,
         "last logged loss": f"{losses[-1][1]:.4f}" if losses else "none",
     }
+    if trainer.pretrained_learning_rate is not None:
+        facts["learning rate of pretrained parts"] = trainer.pretrained_learning_rate
     if evaluated:
         step, loss = evaluated[-1]
         if training.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:

@@ -168,6 +168,7 @@ def make_trainer(
             language_model_lora=None if lora is None else next(iter(lora.peft_config.values())),
             max_skipped_share=max_skipped_share,
             vision_budgets=training.vision_budgets,
+            pretrained_learning_rate=training.pretrained_learning_rate,
         )
     trainer.callback_handler.callbacks.insert(0, Plan(trainer))  # before the progress bar
     return trainer

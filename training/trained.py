@@ -28,6 +28,10 @@ PAPER_PARTS += ("self_attention_blocks", "joint_attention", "visual_convolution"
 PAPER_PATTERN = rf"pheye\.({'|'.join(PAPER_PARTS)})\."
 
 LORA_NAME = "default"
+LORA_PATTERN = rf"\.lora_[AB]\.{LORA_NAME}\."
+
+PRETRAINED_PARTS = ("language_model", "vision_tower", "high_res_tower")
+PRETRAINED_PATTERN = rf"\bpheye\.({'|'.join(PRETRAINED_PARTS)})\."
 
 TRAINED_FILE = "trained.safetensors"
 
@@ -95,7 +99,7 @@ def choose_trained(
             raise InputError(f"The pattern {pattern!r} is no regular expression: {error}.") from error
         if not matches:
             raise InputError(f"The pattern {pattern!r} matches no parameter; a name looks like {names[-1]!r}.")
-    wanted = [PAPER_PATTERN, rf"\.lora_[AB]\.{LORA_NAME}\.", *(train or ())]
+    wanted = [PAPER_PATTERN, LORA_PATTERN, *(train or ())]
     trained = []
     for name, parameter in model.named_parameters():
         is_trained = _any_matches(wanted, name) and not _any_matches(freeze or (), name)
@@ -110,6 +114,38 @@ def choose_trained(
 
 def _any_matches(patterns, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
+
+
+def is_pretrained(name: str) -> bool:
+    """Whether the parameter of this name comes with one of the pretrained models."""
+    return bool(re.search(PRETRAINED_PATTERN, name)) and not re.search(LORA_PATTERN, name)
+
+
+def set_rate_of_pretrained(optimizer: torch.optim.Optimizer, model: torch.nn.Module, rate: float):
+    """Give what trains of the pretrained models this learning rate, in groups of their own behind the others.
+
+    Raises:
+        InputError: if nothing of them trains, or the optimizer holds it in another form.
+    """
+    named = model.named_parameters()
+    pretrained = {id(parameter) for name, parameter in named if parameter.requires_grad and is_pretrained(name)}
+    if not pretrained:
+        raise InputError(
+            f"--pretrained_learning_rate {rate} has no effect here: nothing of {', '.join(PRETRAINED_PARTS)} trains; "
+            "give --train."
+        )
+    groups = list(optimizer.param_groups)
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    if not pretrained <= held:
+        raise InputError(
+            f"{type(optimizer).__name__} does not hold the parameters by themselves; leave --pretrained_learning_rate "
+            f"{rate} out, or choose another --optim."
+        )
+    for group in groups:
+        parts = {is_one: [p for p in group["params"] if (id(p) in pretrained) is is_one] for is_one in (False, True)}
+        group["params"] = parts[False]
+        if parts[True]:
+            optimizer.add_param_group({**group, "params": parts[True], "lr": rate})
 
 
 def describe_trained(model: PheyeForConditionalGeneration) -> str:

@@ -17,7 +17,16 @@ from .checkpoints import UNFINISHED, clear, flaw_of, publish, rotate, whole_chec
 from .collator import IGNORED, PheyeCollator
 from .mixture import Mixture, MixtureSampler
 from .skipped import SKIPPED_FILE, append_skipped, keep_until
-from .trained import TRAINED_FILE, check_names, copy_state, nonfinite, read_trained, save_trained, trained_state
+from .trained import (
+    TRAINED_FILE,
+    check_names,
+    copy_state,
+    nonfinite,
+    read_trained,
+    save_trained,
+    set_rate_of_pretrained,
+    trained_state,
+)
 from .vision_budgets import LARGEST, UNIVERSAL, drawn_budget
 
 LEAST_JUDGED = 100  # samples of a run whose share of skipped ones is judged; one may be broken in a smaller one
@@ -36,6 +45,7 @@ class PheyeTrainer(Trainer):
         max_skipped_share: of the run's samples whose image cannot be read; more raise an error.
         vision_budgets: what a step trains of a model with budgets: "largest", or "universal", one that is drawn. The
             arguments must have gone through `prepare_for_budgets`. Evaluation takes the largest.
+        pretrained_learning_rate: of what trains of the pretrained models; by default that of all.
     """
 
     def __init__(
@@ -44,12 +54,14 @@ class PheyeTrainer(Trainer):
         language_model_lora: LoraConfig | None = None,
         max_skipped_share: float = 0.01,
         vision_budgets: str = LARGEST,
+        pretrained_learning_rate: float | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.language_model_lora = language_model_lora
         self.max_skipped_share = max_skipped_share
         self.vision_budgets = vision_budgets
+        self.pretrained_learning_rate = pretrained_learning_rate
         self.staging: str | None = None
         self.skipped, self.samples = 0, float("inf")  # of this process and its main one's past; of the whole run
         self.tokens_seen = torch.zeros((), dtype=torch.long, device=self.args.device)  # read only when logged
@@ -68,6 +80,12 @@ class PheyeTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process would share the model by DataParallel, which Pheye does not "
                 "support; start the script with accelerate launch, or set CUDA_VISIBLE_DEVICES to one of them."
             )
+        deepspeed = getattr(self.args, "hf_deepspeed_config", None)
+        if self.pretrained_learning_rate is not None and deepspeed is not None and "optimizer" in deepspeed.config:
+            raise InputError(
+                f"--pretrained_learning_rate {self.pretrained_learning_rate} does not reach the optimizer of "
+                "DeepSpeed's configuration; leave that optimizer out, and the Trainer makes its own."
+            )
         strategy = self.args.train_sampling_strategy
         if isinstance(self.train_dataset, Mixture) and strategy != "random":
             raise InputError(
@@ -78,6 +96,13 @@ class PheyeTrainer(Trainer):
         # accelerate tells either the sampler or the data set which epoch it is; this sampler tells the mixture.
         data = self.train_dataset if train_dataset is None else train_dataset
         return MixtureSampler(data) if isinstance(data, Mixture) else super()._get_train_sampler(data)
+
+    def create_optimizer(self, model=None):
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.pretrained_learning_rate is not None:
+            set_rate_of_pretrained(optimizer, model or self.model, self.pretrained_learning_rate)
+        return optimizer
 
     # --- Steps ---
 
