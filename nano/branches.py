@@ -27,7 +27,7 @@ from ..evaluation.tertiles import TERTILES
 from .learning.checkpoints import LOG, claim
 from .learning.commands import begin, finish
 from .learning.configs import TILES
-from .learning.kept_training import ask, once, opened, weights_of
+from .learning.kept_training import ask, clock_of, once, opened, weights_of
 from .scoring.held_out import (
     FINE,
     MAIN,
@@ -84,8 +84,9 @@ In points, of the same pictures. `across, less inside` is the difference of both
 
 ## Cost, and what the eyes know
 
-Minutes of training. The last columns are of patches of crops with a letter, in words across a border and inside: how
-often the eyes tell the letter before it in the word.
+Minutes of training; those of the eyes and the seconds of a question are the processor's on a CPU. A question's include
+its picture's way through the eyes. The last columns are of patches of crops with a letter, in words across a border
+and inside: how often the eyes tell the letter before it in the word.
 
 {costs}
 """
@@ -118,16 +119,20 @@ def run(
         finish(begin("join", model=model, eyes=seen / "eyes.safetensors", branch=way.branch, output=base))
         finish(begin("replay", model=base, data=data, output=read, rounds=round(way.more * rounds), **options))
         trained, processor = opened(read, device), PheyeProcessor.from_pretrained(read)
-        rows = []
+        rows, clock = [], clock_of(device)
+        began = clock()
         asked.mkdir(exist_ok=True)
         for letters, chosen in tested.items():
             requests = [request for request in requests_of(chosen, None) if request.fields["kind"] == SIGN]
             rows += [{**row, "letters": letters} for row in ask(trained, processor, requests, asked / letters)]
+        seconds = (clock() - began) / len(rows)
         for features in (read / "features", asked):
             shutil.rmtree(features, ignore_errors=True)  # gone already, if killed here
-        known = read_rows(seen / LOG)[-1]
-        found = {"minutes": [spent(seen / LOG, "minutes"), spent(read / LOG, "seconds") / 60]}
-        found |= {
+        known, minutes = read_rows(seen / LOG)[-1], "cpu_minutes" if device == "cpu" else "minutes"
+        found = {
+            "minutes": [spent(seen / LOG, minutes), spent(read / LOG, "seconds") / 60],
+            "steps": [known["step"], read_rows(read / LOG)[-1]["step"]],
+            "seconds_per_question": round(seconds, 2),
             "parameters": trained.num_parameters(),
             "eyes": {place: known[f"before_{name}"] for place, name in PLACES_OF_EYES.items()},
         }
@@ -213,9 +218,14 @@ def costs_table(ways: dict[str, list[dict]]) -> list[str]:
     for way, runs in ways.items():
         minutes = np.mean([run["minutes"] for run in runs], axis=0)
         known = [percent(np.mean([run["eyes"][place] for run in runs])) for place in PLACES]
-        lines.append([WAYS[way].title, f"{runs[0]['parameters']:,}", *(f"{one:.0f}" for one in minutes), *known])
-    names = ["way", "parameters", "eyes, minutes", "blocks, minutes"]
-    return table([*names, *(f"letter before, {place}, %" for place in PLACES)], lines)
+        cells = [f"{runs[0]['parameters']:,}"]
+        for spent_on, steps in zip(minutes, np.mean([run["steps"] for run in runs], axis=0), strict=True):
+            cells += [f"{spent_on:.0f}", f"{60 * spent_on / steps:.2f}"]
+        cells.append(f"{np.mean([run['seconds_per_question'] for run in runs]):.2f}")
+        lines.append([WAYS[way].title, *cells, *known])
+    names = [f"{part}, {unit}" for part in ("eyes", "blocks") for unit in ("minutes", "s per step")]
+    known = [f"letter before, {place}, %" for place in PLACES]
+    return table(["way", "parameters", *names, "s per question", *known], lines)
 
 
 # --- The command ---

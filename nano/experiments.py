@@ -22,8 +22,7 @@ import itertools
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -48,7 +47,7 @@ from .comparing.ways import WAYS, build
 from .learning.checkpoints import autocast, claim
 from .learning.configs import INITIALIZER_RANGE
 from .learning.features import FeatureStore, features_as_pixels
-from .learning.kept_training import weights_of
+from .learning.kept_training import clock_of, weights_of
 from .scoring.held_out import SHAPES, SIGN, HeldOutPicture, held_out_pictures, requests_of, scores
 
 WARMUP = 0.1  # share of the steps or minutes
@@ -116,11 +115,6 @@ def train(
         "seconds_per_step": round(statistics.mean(seconds), 3),
         "curve": curve,
     }
-
-
-def clock_of(device: str) -> Callable[[], float]:
-    """The seconds of the processor on a CPU; of the world elsewhere."""
-    return time.process_time if device == "cpu" else time.perf_counter
 
 
 def learn(model: nn.Module, batch: dict, optimizer: torch.optim.Optimizer) -> float:

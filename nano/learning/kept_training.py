@@ -81,6 +81,11 @@ def add_options(parser: ArgumentParser, steps: int):
     parser.add_argument("--device", default=default_device(), help="(default: %(default)s)")
 
 
+def clock_of(device: str) -> Callable[[], float]:
+    """The seconds of the processor on a CPU; of the world elsewhere."""
+    return time.process_time if device == "cpu" else time.perf_counter
+
+
 def weights_of(folder: Path) -> str:
     """What tells the weights of a model, and so the features that are kept of it, from those of another.
 

@@ -30,7 +30,8 @@ def rows(reads, count=40, letters=MAIN):
 def result(reads, minutes=(1.0, 2.0)):
     known = {"across": 0.5, "inside": 0.75}
     answers = rows(reads) + rows(reads, 10, FINE)
-    return {"rows": answers, "minutes": minutes, "parameters": 7_000, "eyes": known}
+    found = {"rows": answers, "minutes": minutes, "steps": [40, 20], "seconds_per_question": 0.25}
+    return {**found, "parameters": 7_000, "eyes": known}
 
 
 def cells(lines: list[str]) -> dict[str, list[str]]:
@@ -52,7 +53,7 @@ def test_the_tables_say_where_the_branch_reads_better():
     gain = cells(branches.differences_table(ways))["branch, sees the whole picture, less no branch"]
     assert [cell.split(" (")[0] for cell in gain] == ["75.0", "-25.0", "100.0", "50.0"]
     costs = cells(branches.costs_table(ways))["branch, sees the whole picture"]
-    assert costs == ["7,000", "2", "3", "50.0", "75.0"]
+    assert costs == ["7,000", "2", "3.00", "3", "9.00", "0.25", "50.0", "75.0"]
 
 
 def test_what_is_spent_is_the_sum_of_all_that_a_killed_run_took(tmp_path):

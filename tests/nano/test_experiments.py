@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup
 
-from pheye.nano import draw_data, experiments
+from pheye.nano import draw_data
 from pheye.nano.comparing.ways import WAYS, build
 from pheye.nano.experiments import TOGETHER, main, parse, rate_share
+from pheye.nano.learning import kept_training
 from pheye.nano.learning.features import FeatureStore, save_features
 from pheye.nano.scoring.held_out import SIGN
 from pheye.training.formats import Source
@@ -66,7 +67,7 @@ def test_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
 
 def test_minutes_in_place_of_steps_go_round_the_samples(parts, tmp_path, monkeypatch):
     clock = SimpleNamespace(process_time=itertools.count(step=0.25).__next__)
-    monkeypatch.setattr(experiments, "time", clock)
+    monkeypatch.setattr(kept_training, "time", clock)
     data = draw_data.write_data(tmp_path / "data", "tasks", 2, workers=1, tiles_per_side=2)
     command = [*command_for(parts, data, tmp_path / "out"), "--tiles_per_side", "2", "--lora_sets", "0"]
     assert main([*command, "--ways", "full", "fromage", "--minutes", "0.01"]) == 0
