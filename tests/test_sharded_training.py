@@ -16,7 +16,14 @@ from test_high_res import hybrid_config
 from torch import nn
 
 from pheye import PheyeConfig
-from pheye.training.trained import choose_trained, load_trained, nonfinite, save_trained, trained_state
+from pheye.training.trained import (
+    choose_trained,
+    load_trained,
+    nonfinite,
+    save_trained,
+    set_rate_of_pretrained,
+    trained_state,
+)
 
 from tiny import tiny_config, tiny_image, tiny_model, tiny_processor
 
@@ -75,6 +82,8 @@ def train(model: nn.Module, batch: dict, bf16: bool, processes: int = 1, kind: s
     """Losses of this process: its share of the sum over answer tokens, over the answer tokens of all processes. With
     budgets, the first step takes the largest and the second the cheapest, which leaves a block without gradients."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    if "hybrid" in kind:  # of which the branch trains
+        set_rate_of_pretrained(optimizer, model, 0.05)
     losses = []
     for step in range(STEPS):
         budget = {"vision_budget": 1 - step} if "budgets" in kind else {}
