@@ -11,8 +11,8 @@ stage; ways that differ in the blocks, or have none, begin with new ones between
 `--parts`, on pictures for as many crops (`draw_data --stage tasks --tiles_per_side 1`). All take as many steps, or
 with `--minutes` steps for as long, with a seed on the same samples, and answer the same held-out questions. Times on a
 CPU are the processor's, so that waiting for other work counts for nothing (its use of caches does); use one thread.
-`--keep_features` encodes each picture once for all runs, where no LoRA trains. With `--steps` a run uses it up to four
-times.
+With `--steps` a run uses a picture up to four times. `--keep_features` encodes it once for all runs, where no LoRA
+trains.
 The output folder gets a result per run and, from all of them, experiments.md and its curves, experiments.png. A run
 that has a result is not done again.
 """
@@ -54,7 +54,7 @@ WARMUP = 0.1  # share of the steps or minutes
 TOKENS = 16  # of an answer
 ANSWERING = {"batch_size": 8, "generate_kwargs": {"max_new_tokens": TOKENS, "do_sample": False}}
 CURVE_PICTURES = 50  # the first of the held-out ones, for the curves
-TOGETHER, USES = 8, 4  # pictures whose features are kept in one file, and how often a run may use one
+TOGETHER, USES = 8, 4  # pictures whose features are kept in one file, and how often a run may use a picture
 ALIKE = 8  # batches whose samples are sorted by length
 
 
@@ -135,13 +135,25 @@ def rate_share(passed: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (passed - WARMUP) / (1 - WARMUP)))
 
 
+def check_enough(data: Path, samples: int, used: int, steps: int | None, batch_size: int):
+    """Of so many samples in `data`, so many are used in a round.
+
+    Raises:
+        InputError: if `steps` would use one more than USES times.
+    """
+    needed = batch_size * (steps or 1)
+    if USES * used < needed:
+        raise InputError(
+            f"{data} has {samples} samples; {steps or 1} steps take {needed}, each up to {USES} times. Draw more."
+        )
+
+
 def batches(
     processor: PheyeProcessor, seed: int, data: Path, steps: int | None, batch_size: int, workers: int
 ) -> Iterator[dict]:
-    """Batches without end, of the same samples for the same seed, none twice within `steps`."""
+    """Batches without end, of the same samples for the same seed, none more than USES times within `steps`."""
     mixture = Mixture([Source(str(data), turns=None)], seed)
-    if len(mixture) < batch_size * (steps or 1):
-        raise InputError(f"{data} has {len(mixture)} samples; {steps or 1} steps take {batch_size * (steps or 1)}.")
+    check_enough(data, len(mixture), len(mixture) - len(mixture) % batch_size, steps, batch_size)
     generator, collator = torch.Generator().manual_seed(seed), PheyeCollator(processor)
     for _ in itertools.count():
         order = torch.randperm(len(mixture), generator=generator).tolist()
@@ -162,11 +174,7 @@ def kept_batches(
     batch are alike in length and need little padding."""
     mixture = Mixture([Source(str(data), turns=None)], 0)
     count = len(mixture) - len(mixture) % TOGETHER
-    if not count or USES * (count - count % batch_size) < batch_size * (steps or 1):
-        raise InputError(
-            f"{data} has {len(mixture)} samples; {steps or 1} steps take {batch_size * (steps or 1)}, each up to "
-            f"{USES} times. Draw more."
-        )
+    check_enough(data, len(mixture), count - count % batch_size, steps, batch_size)
     store = FeatureStore(features, mixture, processor, TOGETHER, seed=0)
     generator = torch.Generator().manual_seed(seed)
     for _ in itertools.count():

@@ -60,9 +60,10 @@ def test_ways_are_trained_and_asked_once(parts, tmp_path, capsys):
     command[command.index("--steps") + 1] = "4"
     assert main(command) == 1
     assert "was begun with other settings: steps was 3 and is now 4" in capsys.readouterr().err
+    command[command.index("--steps") + 1] = "13"
     alone = command[: command.index("fromage")]
     assert main([*alone, "--output", str(tmp_path / "more")]) == 1
-    assert "has 6 samples; 4 steps take 8" in capsys.readouterr().err
+    assert "has 6 samples; 13 steps take 26, each up to 4 times" in capsys.readouterr().err
 
 
 def test_minutes_in_place_of_steps_go_round_the_samples(parts, tmp_path, monkeypatch):
