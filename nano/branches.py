@@ -125,7 +125,7 @@ def run(
         for letters, chosen in tested.items():
             requests = [request for request in requests_of(chosen, None) if request.fields["kind"] == SIGN]
             rows += [{**row, "letters": letters} for row in ask(trained, processor, requests, asked / letters)]
-        seconds = (clock() - began) / len(rows)
+        seconds = (clock() - began) / len(rows)  # fewer, if killed here: features are kept
         for features in (read / "features", asked):
             shutil.rmtree(features, ignore_errors=True)  # gone already, if killed here
         known, minutes = read_rows(seen / LOG)[-1], "cpu_minutes" if device == "cpu" else "minutes"

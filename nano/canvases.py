@@ -90,7 +90,7 @@ def build(way: str, folder: Path, seed: int, device: str) -> tuple[PheyeForCondi
     """The model in `folder` with the crops of a way, its trained parts chosen, and its processor."""
     canvases, tiles_per_side = WAYS[way].canvases, WAYS[way].tiles_per_side
     processor = PheyeProcessor.from_pretrained(folder, canvases=canvases)
-    if tiles_per_side:
+    if tiles_per_side is not None:
         processor.image_processor.tiles_per_side = tiles_per_side
     return opened(folder, device, seed, tiles_per_side, canvases=canvases), processor
 

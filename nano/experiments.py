@@ -136,10 +136,10 @@ def rate_share(passed: float) -> float:
 
 
 def check_enough(data: Path, samples: int, used: int, steps: int | None, batch_size: int):
-    """Of so many samples in `data`, so many are used in a round.
+    """Of the `samples` in `data`, `used` are seen in one pass.
 
     Raises:
-        InputError: if `steps` would use one more than USES times.
+        InputError: if `steps` would take one more than USES times.
     """
     needed = batch_size * (steps or 1)
     if USES * used < needed:

@@ -101,7 +101,7 @@ class PheyeTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.pretrained_learning_rate is not None:
-            set_rate_of_pretrained(optimizer, model or self.model, self.pretrained_learning_rate)
+            set_rate_of_pretrained(optimizer, self.model if model is None else model, self.pretrained_learning_rate)
         return optimizer
 
     # --- Steps ---

@@ -39,7 +39,9 @@ def opened(
     attention = "eager" if device == "cpu" else "sdpa"
     options = {"dtype": torch.float32, "attn_implementation": attention, **fields}
     model = PheyeForConditionalGeneration.from_pretrained(folder, **options).eval()
-    model = (with_crops(model, tiles_per_side, with_lora=False) if tiles_per_side else model).to(device)
+    if tiles_per_side is not None:
+        model = with_crops(model, tiles_per_side, with_lora=False)
+    model.to(device)
     has_lora = model.config.global_lora_rank or model.config.local_lora_rank
     choose_trained(model, freeze=["lora"] if has_lora else None)
     return model
