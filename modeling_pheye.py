@@ -137,10 +137,7 @@ class PheyePreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs):
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
         if enable:
-            for layer in self.base_model.vision_layers():
-                layer._gradient_checkpointing_func = functools.partial(
-                    checkpoint_in_context, layer._gradient_checkpointing_func
-                )
+            self.base_model.keep_views_in_checkpoints()
             self.base_model.put_before_all(put_before_checkpoints)
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
@@ -310,6 +307,21 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
         """The vision tower's layers."""
         return transformer_layers(self.vision_tower, self.config.vision_config.num_hidden_layers, "vision tower")
 
+    def checkpoint_vision_tower(self):
+        """Gradient checkpoints of the vision tower alone; those of all parts are `gradient_checkpointing_enable`."""
+        tower = self.vision_tower
+        # The second is its name before transformers 5.24.
+        enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
+        enable()
+        self.keep_views_in_checkpoints()
+
+    def keep_views_in_checkpoints(self):
+        """Let the vision tower's checkpoints know which views are global when they run again."""
+        for layer in self.vision_layers():
+            layer._gradient_checkpointing_func = functools.partial(
+                checkpoint_in_context, layer._gradient_checkpointing_func
+            )
+
     def _adapt_vision_tower(self):
         """Give LoRA to the patch embedding and to all linears of the encoder layers, and read out the last layer."""
         config, tower = self.config, self.vision_tower
@@ -342,8 +354,9 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
             if config.canvases is not None or config.max_images > 1:
                 raise ValueError(
                     "The vision tower runs outside of this model's own call, and cannot know which views are global. "
-                    "Call get_image_features or encode_views; checkpoint it by gradient_checkpointing_enable (in "
-                    "Trainer, gradient_checkpointing), not by activation checkpoints of another library."
+                    "Call get_image_features or encode_views; checkpoint it by this model's own "
+                    "gradient_checkpointing_enable (in Trainer, gradient_checkpointing) or checkpoint_vision_tower, "
+                    "not by those of the tower or of another library."
                 )
             global_views = 0
         return add_view_lora(output, args[0], global_lora, local_lora, config.views_per_image, global_views)

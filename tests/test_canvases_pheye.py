@@ -333,12 +333,15 @@ def test_a_compiled_vision_tower_tells_views_apart():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # of images of the full number of views
 
 
-@pytest.mark.parametrize("outside", ["a call", "an activation checkpoint"])
+@pytest.mark.parametrize("outside", ["a call", "an activation checkpoint", "the tower's own"])
 def test_a_vision_tower_that_cannot_know_its_views_is_refused(outside):
     model, (batch, _) = canvas_model().train(), mixed_inputs()
     layers = list(model.model.vision_layers())
     if outside == "a call":
         run = functools.partial(model.model.vision_tower, batch["pixel_values"][0])
+    elif outside == "the tower's own":
+        model.model.vision_tower.gradient_checkpointing_enable()
+        run = model.get_image_features(**batch).last_hidden_state.sum().backward
     else:
         apply_activation_checkpointing(model, check_fn=lambda module: module in layers)
         run = model.get_image_features(**batch).last_hidden_state.sum().backward
@@ -346,8 +349,8 @@ def test_a_vision_tower_that_cannot_know_its_views_is_refused(outside):
         run()
 
 
-@pytest.mark.parametrize("use_reentrant", [None, True, False])
-def test_gradients_are_those_of_rows_alone(use_reentrant):
+@pytest.mark.parametrize("checkpointed", [None, "reentrant", "not reentrant", "vision tower"])
+def test_gradients_are_those_of_rows_alone(checkpointed):
     batch, alone = mixed_inputs()
     text = tiny_text(5, 6)
     gradients = []
@@ -357,8 +360,10 @@ def test_gradients_are_those_of_rows_alone(use_reentrant):
         for module in model.modules():
             if hasattr(module, "dropout") and isinstance(module.dropout, float):
                 module.dropout = 0.0
-        if together and use_reentrant is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        if together and checkpointed == "vision tower":
+            model.model.checkpoint_vision_tower()
+        elif together and checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointed == "reentrant"})
             model.enable_input_require_grads()
         if together:
             (model(text, **batch, labels=text).loss * 5).backward()

@@ -455,7 +455,7 @@ def test_gradient_checkpointing_of_the_vision_tower_alone():
         model = hybrid_model(lora_dropout=0.0)
         names = choose_trained(model, train=["high_res_tower"])
         if checkpointed:
-            model.pheye.vision_tower.gradient_checkpointing_enable()
+            model.pheye.checkpoint_vision_tower()
         model.train()(**learnt()).loss.backward()
         return {name: model.get_parameter(name).grad for name in names}
 

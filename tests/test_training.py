@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedModel
 
 from pheye import PheyeForConditionalGeneration
 
@@ -73,6 +73,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(batch, reentrant, atten
     assert len(runs) == 4  # each of the two blocks ran again in the backward pass
     for name, gradient in expected.items():
         assert torch.allclose(checkpointed[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.skipif(not hasattr(PreTrainedModel, "activation_checkpointing_enable"), reason="since transformers 5.24")
+def test_checkpoints_of_every_second_layer_give_the_same_gradients(batch):
+    model = freeze_pretrained(tiny_model(lora_dropout=0.0))
+    expected = gradients(model, batch)
+    model.activation_checkpointing_enable(every_n_layers=2)
+    layers = [*model.model.decoder_layers(), *model.model.vision_layers()]
+    assert {layer.gradient_checkpointing for layer in layers} == {True, False}
+    for name, gradient in gradients(model, batch).items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), name
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -135,7 +135,7 @@ def load_model(
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.bfloat16()
     if vision_gradient_checkpointing:
-        loaded.pheye.vision_tower.gradient_checkpointing_enable()
+        loaded.pheye.checkpoint_vision_tower()
     return loaded, lora
 
 
