@@ -308,8 +308,8 @@ class PheyeModel(PheyePreTrainedModel, PheyeRefinementMixin):
         return transformer_layers(self.vision_tower, self.config.vision_config.num_hidden_layers, "vision tower")
 
     def checkpoint_vision_tower(self):
-        """Make gradient checkpoints of the vision tower's layers alone; `gradient_checkpointing_enable` makes those of all
-        parts."""
+        """Make gradient checkpoints of the vision tower's layers alone; `gradient_checkpointing_enable` makes those of
+        all parts."""
         tower = self.vision_tower
         # The second is its name before transformers 5.24.
         enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable

@@ -100,6 +100,13 @@ def mean_of_means(base: Path, data: Path) -> dict[str, torch.Tensor]:
 # --- What is learnt ---
 
 
+def test_vision_gradient_checkpointing_is_of_the_vision_tower_alone(base):
+    for asked in (False, True):
+        model, _ = train.load_model(base, bf16=False, vision_gradient_checkpointing=asked)
+        assert {layer.gradient_checkpointing for layer in model.pheye.vision_layers()} == {asked}
+        assert not any(layer.gradient_checkpointing for layer in model.pheye.decoder_layers())
+
+
 def answer_of(model, processor, image) -> str:
     text = processor.apply_chat_template([{"role": "user", "content": "What is it?"}], add_generation_prompt=True)
     inputs = processor(images=image, text=text, return_tensors="pt")
