@@ -88,12 +88,20 @@ class FeatureStore:
 
     def __init__(self, folder: Path, mixture: Mixture, processor: PheyeProcessor, together: int, seed: int):
         self.folder, self.mixture, self.collator = folder, mixture, PheyeCollator(processor)
+        self.texts: dict[int, tuple[list[int], list[int]]] = {}  # by their place in the order
         self.together = together
         self.order = random.Random(f"order {seed}").sample(range(len(mixture)), len(mixture))
         folder.mkdir(parents=True, exist_ok=True)
 
     def sample(self, index: int) -> dict:
         return self.mixture[self.order[index % len(self.order)]]
+
+    def text(self, index: int) -> tuple[list[int], list[int]]:
+        """Ids and labels of a sample. They are kept, as samples are used several times, and asked for their length."""
+        place = index % len(self.order)
+        if place not in self.texts:
+            self.texts[place] = self.collator.encode_sample(self.sample(index))
+        return self.texts[place]
 
     def file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"
@@ -128,7 +136,7 @@ class FeatureStore:
     def batch(self, indices: list[int]) -> dict[str, torch.Tensor]:
         """Text, padded on the right, features (sum of V, N, D) and, where the model needs them, grids (B, I, 2) of the
         samples of these numbers, which have equally many pictures."""
-        rows = [self.collator.encode_sample(self.sample(index)) for index in indices]
+        rows = [self.text(index) for index in indices]
         inputs = self.collator.processor.tokenizer.pad(
             {"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt"
         )
@@ -141,7 +149,7 @@ class FeatureStore:
 
     def length(self, index: int) -> int:
         """Tokens of a sample's text."""
-        return len(self.collator.encode_sample(self.sample(index))[0])
+        return len(self.text(index)[0])
 
     def batches(self, indices: list[int], rows: int) -> list[dict[str, torch.Tensor]]:
         """The same in batches of `rows` samples, of texts alike in length, which need little padding."""

@@ -67,6 +67,24 @@ def test_features_stand_for_their_pictures(folder, canvases):
     assert store.sample(5) == store.sample(0) and len({store.sample(index)["id"] for index in range(5)}) == 5
 
 
+def test_a_text_is_encoded_once_however_often_it_is_used(folder, monkeypatch):
+    encoded, encode = [], PheyeCollator.encode_sample
+
+    def count(self, sample):
+        encoded.append(sample["id"])
+        return encode(self, sample)
+
+    monkeypatch.setattr(PheyeCollator, "encode_sample", count)
+    mixture = Mixture(read_mixture([str(folder / "data.json")], turns=None), 0)
+    store = FeatureStore(folder / "features", mixture, tiny_processor(), together=1, seed=0)
+    for number in range(5):
+        store.encode(number, tiny_model())
+    batches = [batch for _ in range(2) for batch in store.batches(list(range(5)), 2)]
+    assert sorted(encoded) == sorted(store.sample(index)["id"] for index in range(5))
+    assert all(torch.equal(one["labels"], other["labels"]) for one, other in zip(batches, batches[3:], strict=False))
+    assert store.length(5) == store.length(0) and len(encoded) == 5
+
+
 def test_blocks_and_view_encoding_train_and_nothing_else(folder):
     before, after = tiny_model().state_dict(), train(folder, "run", 2)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
